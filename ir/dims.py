@@ -1,0 +1,244 @@
+"""Symbolic sizes: sympy expressions over named non-negative integers."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import sympy
+from moec.ir.errors import ArgumentValueError, CompileError
+
+
+@cache
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+class Dim:
+    """A size that is not known until run time, e.g. `Dim("B") * Dim("S")`.
+
+    Arithmetic (`+ - * // %`) returns a `Dim`, or an `int` where the symbols cancel. Two dims are equal
+    where their expanded expressions are.
+    """
+
+    __slots__ = ("expr",)
+
+    def __init__(self, expr: str | sympy.Expr):
+        if isinstance(expr, str):
+            parsed = parse_size(expr)
+            self.expr: sympy.Expr = parsed.expr if isinstance(parsed, Dim) else sympy.Integer(parsed)
+        else:
+            self.expr = expr
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        return frozenset(s.name for s in self.expr.free_symbols)
+
+    @property
+    def is_symbol(self) -> bool:
+        return bool(self.expr.is_Symbol)
+
+    def evaluate(self, binding: Mapping[str, int]) -> int:
+        """The integer under `binding` (symbol name → value). Raises CompileError on an unbound symbol."""
+        names, fn = _compiled(self.expr)
+        try:
+            return int(fn(*[binding[n] for n in names]))
+        except KeyError as e:
+            raise CompileError(f"dimension {e.args[0]!r} of {self} is not bound", code="dims") from None
+
+    def substitute(self, binding: Mapping[str, int | Dim]) -> int | Dim:
+        """Replace symbols by sizes at once."""
+        return size(self.expr.subs({_symbol(k): _expr(v) for k, v in binding.items()}, simultaneous=True))
+
+    def __add__(self, other: int | Dim) -> int | Dim:
+        return _combine(operator.add, self, other)
+
+    def __radd__(self, other: int | Dim) -> int | Dim:
+        return _combine(operator.add, other, self)
+
+    def __sub__(self, other: int | Dim) -> int | Dim:
+        return _combine(operator.sub, self, other)
+
+    def __rsub__(self, other: int | Dim) -> int | Dim:
+        return _combine(operator.sub, other, self)
+
+    def __mul__(self, other: int | Dim) -> int | Dim:
+        return _combine(operator.mul, self, other)
+
+    def __rmul__(self, other: int | Dim) -> int | Dim:
+        return _combine(operator.mul, other, self)
+
+    def __floordiv__(self, other: int | Dim) -> int | Dim:
+        return _combine(_floordiv, self, other)
+
+    def __rfloordiv__(self, other: int | Dim) -> int | Dim:
+        return _combine(_floordiv, other, self)
+
+    def __mod__(self, other: int | Dim) -> int | Dim:
+        return _combine(sympy.Mod, self, other)
+
+    def __neg__(self) -> int | Dim:
+        return _combine(operator.mul, self, -1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dim) and self.expr == other.expr
+
+    def __hash__(self) -> int:
+        return hash(self.expr)
+
+    def __str__(self) -> str:
+        return _text(self.expr)
+
+    def __repr__(self) -> str:
+        return f"Dim({str(self)!r})"
+
+
+def _floordiv(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    return sympy.floor(a / b)
+
+
+@cache
+def _text(expr: sympy.Expr) -> str:
+    return sympy.sstr(expr)
+
+
+@cache
+def _compiled(expr: sympy.Expr) -> tuple[list[str], Callable[..., Any]]:
+    symbols = sorted(expr.free_symbols, key=lambda s: s.name)
+    if expr.is_polynomial() and all(c.is_Integer for c in expr.as_coefficients_dict().values()):
+        return [s.name for s in symbols], sympy.lambdify(symbols, expr, modules="math")
+    # floor and ceiling stay in sympy: math's go through floats and lose sizes above 2**53
+    return [s.name for s in symbols], lambda *v: expr.subs(dict(zip(symbols, v, strict=True)))
+
+
+def _expr(x: int | Dim) -> sympy.Expr:
+    return x.expr if isinstance(x, Dim) else sympy.Integer(x)
+
+
+@lru_cache(maxsize=65536)
+def _combine(op: Callable[[Any, Any], Any], a: int | Dim, b: int | Dim) -> int | Dim:
+    return size(op(_expr(a), _expr(b)))
+
+
+def size(expr: int | sympy.Expr | Dim) -> int | Dim:
+    """Normalise: an `int` where the expression is constant, else a `Dim` in expanded form."""
+    if isinstance(expr, int | Dim):
+        return expr
+    expr = sympy.expand(expr)
+    return int(expr) if expr.is_Integer else Dim(expr)
+
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.FloorDiv: _floordiv,
+    ast.Mod: sympy.Mod,
+}
+_FUNCTIONS = {"floor": sympy.floor, "ceiling": sympy.ceiling, "Max": sympy.Max, "Min": sympy.Min, "Mod": sympy.Mod}
+
+
+@lru_cache(maxsize=4096)
+def parse_size(text: str) -> int | Dim:
+    """Read what `str(Dim)` printed: names, integers, `+ - * / // % **`, floor, ceiling, Max, Min, Mod."""
+
+    def walk(node: ast.AST) -> sympy.Expr:
+        match node:
+            case ast.Expression():
+                return walk(node.body)
+            case ast.Constant(value=int(v)):
+                return sympy.Integer(v)
+            case ast.Name():
+                return _symbol(node.id)
+            case ast.UnaryOp(op=ast.USub()):
+                return -walk(node.operand)
+            case ast.BinOp() if type(node.op) in _BINARY:
+                right = walk(node.right)
+                if isinstance(node.op, ast.Pow) and not (right.is_Integer and 0 <= right <= 16):
+                    raise CompileError(f"bad exponent in dimension {text!r}", code="syntax")
+                return _BINARY[type(node.op)](walk(node.left), right)
+            case ast.Call(func=ast.Name(id=fn)) if fn in _FUNCTIONS and not node.keywords:
+                return _FUNCTIONS[fn](*[walk(a) for a in node.args])
+        raise CompileError(f"bad dimension {text!r}", code="syntax", hint="use names, integers, + - * // and %")
+
+    if len(text) > 1000:
+        raise CompileError(f"dimension of {len(text)} characters", code="syntax")
+    try:
+        return size(walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ZeroDivisionError, RecursionError) as e:
+        raise CompileError(f"bad dimension {text!r}: {e}", code="syntax") from None
+
+
+def evaluate(x: int | Dim, binding: Mapping[str, int]) -> int:
+    """`x` as an integer under `binding`."""
+    return x.evaluate(binding) if isinstance(x, Dim) else x
+
+
+def product(sizes: Sequence[int | Dim]) -> int | Dim:
+    """Number of elements of a shape."""
+    result: int | Dim = 1
+    for s in sizes:
+        result = result * s
+    return result
+
+
+def ceil_div(a: int | Dim, b: int) -> int | Dim:
+    """⌈a / b⌉."""
+    if isinstance(a, int):
+        return -(-a // b)
+    return size(sympy.ceiling(a.expr / b))
+
+
+def bind(declared: Sequence[tuple[str, Sequence[int | Dim], Sequence[int]]]) -> dict[str, int]:
+    """Solve symbols from actual shapes. `declared`: (argument name, declared shape, actual shape).
+
+    Bare symbols bind first, then linear expressions in one unknown; everything is checked. Raises
+    ArgumentValueError naming argument, axis, expected and got.
+    """
+    binding: dict[str, int] = {}
+    first: dict[str, str] = {}
+    pending: list[tuple[str, int, int | Dim, int]] = []
+    for name, shape, actual in declared:
+        if len(shape) != len(actual):
+            raise ArgumentValueError(
+                f"argument {name!r} has rank {len(actual)} (shape {list(actual)}), expected rank {len(shape)} "
+                f"[{', '.join(map(str, shape))}]",
+                code="rank",
+            )
+        for axis, (want, got) in enumerate(zip(shape, actual, strict=True)):
+            if isinstance(want, Dim) and want.is_symbol and str(want) not in binding:
+                binding[str(want)] = got
+                first[str(want)] = f"{name!r} axis {axis}"
+            else:
+                pending.append((name, axis, want, got))
+    progress = True
+    while progress:
+        progress = False
+        for _, _, want, got in pending:
+            unknown = [s for s in want.symbols if s not in binding] if isinstance(want, Dim) else []
+            if len(unknown) == 1 and isinstance(want, Dim):
+                symbol = _symbol(unknown[0])
+                solved = sympy.solve(want.expr.subs({_symbol(k): v for k, v in binding.items()}) - got, symbol)
+                if len(solved) == 1 and solved[0].is_Integer and solved[0] >= 0:
+                    binding[unknown[0]] = int(solved[0])
+                    progress = True
+    for name, axis, want, got in pending:
+        if isinstance(want, Dim) and not want.symbols <= binding.keys():
+            raise ArgumentValueError(
+                f"argument {name!r} axis {axis} is {got}, which no value of {want} gives", code="shape"
+            )
+        expected = evaluate(want, binding)
+        if expected != got:
+            why = ""
+            if isinstance(want, Dim):
+                parts = [f"{s} = {binding[s]} from {first[s]}" for s in sorted(want.symbols) if s in first]
+                why = f" ({want}; {', '.join(parts)})" if parts else f" ({want})"
+            raise ArgumentValueError(
+                f"argument {name!r} axis {axis} has size {got}, expected {expected}{why}", code="shape"
+            )
+    return binding

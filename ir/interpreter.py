@@ -1,0 +1,119 @@
+"""The reference interpreter: runs a graph by each op's `reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from moec.ir.dims import Dim, bind, evaluate
+from moec.ir.errors import ArgumentTypeError, CompileError
+from moec.ir.graph import Graph, Node, Value
+from moec.ir.printer import excerpt
+from moec.ir.types import DType, TensorType
+
+Tap = Callable[[Value, torch.Tensor], "torch.Tensor | None"]
+
+
+def bind_inputs(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Check count, dtypes and shapes of the inputs and solve the dimension symbols.
+
+    Raises ArgumentTypeError or ArgumentValueError that names the argument, expected and got.
+    """
+    if len(inputs) != len(graph.inputs):
+        names = ", ".join(str(v.name) for v in graph.inputs)
+        raise ArgumentTypeError(
+            f"expected {len(graph.inputs)} tensor inputs ({names}), got {len(inputs)}", code="arguments"
+        )
+    for v, t in zip(graph.inputs, inputs, strict=True):
+        if not isinstance(t, torch.Tensor):
+            raise ArgumentTypeError(
+                f"argument {v.name!r} must be a torch.Tensor {v.type}, got {type(t).__name__}", code="arguments"
+            )
+        if DType.of(t.dtype) != v.dtype:
+            raise ArgumentTypeError(
+                f"argument {v.name!r} has dtype {DType.of(t.dtype)}, expected {v.dtype}", code="dtype"
+            )
+    return bind([(str(v.name), v.shape, tuple(t.shape)) for v, t in zip(graph.inputs, inputs, strict=True)])
+
+
+def evaluate_attr(value: Any, binding: Mapping[str, int]) -> Any:
+    """An attribute with its dims replaced by integers."""
+    if isinstance(value, Dim):
+        return value.evaluate(binding)
+    if isinstance(value, tuple):
+        return tuple(evaluate_attr(v, binding) for v in value)
+    return value
+
+
+def evaluate_node(
+    node: Node,
+    operands: Sequence[torch.Tensor | None],
+    binding: Mapping[str, int],
+    functions: Mapping[str, Graph] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Run one node's reference on tensors. Raises CompileError where the results lack the inferred type."""
+    instance = node.opdef.instance(operands, {k: evaluate_attr(v, binding) for k, v in node.attrs.items()})
+    if node.op == "call.graph":
+        instance.functions = functions or {}
+    try:
+        result = instance.reference()
+    except CompileError as e:
+        raise e.located(node.location, excerpt(node)) from None
+    except (RuntimeError, IndexError, ValueError, TypeError) as e:
+        raise CompileError(
+            f"{node.op} failed: {e}", code="execution", location=node.location, excerpt=excerpt(node)
+        ) from e
+    results = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+    for r, v in zip(results, node.results, strict=True):
+        shape = tuple(evaluate(s, binding) for s in v.shape)
+        if TensorType.of(r) != TensorType(v.dtype, shape):
+            raise CompileError(
+                f"{node.op} gave {TensorType.of(r)}, its type says {v.dtype}{list(shape)}",
+                code="execution",
+                location=node.location,
+                excerpt=excerpt(node),
+            )
+    return results
+
+
+def run(
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    *,
+    tap: Tap | None = None,
+    functions: Mapping[str, Graph] | None = None,
+) -> list[torch.Tensor]:
+    """Run a graph on tensors; values are freed after their last use.
+
+    `tap(value, tensor)` sees every input and node result in order; a tensor that it returns takes the
+    value's place. Raises ArgumentTypeError/ArgumentValueError on inputs that do not fit.
+    """
+    binding = bind_inputs(graph, inputs)
+    functions = graph.functions if functions is None else functions
+    env: dict[Value, torch.Tensor] = {}
+
+    def record(value: Value, tensor: torch.Tensor) -> None:
+        replaced = tap(value, tensor) if tap else None
+        env[value] = tensor if replaced is None else replaced
+
+    last: dict[Value, Node] = {}
+    for node in graph.nodes:
+        for v in node.operands:
+            if v is not None:
+                last[v] = node
+    with torch.no_grad():
+        for v, t in zip(graph.inputs, inputs, strict=True):
+            record(v, t)
+        for node in graph.nodes:
+            operands = [None if v is None else _tensor(v, env) for v in node.operands]
+            for v, t in zip(node.results, evaluate_node(node, operands, binding, functions), strict=True):
+                record(v, t)
+            for v in {v for v in (*node.operands, *node.results) if v is not None}:
+                if last.get(v, node) is node and not v.is_output:
+                    env.pop(v, None)
+        return [_tensor(v, env) for v in graph.outputs]
+
+
+def _tensor(v: Value, env: Mapping[Value, torch.Tensor]) -> torch.Tensor:
+    return v.weight.load() if v.weight is not None else env[v]

@@ -1,0 +1,59 @@
+"""Where in the user's model a node comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Frame:
+    """One source position: module path in the model, and file:line of the code."""
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.file else ""
+        return " ".join(x for x in (self.module, where) if x) or "?"
+
+
+@dataclass(frozen=True)
+class Location:
+    """The set of frames a node stands for; a fused node keeps those of all it replaced, in order."""
+
+    frames: tuple[Frame, ...] = ()
+
+    @staticmethod
+    def at(module: str = "", file: str = "", line: int = 0) -> Location:
+        return Location((Frame(module, file, line),)) if module or file else Location()
+
+    @staticmethod
+    def merge(*locations: Location) -> Location:
+        return Location(tuple(dict.fromkeys(f for loc in locations for f in loc.frames)))
+
+    @property
+    def module(self) -> str:
+        """The longest module path that all frames share."""
+        paths = [f.module.split(".") for f in self.frames if f.module]
+        if not paths:
+            return ""
+        common: list[str] = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        return ".".join(common)
+
+    def under(self, module: str) -> bool:
+        """Whether any frame lies in `module` (a dotted prefix)."""
+        return any(f.module == module or f.module.startswith(module + ".") for f in self.frames)
+
+    def describe(self) -> str:
+        if not self.frames:
+            return "?"
+        head = str(self.frames[0]) if len(self.frames) == 1 else f"{self.module or '(model)'}, {self.frames[0]}"
+        return head if len(self.frames) == 1 else f"{head} and {len(self.frames) - 1} more"
+
+    def __bool__(self) -> bool:
+        return bool(self.frames)

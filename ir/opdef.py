@@ -1,0 +1,244 @@
+"""The declaration of an op: signature, type inference and reference meaning in one class."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from moec.ir.dims import Dim
+from moec.ir.errors import CompileError
+from moec.ir.types import DType, TensorType
+
+if TYPE_CHECKING:
+    from moec.ir.graph import Graph, Value
+
+# Field kinds of an op class. `Operand` is one tensor, `OptionalOperand` may be absent (None),
+# `Operands` is any number (at most one such field per op), `Attr[T]` a constant of type T.
+Operand = Annotated[Any, "operand"]
+OptionalOperand = Annotated[Any, "optional"]
+Operands = Annotated[Any, "variadic"]
+T = TypeVar("T")
+Attr = Annotated[T, "attr"]
+
+REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class AttrSpec:
+    name: str
+    type: Any
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True, eq=False)
+class OpDef:
+    """What the rest of the compiler knows of an op."""
+
+    name: str
+    cls: type
+    operands: tuple[tuple[str, str], ...]  # (field name, "operand" | "optional" | "variadic")
+    attrs: Mapping[str, AttrSpec]
+    doc: str
+    commutative: bool = False
+    elementwise: bool = False
+    file: str = ""
+    line: int = 0
+    _fields: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def family(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def decompose(self) -> Callable[..., Any] | None:
+        """`decompose(self, b)`: builds the same meaning from simpler ops; None where the op is primitive."""
+        return getattr(self.cls, "decompose", None)
+
+    @property
+    def samples(self) -> Callable[..., Iterable[Any]] | None:
+        """Generator of test cases for the op; see moec.ir.sampling."""
+        return getattr(self.cls, "samples", None)
+
+    def instance(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
+        """The op class with its fields set (types for `infer`, tensors for `reference`, values for
+        `decompose`)."""
+        obj = object.__new__(self.cls)
+        for name, value in self.named_operands(operands).items():
+            setattr(obj, name, value)
+        for name, value in attrs.items():
+            setattr(obj, name, value)
+        return obj
+
+    def named_operands(self, operands: Sequence[Any]) -> dict[str, Any]:
+        variadic = len(operands) - (len(self.operands) - 1)
+        result: dict[str, Any] = {}
+        i = 0
+        for name, kind in self.operands:
+            if kind == "variadic":
+                result[name] = tuple(operands[i : i + variadic])
+                i += variadic
+            else:
+                result[name] = operands[i]
+                i += 1
+        return result
+
+    def pad_operands(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """Check the count and fill absent trailing optional operands with None. Raises CompileError."""
+        operands = list(operands)
+        kinds = [k for _, k in self.operands]
+        if "variadic" in kinds:
+            fixed = len(kinds) - 1
+            if len(operands) < fixed:
+                raise CompileError(f"{self.name} takes at least {fixed} operands, got {len(operands)}", code="arity")
+        else:
+            least = max((i + 1 for i, k in enumerate(kinds) if k == "operand"), default=0)
+            if not least <= len(operands) <= len(kinds):
+                want = str(least) if least == len(kinds) else f"{least} to {len(kinds)}"
+                names = ", ".join(n for n, _ in self.operands)
+                raise CompileError(f"{self.name}({names}) takes {want} operands, got {len(operands)}", code="arity")
+            operands += [None] * (len(kinds) - len(operands))
+        named = self.named_operands(operands)
+        for name, kind in self.operands:
+            absent = named[name] is None if kind != "variadic" else any(v is None for v in named[name])
+            if absent and kind != "optional":
+                raise CompileError(f"{self.name}: operand {name!r} is missing", code="arity")
+        return tuple(operands)
+
+    def complete_attrs(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
+        """Check names and kinds, and fill defaults. Raises CompileError."""
+        for name in attrs:
+            if name not in self.attrs:
+                near = difflib.get_close_matches(name, self.attrs, 1)
+                raise CompileError(
+                    f"{self.name} has no attribute {name!r}",
+                    code="attribute",
+                    hint=f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(self.attrs) or 'none'}",
+                )
+        result = {}
+        for name, spec in self.attrs.items():
+            value = attrs.get(name, spec.default)
+            if value is REQUIRED:
+                raise CompileError(f"{self.name}: attribute {name!r} is required", code="attribute")
+            result[name] = normalise_attr(value, spec, self.name)
+        return result
+
+
+def normalise_attr(value: Any, spec: AttrSpec, op: str) -> Any:
+    """Lists become tuples, ints become floats where a float is declared, dtype names become DType."""
+    if spec.type is DType:
+        return DType.of(value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if spec.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    plain = {float: float, int: int, str: str, bool: bool, tuple: tuple, TensorType: TensorType}.get(spec.type)
+    if plain is not None and (not isinstance(value, plain) or (plain is int and isinstance(value, bool))):
+        raise CompileError(
+            f"{op}: attribute {spec.name!r} must be {plain.__name__}, got {type(value).__name__} {value!r}",
+            code="attribute",
+        )
+    if not _is_attr_value(value):
+        raise CompileError(f"{op}: attribute {spec.name!r} cannot hold {type(value).__name__}", code="attribute")
+    return value
+
+
+def _is_attr_value(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_attr_value, value))
+    return value is None or isinstance(value, bool | int | float | str | DType | Dim | TensorType)
+
+
+_OPS: dict[str, OpDef] = {}
+_BARE: dict[str, list[str]] = {}
+
+
+def op(name: str, *, commutative: bool = False, elementwise: bool = False) -> Callable[[type], type]:
+    """Class decorator that declares an op.
+
+    The class has operand and attribute fields, `infer(self)` returning one TensorType or a tuple,
+    `reference(self)` returning one torch tensor or a tuple, and optionally `decompose(self, b)`.
+    """
+    if name.count(".") != 1:
+        raise CompileError(f"op name {name!r} must be family.op", code="name")
+
+    def declare(cls: type) -> type:
+        operands, attrs = [], {}
+        hints = typing.get_type_hints(cls, include_extras=True)
+        for fname, hint in hints.items():
+            meta = getattr(hint, "__metadata__", ("",))[0]
+            if meta in ("operand", "optional", "variadic"):
+                operands.append((fname, meta))
+            elif meta == "attr":
+                kind = typing.get_origin(hint.__origin__) or hint.__origin__
+                attrs[fname] = AttrSpec(fname, kind, getattr(cls, fname, REQUIRED))
+            else:
+                raise CompileError(f"op {name}: field {fname!r} must be an Operand or Attr[...]", code="op")
+        if sum(k == "variadic" for _, k in operands) > 1:
+            raise CompileError(f"op {name}: more than one variadic operand", code="op")
+        for method in ("infer", "reference"):
+            if not callable(getattr(cls, method, None)):
+                raise CompileError(f"op {name} lacks {method}()", code="op")
+        try:
+            file, line = inspect.getsourcefile(cls) or "", inspect.getsourcelines(cls)[1]
+        except (OSError, TypeError):
+            file, line = "", 0
+        opdef = OpDef(
+            name, cls, tuple(operands), attrs, inspect.getdoc(cls) or "", commutative, elementwise, file, line
+        )
+        if name in _OPS and _OPS[name].file != file:
+            raise CompileError(f"op {name} is already declared at {_OPS[name].file}:{_OPS[name].line}", code="name")
+        if name not in _OPS:
+            _BARE.setdefault(name.split(".")[1], []).append(name)
+        _OPS[name] = opdef
+        cls.opdef = opdef  # type: ignore[attr-defined]
+        return cls
+
+    return declare
+
+
+def lookup(name: str) -> OpDef:
+    """The op of a full (`math.silu`) or unambiguous bare (`silu`) name. Raises CompileError with a hint."""
+    import moec.ir.ops  # noqa: F401  (declares the ops)
+
+    if name in _OPS:
+        return _OPS[name]
+    full = _BARE.get(name, [])
+    if len(full) == 1:
+        return _OPS[full[0]]
+    if full:
+        raise CompileError(f"op name {name!r} is ambiguous: {', '.join(full)}", code="unknown-op")
+    near = difflib.get_close_matches(name, [*_OPS, *_BARE], 3)
+    raise CompileError(
+        f"unknown op {name!r}", code="unknown-op", hint=f"did you mean {', '.join(near)}?" if near else None
+    )
+
+
+def all_ops() -> list[OpDef]:
+    """Every declared op, by name."""
+    import moec.ir.ops  # noqa: F401
+
+    return [_OPS[k] for k in sorted(_OPS)]
+
+
+def infer_types(
+    opdef: OpDef,
+    operands: Sequence[Value | None],
+    attrs: Mapping[str, Any],
+    functions: Mapping[str, Graph] | None = None,
+) -> tuple[TensorType, ...]:
+    """Result types. Raises CompileError naming the op where its type rule fails."""
+    types = [None if v is None else v.type for v in operands]
+    instance = opdef.instance(types, attrs)
+    instance.functions = functions or {}
+    try:
+        result = instance.infer()
+    except CompileError as e:
+        shown = ", ".join("_" if t is None else str(t) for t in types)
+        e.args = (f"{opdef.name}({shown}): {e.message}",)
+        e.message = e.args[0]
+        raise
+    return (result,) if isinstance(result, TensorType) else tuple(result)

@@ -1,0 +1,71 @@
+"""`attention`: scaled dot-product attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from moec.ir.errors import require
+from moec.ir.opdef import Attr, Operand, OptionalOperand, op
+from moec.ir.types import DType, TensorType, broadcast
+
+
+@op("attention.sdpa")
+class ScaledDotProductAttention:
+    """softmax(q kᵀ · scale + mask) v (Vaswani et al. 2017).
+
+    q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] → [B, H, S, Dv]; H is a multiple of Hkv (grouped
+    queries share a head). `mask` broadcasts to [B, H, S, T]: bool (True: may attend) or the dtype of q
+    (added). `causal`: query i sees keys j ≤ i + T − S (aligned to the last key, as with a cache).
+    A row that may attend to nothing gives zeros. Scores and softmax are computed in f32 at least.
+    """
+
+    q: Operand
+    k: Operand
+    v: Operand
+    mask: OptionalOperand
+    scale: Attr[float]
+    causal: Attr[bool] = False
+
+    def infer(self) -> TensorType:
+        q, k, v, mask = self.q, self.k, self.v, self.mask
+        require(q.rank == k.rank == v.rank == 4, f"q {q}, k {k}, v {v} must have rank 4")
+        require(q.dtype == k.dtype == v.dtype and q.dtype.is_float, f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
+        require(q.shape[0] == k.shape[0] == v.shape[0], f"batch sizes differ: {q}, {k}, {v}")
+        require(k.shape[1:3] == v.shape[1:3], f"k {k} and v {v} differ in heads or length")
+        require(q.shape[3] == k.shape[3], f"q {q} and k {k} differ in head size")
+        h, hkv = q.shape[1], k.shape[1]
+        require(isinstance(h, int) and isinstance(hkv, int) and hkv > 0 and h % hkv == 0, f"{h} heads, {hkv} kv heads")
+        if mask is not None:
+            want = (*q.shape[:3], k.shape[2])
+            require(mask.dtype in (DType.BOOL, q.dtype), f"mask is {mask.dtype}, not bool or {q.dtype}")
+            require(broadcast(mask.shape, want) == want, f"mask {mask} does not broadcast to {list(want)}")
+        return q.with_shape((*q.shape[:3], v.shape[3]))
+
+    def reference(self) -> torch.Tensor:
+        q, k, v = self.q, self.k, self.v
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * self.scale
+        allowed = torch.ones((), dtype=torch.bool)
+        if self.causal:
+            s, t = scores.shape[-2:]
+            allowed = torch.arange(t) <= torch.arange(s)[:, None] + (t - s)
+        if self.mask is not None and self.mask.dtype == torch.bool:
+            allowed = allowed & self.mask
+        elif self.mask is not None:
+            scores = scores + self.mask.to(wide)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        dead = (scores == float("-inf")).all(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
+        return (weights @ v.to(wide)).to(q.dtype)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        n = r.n
+        yield [r.float(2, 4, n, 8), r.float(2, 2, n + 3, 8), r.float(2, 2, n + 3, 5)], {"scale": 0.3, "causal": True}
+        yield [r.float(2, 4, n, 8), r.float(2, 4, r.k, 8), r.float(2, 4, r.k, 8)], {"scale": 0.5}
+        q, k, v = r.float(1, 2, n, 4), r.float(1, 1, r.k, 4), r.float(1, 1, r.k, 4)
+        yield [q, k, v, r.bool(1, 1, n, r.k)], {"scale": 0.5}
+        yield [q, k, v, r.float(1, 1, n, r.k)], {"scale": 0.5}

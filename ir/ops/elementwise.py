@@ -1,0 +1,229 @@
+"""`math`: elementwise ops, with NumPy broadcasting for more than one operand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moec.ir.errors import require
+from moec.ir.opdef import Attr, Operand, op
+from moec.ir.types import DType, TensorType, broadcast
+
+
+def _unary(
+    name: str,
+    doc: str,
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    kinds: str,
+    *,
+    positive: bool = False,
+    predicate: bool = False,
+) -> None:
+    class Unary:
+        x: Operand
+
+        def infer(self: Any) -> TensorType:
+            require(_kind(self.x.dtype) in kinds, f"takes {_names(kinds)}, got {self.x.dtype}")
+            return self.x.with_dtype(DType.BOOL) if predicate else self.x
+
+        def reference(self: Any) -> torch.Tensor:
+            return fn(self.x)
+
+        @staticmethod
+        def samples(r: Any) -> Any:
+            if "f" in kinds:
+                yield [r.float(r.n, r.m, positive=positive)], {}
+                yield [r.float(positive=positive)], {}
+            if "i" in kinds:
+                yield [r.int(-9, 9, r.n, r.m)], {}
+            if "b" in kinds:
+                yield [r.bool(r.n)], {}
+
+    Unary.__doc__ = doc
+    op(f"math.{name}", elementwise=True)(Unary)
+
+
+def _kind(dtype: DType) -> str:
+    return "f" if dtype.is_float else "i" if dtype.is_integer else "b" if dtype is DType.BOOL else "c"
+
+
+def _names(kinds: str) -> str:
+    return " or ".join({"f": "floats", "i": "integers", "b": "booleans", "c": "complex"}[k] for k in kinds)
+
+
+_unary("neg", "−x", torch.neg, "fi")
+_unary("abs", "|x|", torch.abs, "fi")
+_unary("sign", "−1, 0 or 1", torch.sign, "fi")
+_unary("exp", "e^x", torch.exp, "f")
+_unary("log", "ln x", torch.log, "f", positive=True)
+_unary("log1p", "ln(1 + x)", torch.log1p, "f", positive=True)
+_unary("sqrt", "√x", torch.sqrt, "f", positive=True)
+_unary("rsqrt", "1/√x", torch.rsqrt, "f", positive=True)
+_unary("reciprocal", "1/x", torch.reciprocal, "f", positive=True)
+_unary("sin", "sin x", torch.sin, "f")
+_unary("cos", "cos x", torch.cos, "f")
+_unary("tanh", "tanh x", torch.tanh, "f")
+_unary("erf", "error function", torch.erf, "f")
+_unary("sigmoid", "1/(1 + e^−x)", torch.sigmoid, "f")
+_unary("silu", "x · sigmoid(x)", F.silu, "f")
+_unary("relu", "max(x, 0); NaN stays", torch.relu, "fi")
+_unary("softplus", "ln(1 + e^x)", F.softplus, "f")
+_unary("floor", "⌊x⌋", torch.floor, "f")
+_unary("ceil", "⌈x⌉", torch.ceil, "f")
+_unary("round", "to nearest, ties to even", torch.round, "f")
+_unary("isnan", "x is NaN (as bool)", torch.isnan, "f", predicate=True)
+_unary("not", "logical negation", torch.logical_not, "b")
+
+
+def _binary(
+    name: str,
+    doc: str,
+    fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    kinds: str,
+    *,
+    commutative: bool = False,
+    predicate: bool = False,
+    nonzero: bool = False,
+) -> None:
+    class Binary:
+        a: Operand
+        b: Operand
+
+        def infer(self: Any) -> TensorType:
+            require(self.a.dtype == self.b.dtype, f"dtypes differ: {self.a.dtype} and {self.b.dtype}")
+            require(_kind(self.a.dtype) in kinds, f"takes {_names(kinds)}, got {self.a.dtype}")
+            dtype = DType.BOOL if predicate else self.a.dtype
+            return TensorType(dtype, broadcast(self.a.shape, self.b.shape))
+
+        def reference(self: Any) -> torch.Tensor:
+            # 0-d tensors must not lose out in type promotion: both already have one dtype
+            return fn(self.a, self.b).to(torch.bool if predicate else self.a.dtype)
+
+        @staticmethod
+        def samples(r: Any) -> Any:
+            if "f" in kinds:
+                yield [r.float(r.n, r.m), r.float(r.n, r.m, positive=nonzero)], {}
+                yield [r.float(r.n, 1), r.float(r.m, positive=nonzero)], {}
+                yield [r.float(), r.float(r.k, positive=nonzero)], {}
+            if "i" in kinds:
+                yield [r.int(-9, 9, r.n, r.m), r.int(1 if nonzero else -9, 9, r.m)], {}
+            if "b" in kinds:
+                yield [r.bool(r.n, r.m), r.bool(r.m)], {}
+
+    Binary.__doc__ = doc
+    op(f"math.{name}", elementwise=True, commutative=commutative)(Binary)
+
+
+def _trunc_to_floor(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.div(a, b, rounding_mode="floor")
+
+
+_binary("add", "a + b", torch.add, "fi", commutative=True)
+_binary("sub", "a − b", torch.sub, "fi")
+_binary("mul", "a · b", torch.mul, "fi", commutative=True)
+_binary("div", "a / b", torch.div, "f", nonzero=True)
+_binary("floordiv", "⌊a / b⌋", _trunc_to_floor, "fi", nonzero=True)
+_binary("mod", "a − b·⌊a / b⌋ (sign of b)", torch.remainder, "fi", nonzero=True)
+_binary("pow", "a^b", torch.pow, "f")
+_binary("max", "larger of the two; NaN wins", torch.maximum, "fi", commutative=True)
+_binary("min", "smaller of the two; NaN wins", torch.minimum, "fi", commutative=True)
+_binary("eq", "a = b", torch.eq, "fib", commutative=True, predicate=True)
+_binary("ne", "a ≠ b", torch.ne, "fib", commutative=True, predicate=True)
+_binary("lt", "a < b", torch.lt, "fi", predicate=True)
+_binary("le", "a ≤ b", torch.le, "fi", predicate=True)
+_binary("gt", "a > b", torch.gt, "fi", predicate=True)
+_binary("ge", "a ≥ b", torch.ge, "fi", predicate=True)
+_binary("and", "logical and", torch.logical_and, "b", commutative=True)
+_binary("or", "logical or", torch.logical_or, "b", commutative=True)
+_binary("xor", "logical exclusive or", torch.logical_xor, "b", commutative=True)
+
+
+@op("math.gelu", elementwise=True)
+class Gelu:
+    """Gaussian error linear unit; `approximate` is "none" (erf) or "tanh"."""
+
+    x: Operand
+    approximate: Attr[str] = "none"
+
+    def infer(self) -> TensorType:
+        require(self.x.dtype.is_float, f"takes floats, got {self.x.dtype}")
+        require(self.approximate in ("none", "tanh"), f"approximate is {self.approximate!r}, not 'none' or 'tanh'")
+        return self.x
+
+    def reference(self) -> torch.Tensor:
+        return F.gelu(self.x, approximate=self.approximate)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.m)], {}
+        yield [r.float(r.n, r.m)], {"approximate": "tanh"}
+
+
+@op("math.clamp", elementwise=True)
+class Clamp:
+    """min(max(x, low), high); a None bound is absent; NaN stays."""
+
+    x: Operand
+    low: Attr[Any] = None
+    high: Attr[Any] = None
+
+    def infer(self) -> TensorType:
+        require(_kind(self.x.dtype) in "fi", f"takes numbers, got {self.x.dtype}")
+        require(self.low is not None or self.high is not None, "needs low or high")
+        return self.x
+
+    def reference(self) -> torch.Tensor:
+        return torch.clamp(self.x, self.low, self.high)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.m)], {"low": -0.5, "high": 0.25}
+        yield [r.float(r.n)], {"high": 0.0}
+        yield [r.int(-9, 9, r.n)], {"low": -2}
+
+
+@op("math.where", elementwise=True)
+class Where:
+    """a where the condition holds, else b."""
+
+    condition: Operand
+    a: Operand
+    b: Operand
+
+    def infer(self) -> TensorType:
+        require(self.condition.dtype is DType.BOOL, f"the condition is {self.condition.dtype}, not bool")
+        require(self.a.dtype == self.b.dtype, f"dtypes differ: {self.a.dtype} and {self.b.dtype}")
+        return TensorType(self.a.dtype, broadcast(self.condition.shape, self.a.shape, self.b.shape))
+
+    def reference(self) -> torch.Tensor:
+        return torch.where(self.condition, self.a, self.b)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.bool(r.n, r.m), r.float(r.n, r.m), r.float()], {}
+        yield [r.bool(r.n, 1), r.int(0, 5, r.m), r.int(0, 5, r.n, r.m)], {}
+
+
+@op("math.cast", elementwise=True)
+class Cast:
+    """Convert to `dtype`. To E4M3 it saturates at ±448 and keeps NaN (torch's rule)."""
+
+    x: Operand
+    dtype: Attr[DType]
+
+    def infer(self) -> TensorType:
+        return self.x.with_dtype(self.dtype)
+
+    def reference(self) -> torch.Tensor:
+        return self.x.to(self.dtype.torch)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        for dtype in ("f32", "f16", "bf16", "f64", "i64", "i32", "f8e4m3fn"):
+            yield [r.float(r.n, r.m)], {"dtype": dtype}
+        yield [r.int(-9, 9, r.n)], {"dtype": "f32"}
+        yield [r.int(0, 2, r.n)], {"dtype": "bool"}
+        yield [r.bool(r.n)], {"dtype": "i64"}
+        yield [r.bool(r.n)], {"dtype": "f32"}

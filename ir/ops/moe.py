@@ -1,0 +1,236 @@
+"""`moe`: routing, grouped experts, replica choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moec.ir.errors import require
+from moec.ir.opdef import Attr, Operand, OptionalOperand, op
+from moec.ir.types import DType, TensorType
+
+SCORINGS = ("softmax", "sigmoid", "topk_softmax")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+@op("moe.route")
+class Route:
+    """Choose k of E experts per token: logits [T, E] → weights [T, k] (dtype of logits), experts i64[T, k],
+    best first; ties: lower index.
+
+    `scoring`: "softmax" over all experts (Mixtral, Qwen3-MoE, DeepSeek-V2), "sigmoid" (DeepSeek-V3), or
+    "topk_softmax": select on the logits, softmax over the chosen (GPT-OSS). `bias` [E] is added for the
+    selection only (aux-loss-free balancing, Wang et al. 2024). With `n_group` > 1 only experts of the best
+    `topk_group` groups can be chosen; a group scores its best expert ("max", DeepSeek-V2) or its two best
+    ("top2_sum", DeepSeek-V3); experts of other groups score `masked_score`. `normalize` divides the chosen
+    weights by (their sum + `normalize_eps`); then they are multiplied by `scale`.
+    NaN logits rank above all others, as in a descending sort.
+    """
+
+    logits: Operand
+    bias: OptionalOperand
+    k: Attr[int]
+    scoring: Attr[str] = "softmax"
+    normalize: Attr[bool] = True
+    normalize_eps: Attr[float] = 0.0
+    scale: Attr[float] = 1.0
+    n_group: Attr[int] = 1
+    topk_group: Attr[int] = 1
+    group_score: Attr[str] = "top2_sum"
+    masked_score: Attr[float] = float("-inf")
+
+    def infer(self) -> tuple[TensorType, ...]:
+        t = self.logits
+        require(t.rank == 2 and t.dtype.is_float, f"logits {t} must be floats of rank 2")
+        e = t.shape[1]
+        require(isinstance(e, int) and e > 0, f"the number of experts in {t} must be known")
+        require(1 <= self.k <= e, f"k={self.k} of {e} experts")
+        require(self.scoring in SCORINGS, f"scoring {self.scoring!r} is none of {SCORINGS}")
+        require(self.bias is None or self.bias == TensorType(t.dtype, (e,)), f"bias {self.bias}, expected [{e}]")
+        require(self.n_group >= 1 and e % self.n_group == 0, f"{e} experts in {self.n_group} groups")
+        require(1 <= self.topk_group <= self.n_group, f"topk_group={self.topk_group} of {self.n_group} groups")
+        require(self.group_score in ("max", "top2_sum"), f"group_score {self.group_score!r}")
+        if self.n_group > 1:
+            per_group = e // self.n_group
+            require(self.group_score == "max" or per_group >= 2, "top2_sum needs two experts per group")
+            require(self.k <= per_group * self.topk_group, f"k={self.k} of {per_group * self.topk_group} candidates")
+        return t.with_shape((t.shape[0], self.k)), TensorType(DType.I64, (t.shape[0], self.k))
+
+    def reference(self) -> tuple[torch.Tensor, ...]:
+        x = self.logits
+        scores = {"softmax": lambda: torch.softmax(x, -1), "sigmoid": lambda: torch.sigmoid(x)}.get(
+            self.scoring, lambda: x
+        )()
+        choice = scores if self.bias is None else scores + self.bias
+        if self.n_group > 1:
+            grouped = choice.reshape(x.shape[0], self.n_group, x.shape[1] // self.n_group)
+            best = grouped.sort(dim=-1, descending=True, stable=True).values
+            group = best[..., 0] if self.group_score == "max" else best[..., :2].sum(-1)
+            chosen = group.sort(dim=-1, descending=True, stable=True).indices[:, : self.topk_group]
+            keep = torch.zeros_like(group, dtype=torch.bool).scatter(1, chosen, True)
+            choice = grouped.masked_fill(~keep[..., None], self.masked_score).reshape(x.shape)
+        experts = choice.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
+        weights = scores.gather(1, experts)
+        if self.scoring == "topk_softmax":
+            weights = torch.softmax(weights, -1)
+        if self.normalize and self.scoring != "topk_softmax":
+            weights = weights / (weights.sum(-1, keepdim=True) + self.normalize_eps)
+        return weights * self.scale, experts
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        x = r.float(r.n, 8)
+        yield [x], {"k": 2}
+        yield [x], {"k": 1, "normalize": False}
+        yield [x], {"k": 8, "scoring": "topk_softmax"}
+        yield [x.round()], {"k": 3}
+        v3 = {"scoring": "sigmoid", "n_group": 4, "topk_group": 2, "scale": 2.5, "normalize_eps": 1e-20}
+        yield [x, r.float(8)], {"k": 3, **v3}
+        yield [x, r.float(8)], {"k": 2, "scoring": "sigmoid"}
+        yield [x], {"k": 2, "n_group": 2, "topk_group": 1, "group_score": "max", "normalize": False, "scale": 16.0}
+        yield [x, r.float(8)], {"k": 3, **v3, "masked_score": 0.0}
+
+
+def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gated activation of an expert."""
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "relu":
+        return F.relu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def swiglu_clamped(gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """GPT-OSS: min(gate, limit) · sigmoid(alpha · gate) · (clip(up, ±limit) + 1)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+@op("moe.experts")
+class Experts:
+    """Σ_j weights[t, j] · mlp_{experts[t, j]}(x[t]): x [T, d], weights [T, k], experts i64[T, k],
+    gate_up [E, 2f, d], down [E, d, f], optional biases [E, 2f] and [E, d] → [T, d].
+
+    The first f rows of gate_up are the gate, the last f the up projection; with `interleaved` they
+    alternate. `activation`: "silu" (SwiGLU), "gelu", "gelu_tanh", "relu"; with `limit` the clamped SwiGLU
+    of GPT-OSS with its `alpha`. The weighted sum runs over j in order, in the dtype of x.
+    """
+
+    x: Operand
+    weights: Operand
+    experts: Operand
+    gate_up: Operand
+    down: Operand
+    gate_up_bias: OptionalOperand
+    down_bias: OptionalOperand
+    activation: Attr[str] = "silu"
+    interleaved: Attr[bool] = False
+    limit: Attr[Any] = None
+    alpha: Attr[float] = 1.702
+
+    def infer(self) -> TensorType:
+        x, gu, dn = self.x, self.gate_up, self.down
+        require(x.rank == 2 and x.dtype.is_float, f"x {x} must be floats of rank 2")
+        check_routing(x, self.weights, self.experts)
+        require(gu.rank == 3 and dn.rank == 3, f"gate_up {gu} and down {dn} must have rank 3")
+        require(gu.dtype == dn.dtype == x.dtype, f"dtypes of x {x.dtype}, gate_up {gu.dtype}, down {dn.dtype} differ")
+        check_expert_shapes(x, gu.shape, dn.shape)
+        for bias, size in ((self.gate_up_bias, gu.shape[1]), (self.down_bias, dn.shape[1])):
+            require(
+                bias is None or bias == TensorType(x.dtype, (gu.shape[0], size)), f"bias {bias}, expected [E, {size}]"
+            )
+        require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {ACTIVATIONS}")
+        require(self.limit is None or isinstance(self.limit, float), f"limit {self.limit!r} is not a float")
+        return x
+
+    def reference(self) -> torch.Tensor:
+        def mlp(e: int, rows: torch.Tensor) -> torch.Tensor:
+            h = F.linear(rows, self.gate_up[e], None if self.gate_up_bias is None else self.gate_up_bias[e])
+            gate, up = (h[..., 0::2], h[..., 1::2]) if self.interleaved else h.chunk(2, dim=-1)
+            if self.limit is None:
+                h = activate(gate, up, self.activation)
+            else:
+                h = swiglu_clamped(gate, up, self.limit, self.alpha)
+            return F.linear(h, self.down[e], None if self.down_bias is None else self.down_bias[e])
+
+        return combine_experts(self.x, self.weights, self.experts, self.gate_up.shape[0], mlp)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        d, f, e, k = r.k, r.m, 5, 2
+        x, w, idx = r.float(r.n, d), r.float(r.n, k, positive=True), r.int(0, e, r.n, k)
+        gu, dn = r.float(e, 2 * f, d), r.float(e, d, f)
+        yield [x, w, idx, gu, dn], {}
+        yield [x, w, torch.full_like(idx, 3), gu, dn], {"activation": "gelu"}
+        yield [x, w, idx, gu, dn, r.float(e, 2 * f), r.float(e, d)], {"interleaved": True, "limit": 7.0}
+        yield [x, w, idx, gu, dn], {"activation": "relu", "interleaved": True}
+
+
+def check_routing(x: TensorType, weights: TensorType, experts: TensorType) -> None:
+    """Routing weights [T, k] floats and experts i64[T, k] for x [T, d]. Raises CompileError."""
+    require(weights.rank == 2 and weights.shape[0] == x.shape[0], f"weights {weights} for x {x}")
+    require(weights.dtype.is_float, f"weights are {weights.dtype}")
+    require(experts == TensorType(DType.I64, weights.shape), f"experts {experts}, expected i64 like weights {weights}")
+
+
+def check_expert_shapes(x: TensorType, gate_up: tuple, down: tuple) -> None:
+    """gate_up [E, 2f, d] and down [E, d, f] for x [T, d]. Raises CompileError."""
+    e, two_f, d = gate_up
+    require(d == x.shape[1], f"x has {x.shape[1]} channels, gate_up takes {d}")
+    require(isinstance(two_f, int) and two_f % 2 == 0, f"gate_up has an odd number of rows: {two_f}")
+    require(down == (e, d, two_f // 2), f"down {list(down)}, expected [{e}, {d}, {two_f // 2}]")
+
+
+def combine_experts(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, num: int, mlp: Any) -> torch.Tensor:
+    """Run `mlp(e, rows)` for every used expert and add up the weighted results per token, j in order."""
+    tokens, k = experts.shape
+    flat = experts.reshape(-1)
+    if tokens and not bool(((flat >= 0) & (flat < num)).all()):
+        raise ValueError(f"expert ids from {int(flat.min())} to {int(flat.max())}, there are {num} experts")
+    rows = x.new_empty(tokens * k, x.shape[1])
+    for e in flat.unique().tolist():
+        at = (flat == e).nonzero()[:, 0]
+        rows[at] = mlp(e, x[at // k])
+    out = torch.zeros_like(x)
+    for j, part in enumerate(rows.reshape(tokens, k, x.shape[1]).unbind(1)):
+        out = out + part * weights[:, j, None].to(x.dtype)
+    return out
+
+
+@op("moe.remap")
+class Remap:
+    """Logical → physical experts: experts i64[T, k], table i64[E, R], count i64[E] → i64[T, k].
+
+    Expert e has count[e] ≥ 1 replicas at slots table[e, :count[e]]; assignment (t, j) takes replica
+    t mod count[e], a function of token and expert only.
+    """
+
+    experts: Operand
+    table: Operand
+    count: Operand
+
+    def infer(self) -> TensorType:
+        e, t, c = self.experts, self.table, self.count
+        require(e.rank == 2 and e.dtype is DType.I64, f"experts {e} must be i64 of rank 2")
+        require(t.rank == 2 and t.dtype is DType.I64, f"table {t} must be i64 of rank 2")
+        require(c == TensorType(DType.I64, t.shape[:1]), f"count {c}, expected i64[{t.shape[0]}]")
+        return e
+
+    def reference(self) -> torch.Tensor:
+        token = torch.arange(self.experts.shape[0])[:, None]
+        replica = token % self.count[self.experts]
+        return self.table[self.experts, replica]
+
+    def decompose(self, b: Any) -> Any:
+        t, k = self.experts.shape
+        token = b.expand(b.reshape(b.arange(end=t), shape=(t, 1)), shape=(t, k))
+        replica = b.mod(token, b.gather(self.count, self.experts))
+        width = self.table.shape[1]
+        flat = b.reshape(self.table, shape=(self.table.shape[0] * width,))
+        return b.gather(flat, b.add(b.mul(self.experts, width), replica))
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        table = torch.tensor([[0, 0], [1, 4], [2, 2], [3, 5]])
+        yield [r.int(0, 4, r.n, 2), table, torch.tensor([1, 2, 1, 2])], {}

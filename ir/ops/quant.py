@@ -1,0 +1,234 @@
+"""`quant`: block-scaled FP8 (DeepSeek-V3 technical report, §3.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moec.ir.dims import ceil_div
+from moec.ir.errors import require
+from moec.ir.opdef import Attr, Operand, OptionalOperand, op
+from moec.ir.ops.moe import ACTIVATIONS, activate, check_expert_shapes, check_routing, combine_experts
+from moec.ir.types import DType, TensorType
+
+E4M3_MAX = 448.0
+
+
+def scale_type(codes: TensorType, block: tuple[int, int]) -> TensorType:
+    """f32 scales of codes [..., R, C] in blocks of `block`: [..., ⌈R/rows⌉, ⌈C/columns⌉]; edge blocks are
+    ragged."""
+    *lead, rows, columns = codes.shape
+    return TensorType(DType.F32, (*lead, ceil_div(rows, block[0]), ceil_div(columns, block[1])))
+
+
+def block_amax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Largest magnitude per block: x [..., R, C] → [..., ⌈R/rows⌉, ⌈C/columns⌉]."""
+    *lead, rows, columns = x.shape
+    br, bc = block
+    padded = F.pad(x.abs(), (0, -columns % bc, 0, -rows % br))
+    return (
+        padded.reshape(*lead, -(-rows // br), br, -(-columns // bc), bc).amax((-3, -1))
+        if x.numel()
+        else (x.new_zeros(*lead, -(-rows // br), -(-columns // bc)))
+    )
+
+
+def spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
+    """Each block's scale at each of its elements."""
+    wide = scale.repeat_interleave(block[0], dim=-2).repeat_interleave(block[1], dim=-1)
+    return wide[..., : shape[-2], : shape[-1]]
+
+
+def quantize_blocks(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 codes and f32 scales: scale = amax / 448 (1 for an all-zero block), code = round(x / scale) to
+    nearest even, saturating; NaN stays NaN and makes its block's scale NaN."""
+    x = x.to(torch.float32)
+    amax = block_amax(x, block)
+    scale = torch.where(amax == 0, torch.ones_like(amax), amax / E4M3_MAX)
+    return (x / spread(scale, tuple(x.shape), block)).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """codes · scale in f32."""
+    return codes.to(torch.float32) * spread(scale, tuple(codes.shape), block)
+
+
+@op("quant.quantize")
+class Quantize:
+    """Block-scaled E4M3: x [..., R, C] → codes f8e4m3fn[..., R, C], scales f32[..., ⌈R/rows⌉, ⌈C/columns⌉].
+
+    scale = amax/448 over blocks of `block` = (rows, columns), 1 where the block is all zero; codes round
+    to nearest even and saturate. A block of (1, 128) gives scales per token that do not depend on the
+    batch.
+    """
+
+    x: Operand
+    block: Attr[tuple]
+
+    def infer(self) -> tuple[TensorType, ...]:
+        require(self.x.rank >= 2 and self.x.dtype.is_float, f"takes floats of rank ≥ 2, got {self.x}")
+        check_block(self.block)
+        codes = self.x.with_dtype(DType.F8E4M3)
+        return codes, scale_type(codes, self.block)
+
+    def reference(self) -> tuple[torch.Tensor, ...]:
+        return quantize_blocks(self.x, self.block)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, 2 * r.k)], {"block": (1, 4)}
+        yield [r.float(2, r.n, r.k, dtype="bf16")], {"block": (1, 128)}
+        yield [r.float(r.k, r.m)], {"block": (4, 2)}
+        yield [torch.zeros(r.n, r.k)], {"block": (1, 4)}
+
+
+def check_block(block: tuple[int, ...]) -> None:
+    ok = len(block) == 2 and all(isinstance(b, int) and b >= 1 for b in block)
+    require(ok, f"block {block} must be two positive ints")
+
+
+@op("quant.dequantize")
+class Dequantize:
+    """codes [..., R, C] · their block's scale, as `dtype`."""
+
+    codes: Operand
+    scale: Operand
+    block: Attr[tuple]
+    dtype: Attr[DType] = DType.F32
+
+    def infer(self) -> TensorType:
+        check_block(self.block)
+        require(self.codes.dtype is DType.F8E4M3 and self.codes.rank >= 2, f"codes {self.codes}")
+        want = scale_type(self.codes, self.block)
+        require(self.scale == want, f"scale {self.scale}, expected {want}")
+        require(self.dtype.is_float, f"dtype {self.dtype}")
+        return self.codes.with_dtype(self.dtype)
+
+    def reference(self) -> torch.Tensor:
+        return dequantize_blocks(self.codes, self.scale, self.block).to(self.dtype.torch)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        for block in ((1, 4), (4, 2)):
+            codes, scale = quantize_blocks(r.float(r.n, r.k), block)
+            yield [codes, scale], {"block": block}
+        yield [codes, scale], {"block": (4, 2), "dtype": "bf16"}
+
+
+@op("quant.scaled_linear")
+class ScaledLinear:
+    """y = dequant(x) @ dequant(weight)ᵀ (+ bias): x codes [..., M, K] with scales per (1, group), weight
+    codes [N, K] with scales per `block`; products are accumulated in f32 → `dtype` [..., M, N].
+
+    Products of E4M3 codes are exact in f32, so lowerings may scale per K-block or per element; they differ
+    in the order of additions only.
+    """
+
+    x: Operand
+    x_scale: Operand
+    weight: Operand
+    weight_scale: Operand
+    bias: OptionalOperand
+    block: Attr[tuple] = (128, 128)
+    group: Attr[int] = 128
+    dtype: Attr[DType] = DType.F32
+
+    def infer(self) -> TensorType:
+        x, w = self.x, self.weight
+        check_block(self.block)
+        require(x.dtype is DType.F8E4M3 and w.dtype is DType.F8E4M3, f"codes are {x.dtype} and {w.dtype}")
+        require(w.rank == 2 and x.rank >= 2 and x.shape[-1] == w.shape[1], f"x {x}, weight {w}")
+        for what, got, want in (
+            ("x_scale", self.x_scale, scale_type(x, (1, self.group))),
+            ("weight_scale", self.weight_scale, scale_type(w, self.block)),
+        ):
+            require(got == want, f"{what} {got}, expected {want}")
+        require(self.bias is None or self.bias == TensorType(self.dtype, w.shape[:1]), f"bias {self.bias}")
+        return TensorType(self.dtype, (*x.shape[:-1], w.shape[0]))
+
+    def reference(self) -> torch.Tensor:
+        x = dequantize_blocks(self.x, self.x_scale, (1, self.group))
+        w = dequantize_blocks(self.weight, self.weight_scale, self.block)
+        y = F.linear(x, w).to(self.dtype.torch)
+        return y if self.bias is None else y + self.bias
+
+    def decompose(self, b: Any) -> Any:
+        x = b.dequantize(self.x, self.x_scale, block=(1, self.group))
+        w = b.dequantize(self.weight, self.weight_scale, block=self.block)
+        y = b.op("linear.linear", [x, w])
+        y = y if self.dtype is DType.F32 else b.cast(y, dtype=self.dtype)
+        return y if self.bias is None else b.add(y, self.bias)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        x, xs = quantize_blocks(r.float(r.n, r.k), (1, 4))
+        w, ws = quantize_blocks(r.float(r.m, r.k), (2, 4))
+        yield [x, xs, w, ws], {"block": (2, 4), "group": 4}
+        yield [x, xs, w, ws, r.float(r.m)], {"block": (2, 4), "group": 4}
+
+
+@op("quant.scaled_experts")
+class ScaledExperts:
+    """`moe.experts` on FP8 weights: codes [E, 2f, d] and [E, d, f] with f32 scales per `block` of each
+    expert's matrix. x [T, d] is f32/bf16; with `group` the rows going into each of the two products are
+    quantised per (1, group) first (W8A8), with group=None they stay (weight-only). Products accumulate
+    in f32; the result has the dtype of x."""
+
+    x: Operand
+    weights: Operand
+    experts: Operand
+    gate_up: Operand
+    gate_up_scale: Operand
+    down: Operand
+    down_scale: Operand
+    block: Attr[tuple] = (128, 128)
+    group: Attr[Any] = 128
+    activation: Attr[str] = "silu"
+
+    def infer(self) -> TensorType:
+        x, gu, dn = self.x, self.gate_up, self.down
+        check_block(self.block)
+        require(x.rank == 2 and x.dtype.is_float, f"x {x} must be floats of rank 2")
+        check_routing(x, self.weights, self.experts)
+        require(gu.rank == 3 and dn.rank == 3, f"gate_up {gu} and down {dn} must have rank 3")
+        require(gu.dtype is DType.F8E4M3 and dn.dtype is DType.F8E4M3, f"codes are {gu.dtype} and {dn.dtype}")
+        check_expert_shapes(x, gu.shape, dn.shape)
+        for what, got, codes in (("gate_up", self.gate_up_scale, gu), ("down", self.down_scale, dn)):
+            want = scale_type(codes, self.block)
+            require(got == want, f"{what}_scale {got}, expected {want}")
+        require(self.group is None or (isinstance(self.group, int) and self.group > 0), f"group {self.group!r}")
+        require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {ACTIVATIONS}")
+        return x
+
+    def reference(self) -> torch.Tensor:
+        def rounded(rows: torch.Tensor) -> torch.Tensor:
+            if self.group is None:
+                return rows.to(torch.float32)
+            block = (1, self.group)
+            return dequantize_blocks(*quantize_blocks(rows, block), block)
+
+        def mlp(e: int, rows: torch.Tensor) -> torch.Tensor:
+            gate_up = dequantize_blocks(self.gate_up[e], self.gate_up_scale[e], self.block)
+            down = dequantize_blocks(self.down[e], self.down_scale[e], self.block)
+            gate, up = F.linear(rounded(rows), gate_up).chunk(2, dim=-1)
+            return F.linear(rounded(activate(gate, up, self.activation)), down).to(self.x.dtype)
+
+        return combine_experts(self.x, self.weights, self.experts, self.gate_up.shape[0], mlp)
+
+    def decompose(self, b: Any) -> Any:
+        """Weight-only: dequantise and run the experts in the dtype of x."""
+        require(self.group is None, "quant.scaled_experts with activations in FP8 has no decomposition")
+        weights = [
+            b.dequantize(codes, scale, block=self.block, dtype=self.x.dtype)
+            for codes, scale in ((self.gate_up, self.gate_up_scale), (self.down, self.down_scale))
+        ]
+        return b.op("moe.experts", [self.x, self.weights, self.experts, *weights], {"activation": self.activation})
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        d, f, e, k = r.k, r.m, 5, 2
+        x, w, idx = r.float(r.n, d), r.float(r.n, k, positive=True), r.int(0, e, r.n, k)
+        gu, dn = quantize_blocks(r.float(e, 2 * f, d), (2, 4)), quantize_blocks(r.float(e, d, f), (2, 4))
+        for group in (4, None):
+            yield [x, w, idx, *gu, *dn], {"block": (2, 4), "group": group}

@@ -1,0 +1,428 @@
+"""`tensor`: constants, shapes, slicing, gathering."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from moec.ir.dims import Dim, product, size
+from moec.ir.errors import require
+from moec.ir.opdef import Attr, Operand, Operands, op
+from moec.ir.ops.reduction import normal_axis
+from moec.ir.types import DType, TensorType, broadcast
+
+# larger constants are weights: they would make the text unreadable
+INLINE_LIMIT = 64
+
+
+@op("tensor.constant")
+class Constant:
+    """A small literal: `value` holds the elements in row-major order."""
+
+    value: Attr[tuple]
+    type: Attr[TensorType]
+
+    def infer(self) -> TensorType:
+        require(self.type.is_static, f"constant of symbolic type {self.type}")
+        require(len(self.value) == self.type.numel, f"{len(self.value)} elements for {self.type}")
+        require(len(self.value) <= INLINE_LIMIT, f"{len(self.value)} elements inline, at most {INLINE_LIMIT}")
+        return self.type
+
+    def reference(self) -> torch.Tensor:
+        return torch.tensor(self.value, dtype=self.type.dtype.torch).reshape(self.type.shape)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [], {"value": (1.5,), "type": TensorType(DType.F32, ())}
+        yield [], {"value": tuple(range(r.n)), "type": TensorType(DType.I64, (r.n,))}
+
+
+@op("tensor.dim")
+class DimValue:
+    """A size as a scalar i64."""
+
+    value: Attr[Any]
+
+    def infer(self) -> TensorType:
+        require(isinstance(self.value, int | Dim), f"value must be a size, got {self.value!r}")
+        return TensorType(DType.I64, ())
+
+    def reference(self) -> torch.Tensor:
+        return torch.tensor(self.value, dtype=torch.int64)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [], {"value": r.n}
+
+
+@op("tensor.arange")
+class Arange:
+    """start, start + step, … below `end`; sizes may be symbolic, `step` is a positive int."""
+
+    end: Attr[Any]
+    start: Attr[Any] = 0
+    step: Attr[int] = 1
+    dtype: Attr[DType] = DType.I64
+
+    def infer(self) -> TensorType:
+        require(self.step > 0, f"step {self.step} is not positive")
+        span = size(self.end) - size(self.start)
+        count = -(-span // self.step) if isinstance(span, int) else (span + (self.step - 1)) // self.step
+        require(not isinstance(count, int) or count >= 0, f"empty range {self.start} … {self.end}")
+        return TensorType(self.dtype, (count,))
+
+    def reference(self) -> torch.Tensor:
+        return torch.arange(self.start, self.end, self.step, dtype=self.dtype.torch)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [], {"end": r.n}
+        yield [], {"end": r.n + 3, "start": 1, "step": 2, "dtype": "f32"}
+
+
+@op("tensor.full")
+class Full:
+    """A tensor of one value."""
+
+    shape: Attr[tuple]
+    value: Attr[Any]
+    dtype: Attr[DType]
+
+    def infer(self) -> TensorType:
+        require(isinstance(self.value, int | float), f"value must be a number, got {self.value!r}")
+        return TensorType(self.dtype, self.shape)
+
+    def reference(self) -> torch.Tensor:
+        return torch.full(self.shape, self.value, dtype=self.dtype.torch)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [], {"shape": (r.n, r.m), "value": 2.5, "dtype": "f32"}
+        yield [], {"shape": (), "value": True, "dtype": "bool"}
+
+
+@op("tensor.reshape")
+class Reshape:
+    """The same elements in row-major order under another shape (no −1; sizes may be symbolic)."""
+
+    x: Operand
+    shape: Attr[tuple]
+
+    def infer(self) -> TensorType:
+        shape = ", ".join(map(str, self.shape))
+        require(product(self.shape) == self.x.numel, f"{self.x.numel} elements do not fit shape [{shape}]")
+        return self.x.with_shape(self.shape)
+
+    def reference(self) -> torch.Tensor:
+        return self.x.reshape(self.shape)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.m, r.k)], {"shape": (r.n * r.m, r.k)}
+        yield [r.float(r.n, r.m)], {"shape": (r.m, 1, r.n)}
+
+
+@op("tensor.transpose")
+class Transpose:
+    """Permute axes: result axis i is operand axis perm[i]."""
+
+    x: Operand
+    perm: Attr[tuple]
+
+    def infer(self) -> TensorType:
+        require(sorted(self.perm) == list(range(self.x.rank)), f"perm {self.perm} for rank {self.x.rank}")
+        return self.x.with_shape([self.x.shape[p] for p in self.perm])
+
+    def reference(self) -> torch.Tensor:
+        return self.x.permute(self.perm)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.m, r.k)], {"perm": (2, 0, 1)}
+
+
+@op("tensor.expand")
+class Expand:
+    """Broadcast to `shape` (NumPy rules)."""
+
+    x: Operand
+    shape: Attr[tuple]
+
+    def infer(self) -> TensorType:
+        require(broadcast(self.x.shape, self.shape) == self.shape, f"{self.x} does not expand to {list(self.shape)}")
+        return self.x.with_shape(self.shape)
+
+    def reference(self) -> torch.Tensor:
+        return self.x.expand(self.shape)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.m, 1)], {"shape": (r.n, r.m, r.k)}
+        yield [r.float(r.n)], {"shape": (r.n,)}
+
+
+@op("tensor.slice")
+class Slice:
+    """x[start:end:step] along `axis`; 0 ≤ start ≤ end ≤ size, step ≥ 1; sizes may be symbolic."""
+
+    x: Operand
+    axis: Attr[int]
+    start: Attr[Any] = 0
+    end: Attr[Any] = 0
+    step: Attr[int] = 1
+
+    def infer(self) -> TensorType:
+        axis = normal_axis(self.axis, self.x.rank)
+        extent = self.x.shape[axis]
+        require(self.step >= 1, f"step {self.step} is not positive")
+        for name, v in (("start", self.start), ("end", self.end)):
+            require(isinstance(v, int | Dim), f"{name} must be a size, got {v!r}")
+            require(not isinstance(v, int) or v >= 0, f"{name} {v} is negative")
+            both = isinstance(v, int) and isinstance(extent, int)
+            require(not both or v <= extent, f"{name} {v} is beyond size {extent} of axis {axis}")
+        span = self.end - self.start
+        require(not isinstance(span, int) or span >= 0, f"start {self.start} is after end {self.end}")
+        count = span if self.step == 1 else (span + (self.step - 1)) // self.step
+        return self.x.with_shape([count if i == axis else s for i, s in enumerate(self.x.shape)])
+
+    def reference(self) -> torch.Tensor:
+        index = [slice(None)] * self.x.dim()
+        index[self.axis] = slice(self.start, self.end, self.step)
+        return self.x[tuple(index)]
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.k)], {"axis": 1, "start": 0, "end": r.k - 1}
+        yield [r.float(r.n, r.k)], {"axis": -1, "start": 1, "end": r.k, "step": 2}
+        yield [r.float(r.n, r.k)], {"axis": 0, "start": r.n, "end": r.n}
+
+
+@op("tensor.concat")
+class Concat:
+    """Join along `axis`."""
+
+    xs: Operands
+    axis: Attr[int]
+
+    def infer(self) -> TensorType:
+        require(self.xs, "needs at least one operand")
+        first = self.xs[0]
+        axis = normal_axis(self.axis, first.rank)
+        total: Any = 0
+        for x in self.xs:
+            require(x.dtype == first.dtype and x.rank == first.rank, f"{x} and {first} do not join")
+            others = [i for i in range(x.rank) if i != axis and x.shape[i] != first.shape[i]]
+            require(not others, f"{x} and {first} differ on axes {others}")
+            total = total + x.shape[axis]
+        return first.with_shape([total if i == axis else s for i, s in enumerate(first.shape)])
+
+    def reference(self) -> torch.Tensor:
+        return torch.cat(self.xs, dim=self.axis)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.m), r.float(r.n, r.k), r.float(r.n, 1)], {"axis": 1}
+        yield [r.float(r.n, r.m), r.float(3, r.m)], {"axis": 0}
+        yield [r.float(r.n)], {"axis": 0}
+
+
+@op("tensor.split")
+class Split:
+    """Cut along `axis` into pieces of `sizes` (which add up to the size)."""
+
+    x: Operand
+    axis: Attr[int]
+    sizes: Attr[tuple]
+
+    def infer(self) -> tuple[TensorType, ...]:
+        axis = normal_axis(self.axis, self.x.rank)
+        total: Any = 0
+        for s in self.sizes:
+            total = total + s
+        require(total == self.x.shape[axis], f"sizes {list(self.sizes)} do not add up to {self.x.shape[axis]}")
+        return tuple(self.x.with_shape([s if i == axis else d for i, d in enumerate(self.x.shape)]) for s in self.sizes)
+
+    def reference(self) -> tuple[torch.Tensor, ...]:
+        return torch.split(self.x, list(self.sizes), dim=self.axis)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.k)], {"axis": -1, "sizes": (1, r.k - 1)}
+        yield [r.float(r.n, r.k)], {"axis": 0, "sizes": (r.n,)}
+
+
+@op("tensor.gather")
+class Gather:
+    """Rows by index (ONNX Gather, torch index_select with any index shape): the index's shape takes the
+    place of `axis`. Indices are i64 or i32 in [−size, size)."""
+
+    x: Operand
+    index: Operand
+    axis: Attr[int] = 0
+
+    def infer(self) -> TensorType:
+        require(self.index.dtype in (DType.I64, DType.I32), f"index is {self.index.dtype}")
+        axis = normal_axis(self.axis, self.x.rank)
+        return self.x.with_shape([*self.x.shape[:axis], *self.index.shape, *self.x.shape[axis + 1 :]])
+
+    def reference(self) -> torch.Tensor:
+        axis = self.axis % self.x.dim()
+        flat = self.index.reshape(-1).long()
+        flat = torch.where(flat < 0, flat + self.x.shape[axis], flat)
+        shape = (*self.x.shape[:axis], *self.index.shape, *self.x.shape[axis + 1 :])
+        return self.x.index_select(axis, flat).reshape(shape)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.k, r.m), r.int(0, r.k, r.n, 2)], {}
+        yield [r.float(r.m, r.k), r.int(-r.k, r.k, r.n)], {"axis": -1}
+        yield [r.float(r.k, r.m), r.int(0, r.k)], {}
+
+
+@op("tensor.gather_elements")
+class GatherElements:
+    """out[i][j] = x[i][index[i][j]] for axis 1, and so on (torch.gather, ONNX GatherElements)."""
+
+    x: Operand
+    index: Operand
+    axis: Attr[int]
+
+    def infer(self) -> TensorType:
+        require(self.index.dtype is DType.I64, f"index is {self.index.dtype}, not i64")
+        require(self.index.rank == self.x.rank, f"ranks differ: {self.x} and {self.index}")
+        axis = normal_axis(self.axis, self.x.rank)
+        for i, (a, b) in enumerate(zip(self.x.shape, self.index.shape, strict=True)):
+            both = isinstance(a, int) and isinstance(b, int)
+            require(i == axis or not both or b <= a, f"index is longer than x on axis {i}: {b} > {a}")
+        return self.x.with_shape(self.index.shape)
+
+    def reference(self) -> torch.Tensor:
+        return torch.gather(self.x, self.axis, self.index)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.k), r.int(0, r.k, r.n, r.m)], {"axis": 1}
+        yield [r.float(r.k, r.n), r.int(0, r.k, r.m, r.n)], {"axis": 0}
+
+
+@op("tensor.scatter_elements")
+class ScatterElements:
+    """x with out[i][index[i][j]] = source[i][j] for axis 1, and so on; `reduce` is "none" (the last write
+    wins on duplicate indices is not promised) or "add"."""
+
+    x: Operand
+    index: Operand
+    source: Operand
+    axis: Attr[int]
+    reduce: Attr[str] = "none"
+
+    def infer(self) -> TensorType:
+        require(self.index.dtype is DType.I64, f"index is {self.index.dtype}, not i64")
+        require(self.source.dtype == self.x.dtype, f"dtypes differ: {self.x} and {self.source}")
+        require(self.reduce in ("none", "add"), f"reduce is {self.reduce!r}")
+        require(self.index.shape == self.source.shape, f"index {self.index} and source {self.source} differ")
+        require(self.index.rank == self.x.rank, f"ranks differ: {self.x} and {self.index}")
+        normal_axis(self.axis, self.x.rank)
+        return self.x
+
+    def reference(self) -> torch.Tensor:
+        if self.reduce == "add":
+            return self.x.scatter_add(self.axis, self.index, self.source)
+        return self.x.scatter(self.axis, self.index, self.source)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        perm = torch.stack([torch.randperm(r.k, generator=r.generator) for _ in range(r.n)] or [torch.empty(0, r.k)])
+        yield [r.float(r.n, r.k), perm.reshape(r.n, r.k).long(), r.float(r.n, r.k)], {"axis": 1}
+        yield [r.float(r.n, r.k), r.int(0, r.k, r.n, 2), r.float(r.n, 2)], {"axis": 1, "reduce": "add"}
+
+
+@op("tensor.index_put")
+class IndexPut:
+    """x with rows (along axis 0) at `index` replaced by `source`, or added to with `accumulate`."""
+
+    x: Operand
+    index: Operand
+    source: Operand
+    accumulate: Attr[bool] = False
+
+    def infer(self) -> TensorType:
+        require(self.index.dtype in (DType.I64, DType.I32), f"index is {self.index.dtype}")
+        require(self.source.dtype == self.x.dtype, f"dtypes differ: {self.x} and {self.source}")
+        want = (*self.index.shape, *self.x.shape[1:])
+        require(broadcast(self.source.shape, want) == want, f"source {self.source} does not fill {list(want)}")
+        return self.x
+
+    def reference(self) -> torch.Tensor:
+        return self.x.index_put((self.index.long(),), self.source, accumulate=self.accumulate)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.m), torch.randperm(r.n, generator=r.generator), r.float(r.n, r.m)], {}
+        yield [r.float(r.k, r.m), r.int(0, r.k, r.n), r.float(r.n, r.m)], {"accumulate": True}
+
+
+@op("tensor.histc")
+class Histc:
+    """Counts of integers 0 … bins−1 (others are ignored), i64[bins]."""
+
+    x: Operand
+    bins: Attr[int]
+
+    def infer(self) -> TensorType:
+        require(self.x.dtype.is_integer, f"takes integers, got {self.x.dtype}")
+        require(self.bins > 0, f"{self.bins} bins")
+        return TensorType(DType.I64, (self.bins,))
+
+    def reference(self) -> torch.Tensor:
+        flat = self.x.reshape(-1).long()
+        return torch.bincount(flat[(flat >= 0) & (flat < self.bins)], minlength=self.bins)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.int(0, r.k, r.n)], {"bins": r.k}
+        yield [r.int(-2, 9, r.n, r.m)], {"bins": 5}
+
+
+@op("tensor.one_hot")
+class OneHot:
+    """i64 indicator of each index along a new last axis of `depth`."""
+
+    index: Operand
+    depth: Attr[int]
+
+    def infer(self) -> TensorType:
+        require(self.index.dtype is DType.I64, f"index is {self.index.dtype}, not i64")
+        return TensorType(DType.I64, (*self.index.shape, self.depth))
+
+    def reference(self) -> torch.Tensor:
+        return (self.index[..., None] == torch.arange(self.depth)).long()
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.int(0, r.k, r.n, r.m)], {"depth": r.k}
+
+
+@op("tensor.pad")
+class Pad:
+    """Constant padding: `before` and `after` per axis, not negative."""
+
+    x: Operand
+    before: Attr[tuple]
+    after: Attr[tuple]
+    value: Attr[Any] = 0
+
+    def infer(self) -> TensorType:
+        require(len(self.before) == len(self.after) == self.x.rank, f"pads {self.before} {self.after} for {self.x}")
+        require(all(not isinstance(p, int) or p >= 0 for p in (*self.before, *self.after)), "negative padding")
+        return self.x.with_shape([b + s + a for b, s, a in zip(self.before, self.x.shape, self.after, strict=True)])
+
+    def reference(self) -> torch.Tensor:
+        flat = [p for b, a in zip(reversed(self.before), reversed(self.after), strict=True) for p in (b, a)]
+        return torch.nn.functional.pad(self.x, flat, value=self.value)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.float(r.n, r.m)], {"before": (0, 1), "after": (2, 0), "value": math.pi}
+        yield [r.int(0, 5, r.n)], {"before": (1,), "after": (1,), "value": 7}

@@ -1,0 +1,113 @@
+"""Weights: a name, a type, and a source whose bytes are read only when a backend needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from moec.ir.errors import CompileError
+from moec.ir.types import TensorType
+from safetensors import safe_open
+
+
+class WeightSource(Protocol):
+    """Where bytes come from."""
+
+    def load(self) -> torch.Tensor:
+        """The tensor, in its stored dtype, on CPU."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource:
+    """A live torch tensor (shared, not copied; detached)."""
+
+    tensor: torch.Tensor
+
+    def load(self) -> torch.Tensor:
+        return self.tensor.detach()
+
+
+@dataclass(frozen=True)
+class SafetensorsSource:
+    """One tensor of a safetensors file, memory-mapped by the library."""
+
+    path: Path
+    key: str
+
+    def load(self) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as f:
+            return f.get_tensor(self.key)
+
+
+@dataclass(eq=False)
+class ComputedSource:
+    """Derived from other weights when first asked for; kept afterwards."""
+
+    compute: Callable[[], torch.Tensor]
+    _value: torch.Tensor | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def load(self) -> torch.Tensor:
+        with self._lock:
+            if self._value is None:
+                self._value = self.compute()
+            return self._value
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A named constant tensor of a model. `source` is None where only the type is known (parsed text,
+    meta tensors); `digest` is the SHA-256 of dtype, shape and bytes where it was computed."""
+
+    name: str
+    type: TensorType
+    source: WeightSource | None = None
+    digest: str | None = None
+
+    def load(self) -> torch.Tensor:
+        """The data. Raises CompileError if there is none or it does not have the declared type."""
+        if self.source is None:
+            raise CompileError(
+                f"weight {self.name!r} has no data", code="weight", hint="bind weights with graph.bind_weights(...)"
+            )
+        tensor = self.source.load()
+        if TensorType.of(tensor) != self.type:
+            raise CompileError(
+                f"weight {self.name!r} is declared {self.type} but its data is {TensorType.of(tensor)}", code="weight"
+            )
+        if tensor.device.type == "meta":
+            raise CompileError(f"weight {self.name!r} is a meta tensor without data", code="weight")
+        return tensor
+
+    def with_digest(self) -> Weight:
+        """The same weight with its digest computed (reads the data)."""
+        return Weight(self.name, self.type, self.source, self.digest or digest(self.load()))
+
+    @staticmethod
+    def of(name: str, tensor: torch.Tensor) -> Weight:
+        return Weight(name, TensorType.of(tensor), TensorSource(tensor))
+
+    def __eq__(self, other: object) -> bool:
+        """Same name and type, and same digest where both have one."""
+        if not isinstance(other, Weight):
+            return NotImplemented
+        same = self.name == other.name and self.type == other.type
+        return same and (self.digest is None or other.digest is None or self.digest == other.digest)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.type))
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes of a tensor."""
+    h = hashlib.sha256(str(TensorType.of(tensor)).encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        h.update(flat.view(torch.uint8).numpy().data)
+    return h.hexdigest()
