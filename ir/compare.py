@@ -65,8 +65,8 @@ def same_attrs(a: dict, b: dict) -> bool:
 def _same(a: object, b: object) -> bool:
     if type(a) is not type(b):
         return False
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))  # type: ignore[arg-type]
-    if isinstance(a, float):
-        return a.hex() == b.hex()  # type: ignore[attr-defined]  # tells -0.0 from 0.0, NaN equals NaN
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return a.hex() == b.hex()  # tells -0.0 from 0.0, NaN equals NaN
     return a == b

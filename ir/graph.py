@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import networkx
 
 
+# room between neighbours' order numbers, so that insertion rarely renumbers
+_ORDER_GAP = 1 << 40
+
+
 class Value:
     """An SSA value: a graph input, a weight, or a result of a node.
 
@@ -72,7 +76,7 @@ class Value:
 class Node:
     """An operation: op definition, operands (None where an optional one is absent), attributes, results."""
 
-    __slots__ = ("_next", "_prev", "attrs", "graph", "location", "opdef", "operands", "results")
+    __slots__ = ("_next", "_order", "_prev", "attrs", "graph", "location", "opdef", "operands", "results")
 
     def __init__(self, opdef: OpDef, operands: Sequence[Value | None], attrs: Mapping[str, Any], location: Location):
         self.opdef = opdef
@@ -83,6 +87,11 @@ class Node:
         self.graph: Graph | None = None
         self._prev: Node | None = None
         self._next: Node | None = None
+        self._order = 0
+
+    def precedes(self, other: Node) -> bool:
+        """Whether this node comes before another of the same graph (constant time)."""
+        return self._order < other._order
 
     @property
     def op(self) -> str:
@@ -201,6 +210,21 @@ class Graph:
         else:
             self._last = node
         self._count += 1
+        low = node._prev._order if node._prev else 0
+        node._order = (low + before._order) // 2 if before else low + _ORDER_GAP
+        if before and not low < node._order:
+            self._renumber()
+
+    def _renumber(self) -> None:
+        for i, node in enumerate(self.nodes, 1):
+            node._order = i * _ORDER_GAP
+
+    def move_before(self, node: Node, before: Node | None) -> None:
+        """Move a node in the order (before=None: to the end); the caller keeps SSA order valid."""
+        if before is node:
+            return
+        self._unlink(node)
+        self._link(node, before)
 
     # -- changing ---------------------------------------------------------------------------------
 
@@ -229,6 +253,9 @@ class Graph:
                 raise CompileError(f"cannot erase {node.op}: a result is used", code="erase", location=node.location)
         for i in range(len(node.operands)):
             self.replace_operand(node, i, None)
+        self._unlink(node)
+
+    def _unlink(self, node: Node) -> None:
         if node._prev:
             node._prev._next = node._next
         else:
@@ -345,9 +372,9 @@ class Graph:
         for i, node in enumerate(self.nodes):
             types = [str(r.type) for r in node.results]
             g.add_node(i, kind="node", op=node.op, module=node.location.module, types=types, attrs=dict(node.attrs))
-            for k, v in enumerate(node.operands):
-                if v is not None:
-                    g.add_edge(ids[v][0], i, operand=k, result=ids[v][1])
+            for k, operand in enumerate(node.operands):
+                if operand is not None:
+                    g.add_edge(ids[operand][0], i, operand=k, result=ids[operand][1])
             for r in node.results:
                 ids[r] = (i, r.index)
         for v, name in zip(self.outputs, self.output_names, strict=True):

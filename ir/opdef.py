@@ -66,7 +66,7 @@ class OpDef:
     def instance(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
         """The op class with its fields set (types for `infer`, tensors for `reference`, values for
         `decompose`)."""
-        obj = object.__new__(self.cls)
+        obj: Any = object.__new__(self.cls)
         for name, value in self.named_operands(operands).items():
             setattr(obj, name, value)
         for name, value in attrs.items():
@@ -169,6 +169,8 @@ def op(name: str, *, commutative: bool = False, elementwise: bool = False) -> Ca
         operands, attrs = [], {}
         hints = typing.get_type_hints(cls, include_extras=True)
         for fname, hint in hints.items():
+            if typing.get_origin(hint) is typing.ClassVar:
+                continue
             meta = getattr(hint, "__metadata__", ("",))[0]
             if meta in ("operand", "optional", "variadic"):
                 operands.append((fname, meta))

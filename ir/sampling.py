@@ -23,14 +23,14 @@ class Sampler:
         self.n, self.m, self.k = n, m, k
         self.generator = torch.Generator().manual_seed(seed)
 
-    def float(self, *shape: int, dtype: str = "f32", positive: bool = False) -> torch.Tensor:
+    def floats(self, *shape: int, dtype: str = "f32", positive: bool = False) -> torch.Tensor:
         x = torch.randn(shape, generator=self.generator)
         return (x.abs() + 0.1 if positive else x).to(DType.of(dtype).torch)
 
-    def int(self, low: int, high: int, *shape: int, dtype: str = "i64") -> torch.Tensor:
+    def ints(self, low: int, high: int, *shape: int, dtype: str = "i64") -> torch.Tensor:
         return torch.randint(low, high, shape, generator=self.generator).to(DType.of(dtype).torch)
 
-    def bool(self, *shape: int) -> torch.Tensor:
+    def bools(self, *shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=self.generator) < 0.5
 
 

@@ -10,6 +10,8 @@ import torch
 from moec.ir.dims import Dim, product
 from moec.ir.errors import CompileError
 
+TorchDType = torch.dtype
+
 
 class DType(enum.StrEnum):
     """Element type; the value is its name in the text format, and compares equal to it."""
@@ -43,7 +45,7 @@ class DType(enum.StrEnum):
         return self.value[0] in "iu"
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch(self) -> TorchDType:
         """The torch dtype. Raises CompileError for the 4-bit types, which torch cannot hold unpacked."""
         try:
             return _TORCH[self]
@@ -51,9 +53,9 @@ class DType(enum.StrEnum):
             raise CompileError(f"torch has no dtype for {self}", code="dtype") from None
 
     @staticmethod
-    def of(x: DType | str | torch.dtype) -> DType:
+    def of(x: DType | str | TorchDType) -> DType:
         """From a text name ("bf16"), a torch dtype, or itself. Raises CompileError on anything else."""
-        if isinstance(x, torch.dtype):
+        if isinstance(x, TorchDType):
             if x in _FROM_TORCH:
                 return _FROM_TORCH[x]
             raise CompileError(f"unsupported dtype {x}", code="dtype", hint=f"supported: {', '.join(DType)}")

@@ -64,8 +64,8 @@ class ScaledDotProductAttention:
     @staticmethod
     def samples(r: Any) -> Any:
         n = r.n
-        yield [r.float(2, 4, n, 8), r.float(2, 2, n + 3, 8), r.float(2, 2, n + 3, 5)], {"scale": 0.3, "causal": True}
-        yield [r.float(2, 4, n, 8), r.float(2, 4, r.k, 8), r.float(2, 4, r.k, 8)], {"scale": 0.5}
-        q, k, v = r.float(1, 2, n, 4), r.float(1, 1, r.k, 4), r.float(1, 1, r.k, 4)
-        yield [q, k, v, r.bool(1, 1, n, r.k)], {"scale": 0.5}
-        yield [q, k, v, r.float(1, 1, n, r.k)], {"scale": 0.5}
+        yield [r.floats(2, 4, n, 8), r.floats(2, 2, n + 3, 8), r.floats(2, 2, n + 3, 5)], {"scale": 0.3, "causal": True}
+        yield [r.floats(2, 4, n, 8), r.floats(2, 4, r.k, 8), r.floats(2, 4, r.k, 8)], {"scale": 0.5}
+        q, k, v = r.floats(1, 2, n, 4), r.floats(1, 1, r.k, 4), r.floats(1, 1, r.k, 4)
+        yield [q, k, v, r.bools(1, 1, n, r.k)], {"scale": 0.5}
+        yield [q, k, v, r.floats(1, 1, n, r.k)], {"scale": 0.5}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from moec.ir.dims import Dim
 from moec.ir.errors import require
@@ -17,6 +20,8 @@ class CallGraph:
     args: Operands
     callee: Attr[str]
     dims: Attr[tuple] = ()
+
+    functions: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # graphs by name; the verifier and interpreter set it
 
     def infer(self) -> tuple[TensorType, ...]:
         require(self.callee in self.functions, f"no function {self.callee!r}")

@@ -34,12 +34,12 @@ def _unary(
         @staticmethod
         def samples(r: Any) -> Any:
             if "f" in kinds:
-                yield [r.float(r.n, r.m, positive=positive)], {}
-                yield [r.float(positive=positive)], {}
+                yield [r.floats(r.n, r.m, positive=positive)], {}
+                yield [r.floats(positive=positive)], {}
             if "i" in kinds:
-                yield [r.int(-9, 9, r.n, r.m)], {}
+                yield [r.ints(-9, 9, r.n, r.m)], {}
             if "b" in kinds:
-                yield [r.bool(r.n)], {}
+                yield [r.bools(r.n)], {}
 
     Unary.__doc__ = doc
     op(f"math.{name}", elementwise=True)(Unary)
@@ -104,13 +104,13 @@ def _binary(
         @staticmethod
         def samples(r: Any) -> Any:
             if "f" in kinds:
-                yield [r.float(r.n, r.m), r.float(r.n, r.m, positive=nonzero)], {}
-                yield [r.float(r.n, 1), r.float(r.m, positive=nonzero)], {}
-                yield [r.float(), r.float(r.k, positive=nonzero)], {}
+                yield [r.floats(r.n, r.m), r.floats(r.n, r.m, positive=nonzero)], {}
+                yield [r.floats(r.n, 1), r.floats(r.m, positive=nonzero)], {}
+                yield [r.floats(), r.floats(r.k, positive=nonzero)], {}
             if "i" in kinds:
-                yield [r.int(-9, 9, r.n, r.m), r.int(1 if nonzero else -9, 9, r.m)], {}
+                yield [r.ints(-9, 9, r.n, r.m), r.ints(1 if nonzero else -9, 9, r.m)], {}
             if "b" in kinds:
-                yield [r.bool(r.n, r.m), r.bool(r.m)], {}
+                yield [r.bools(r.n, r.m), r.bools(r.m)], {}
 
     Binary.__doc__ = doc
     op(f"math.{name}", elementwise=True, commutative=commutative)(Binary)
@@ -157,8 +157,8 @@ class Gelu:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.m)], {}
-        yield [r.float(r.n, r.m)], {"approximate": "tanh"}
+        yield [r.floats(r.n, r.m)], {}
+        yield [r.floats(r.n, r.m)], {"approximate": "tanh"}
 
 
 @op("math.clamp", elementwise=True)
@@ -179,9 +179,9 @@ class Clamp:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.m)], {"low": -0.5, "high": 0.25}
-        yield [r.float(r.n)], {"high": 0.0}
-        yield [r.int(-9, 9, r.n)], {"low": -2}
+        yield [r.floats(r.n, r.m)], {"low": -0.5, "high": 0.25}
+        yield [r.floats(r.n)], {"high": 0.0}
+        yield [r.ints(-9, 9, r.n)], {"low": -2}
 
 
 @op("math.where", elementwise=True)
@@ -202,8 +202,8 @@ class Where:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.bool(r.n, r.m), r.float(r.n, r.m), r.float()], {}
-        yield [r.bool(r.n, 1), r.int(0, 5, r.m), r.int(0, 5, r.n, r.m)], {}
+        yield [r.bools(r.n, r.m), r.floats(r.n, r.m), r.floats()], {}
+        yield [r.bools(r.n, 1), r.ints(0, 5, r.m), r.ints(0, 5, r.n, r.m)], {}
 
 
 @op("math.cast", elementwise=True)
@@ -222,8 +222,8 @@ class Cast:
     @staticmethod
     def samples(r: Any) -> Any:
         for dtype in ("f32", "f16", "bf16", "f64", "i64", "i32", "f8e4m3fn"):
-            yield [r.float(r.n, r.m)], {"dtype": dtype}
-        yield [r.int(-9, 9, r.n)], {"dtype": "f32"}
-        yield [r.int(0, 2, r.n)], {"dtype": "bool"}
-        yield [r.bool(r.n)], {"dtype": "i64"}
-        yield [r.bool(r.n)], {"dtype": "f32"}
+            yield [r.floats(r.n, r.m)], {"dtype": dtype}
+        yield [r.ints(-9, 9, r.n)], {"dtype": "f32"}
+        yield [r.ints(0, 2, r.n)], {"dtype": "bool"}
+        yield [r.bools(r.n)], {"dtype": "i64"}
+        yield [r.bools(r.n)], {"dtype": "f32"}

@@ -30,8 +30,8 @@ class MatMul:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k), r.float(r.k, r.m)], {}
-        yield [r.float(2, 1, r.n, r.k), r.float(3, r.k, r.m)], {}
+        yield [r.floats(r.n, r.k), r.floats(r.k, r.m)], {}
+        yield [r.floats(2, 1, r.n, r.k), r.floats(3, r.k, r.m)], {}
 
 
 @op("linear.linear")
@@ -59,8 +59,8 @@ class Linear:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k), r.float(r.m, r.k)], {}
-        yield [r.float(2, r.n, r.k), r.float(r.m, r.k), r.float(r.m)], {}
+        yield [r.floats(r.n, r.k), r.floats(r.m, r.k)], {}
+        yield [r.floats(2, r.n, r.k), r.floats(r.m, r.k), r.floats(r.m)], {}
 
 
 @op("linear.grouped_matmul")
@@ -91,6 +91,6 @@ class GroupedMatMul:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        ends = r.int(0, r.n + 1, 4).sort().values
+        ends = r.ints(0, r.n + 1, 4).sort().values
         ends[-1] = r.n
-        yield [r.float(r.n, r.k), r.float(4, r.k, r.m), ends.to(torch.int32)], {}
+        yield [r.floats(r.n, r.k), r.floats(4, r.k, r.m), ends.to(torch.int32)], {}

@@ -80,16 +80,16 @@ class Route:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        x = r.float(r.n, 8)
+        x = r.floats(r.n, 8)
         yield [x], {"k": 2}
         yield [x], {"k": 1, "normalize": False}
         yield [x], {"k": 8, "scoring": "topk_softmax"}
         yield [x.round()], {"k": 3}
         v3 = {"scoring": "sigmoid", "n_group": 4, "topk_group": 2, "scale": 2.5, "normalize_eps": 1e-20}
-        yield [x, r.float(8)], {"k": 3, **v3}
-        yield [x, r.float(8)], {"k": 2, "scoring": "sigmoid"}
+        yield [x, r.floats(8)], {"k": 3, **v3}
+        yield [x, r.floats(8)], {"k": 2, "scoring": "sigmoid"}
         yield [x], {"k": 2, "n_group": 2, "topk_group": 1, "group_score": "max", "normalize": False, "scale": 16.0}
-        yield [x, r.float(8)], {"k": 3, **v3, "masked_score": 0.0}
+        yield [x, r.floats(8)], {"k": 3, **v3, "masked_score": 0.0}
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -159,11 +159,11 @@ class Experts:
     @staticmethod
     def samples(r: Any) -> Any:
         d, f, e, k = r.k, r.m, 5, 2
-        x, w, idx = r.float(r.n, d), r.float(r.n, k, positive=True), r.int(0, e, r.n, k)
-        gu, dn = r.float(e, 2 * f, d), r.float(e, d, f)
+        x, w, idx = r.floats(r.n, d), r.floats(r.n, k, positive=True), r.ints(0, e, r.n, k)
+        gu, dn = r.floats(e, 2 * f, d), r.floats(e, d, f)
         yield [x, w, idx, gu, dn], {}
         yield [x, w, torch.full_like(idx, 3), gu, dn], {"activation": "gelu"}
-        yield [x, w, idx, gu, dn, r.float(e, 2 * f), r.float(e, d)], {"interleaved": True, "limit": 7.0}
+        yield [x, w, idx, gu, dn, r.floats(e, 2 * f), r.floats(e, d)], {"interleaved": True, "limit": 7.0}
         yield [x, w, idx, gu, dn], {"activation": "relu", "interleaved": True}
 
 
@@ -233,4 +233,4 @@ class Remap:
     @staticmethod
     def samples(r: Any) -> Any:
         table = torch.tensor([[0, 0], [1, 4], [2, 2], [3, 5]])
-        yield [r.int(0, 4, r.n, 2), table, torch.tensor([1, 2, 1, 2])], {}
+        yield [r.ints(0, 4, r.n, 2), table, torch.tensor([1, 2, 1, 2])], {}

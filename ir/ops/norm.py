@@ -57,9 +57,9 @@ class RMSNorm:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k), r.float(r.k)], {}
-        yield [r.float(2, r.n, r.k, dtype="bf16"), r.float(r.k, dtype="bf16")], {"eps": 1e-5}
-        yield [r.float(r.n, r.k)], {}
+        yield [r.floats(r.n, r.k), r.floats(r.k)], {}
+        yield [r.floats(2, r.n, r.k, dtype="bf16"), r.floats(r.k, dtype="bf16")], {"eps": 1e-5}
+        yield [r.floats(r.n, r.k)], {}
 
 
 @op("norm.add_rms")
@@ -86,8 +86,8 @@ class AddRMSNorm:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k), r.float(r.n, r.k), r.float(r.k)], {}
-        yield [r.float(2, r.n, r.k), r.float(2, r.n, r.k), r.float(r.k)], {"eps": 1e-5}
+        yield [r.floats(r.n, r.k), r.floats(r.n, r.k), r.floats(r.k)], {}
+        yield [r.floats(2, r.n, r.k), r.floats(2, r.n, r.k), r.floats(r.k)], {"eps": 1e-5}
 
 
 @op("norm.layer")
@@ -119,5 +119,5 @@ class LayerNorm:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k), r.float(r.k), r.float(r.k)], {}
-        yield [r.float(r.n, r.k)], {"eps": 1e-6}
+        yield [r.floats(r.n, r.k), r.floats(r.k), r.floats(r.k)], {}
+        yield [r.floats(r.n, r.k)], {"eps": 1e-6}

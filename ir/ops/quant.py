@@ -77,9 +77,9 @@ class Quantize:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, 2 * r.k)], {"block": (1, 4)}
-        yield [r.float(2, r.n, r.k, dtype="bf16")], {"block": (1, 128)}
-        yield [r.float(r.k, r.m)], {"block": (4, 2)}
+        yield [r.floats(r.n, 2 * r.k)], {"block": (1, 4)}
+        yield [r.floats(2, r.n, r.k, dtype="bf16")], {"block": (1, 128)}
+        yield [r.floats(r.k, r.m)], {"block": (4, 2)}
         yield [torch.zeros(r.n, r.k)], {"block": (1, 4)}
 
 
@@ -111,7 +111,7 @@ class Dequantize:
     @staticmethod
     def samples(r: Any) -> Any:
         for block in ((1, 4), (4, 2)):
-            codes, scale = quantize_blocks(r.float(r.n, r.k), block)
+            codes, scale = quantize_blocks(r.floats(r.n, r.k), block)
             yield [codes, scale], {"block": block}
         yield [codes, scale], {"block": (4, 2), "dtype": "bf16"}
 
@@ -162,10 +162,10 @@ class ScaledLinear:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        x, xs = quantize_blocks(r.float(r.n, r.k), (1, 4))
-        w, ws = quantize_blocks(r.float(r.m, r.k), (2, 4))
+        x, xs = quantize_blocks(r.floats(r.n, r.k), (1, 4))
+        w, ws = quantize_blocks(r.floats(r.m, r.k), (2, 4))
         yield [x, xs, w, ws], {"block": (2, 4), "group": 4}
-        yield [x, xs, w, ws, r.float(r.m)], {"block": (2, 4), "group": 4}
+        yield [x, xs, w, ws, r.floats(r.m)], {"block": (2, 4), "group": 4}
 
 
 @op("quant.scaled_experts")
@@ -228,7 +228,7 @@ class ScaledExperts:
     @staticmethod
     def samples(r: Any) -> Any:
         d, f, e, k = r.k, r.m, 5, 2
-        x, w, idx = r.float(r.n, d), r.float(r.n, k, positive=True), r.int(0, e, r.n, k)
-        gu, dn = quantize_blocks(r.float(e, 2 * f, d), (2, 4)), quantize_blocks(r.float(e, d, f), (2, 4))
+        x, w, idx = r.floats(r.n, d), r.floats(r.n, k, positive=True), r.ints(0, e, r.n, k)
+        gu, dn = quantize_blocks(r.floats(e, 2 * f, d), (2, 4)), quantize_blocks(r.floats(e, d, f), (2, 4))
         for group in (4, None):
             yield [x, w, idx, *gu, *dn], {"block": (2, 4), "group": group}

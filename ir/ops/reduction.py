@@ -40,13 +40,13 @@ def _reduction(name: str, doc: str, fn: Callable[..., torch.Tensor], kinds: str,
 
         @staticmethod
         def samples(r: Any) -> Any:
-            x = r.bool(r.n, r.m, r.k) if kinds == "b" else r.float(r.n, r.m, r.k)
+            x = r.bools(r.n, r.m, r.k) if kinds == "b" else r.floats(r.n, r.m, r.k)
             yield [x], {"axes": (-1,), "keepdim": True}
             yield [x], {"axes": (1, 2)}
             if r.n or not needs_elements:
                 yield [x], {"axes": (0,)}
             if "i" in kinds:
-                yield [r.int(-9, 9, r.n, r.m)], {"axes": (1,)}
+                yield [r.ints(-9, 9, r.n, r.m)], {"axes": (1,)}
 
     Reduction.__doc__ = f"{doc} over `axes` (empty: none); result dtype is the operand's."
     op(f"math.{name}")(Reduction)
@@ -83,10 +83,10 @@ def _along_axis(name: str, doc: str, fn: Callable[..., torch.Tensor], floats_onl
 
         @staticmethod
         def samples(r: Any) -> Any:
-            yield [r.float(r.n, r.m, r.k)], {}
-            yield [r.float(r.n, r.k)], {"axis": 0}
+            yield [r.floats(r.n, r.m, r.k)], {}
+            yield [r.floats(r.n, r.k)], {"axis": 0}
             if not floats_only:
-                yield [r.int(0, 9, r.n, r.m)], {"axis": 1}
+                yield [r.ints(0, 9, r.n, r.m)], {"axis": 1}
 
     AlongAxis.__doc__ = f"{doc} along `axis`."
     op(f"math.{name}")(AlongAxis)
@@ -116,8 +116,8 @@ class ArgMax:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k)], {}
-        yield [r.float(r.k, r.n)], {"axis": 0, "keepdim": True}
+        yield [r.floats(r.n, r.k)], {}
+        yield [r.floats(r.k, r.n)], {"axis": 0, "keepdim": True}
 
 
 @op("math.sort")
@@ -138,9 +138,9 @@ class Sort:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k)], {}
-        yield [r.int(0, 4, r.n)], {"axis": 0}
-        yield [r.int(0, 4, r.n, r.k)], {"descending": True}
+        yield [r.floats(r.n, r.k)], {}
+        yield [r.ints(0, 4, r.n)], {"axis": 0}
+        yield [r.ints(0, 4, r.n, r.k)], {"descending": True}
 
 
 @op("math.topk")
@@ -165,6 +165,6 @@ class TopK:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k)], {"k": min(3, r.k)}
-        yield [r.float(r.n, r.k).round()], {"k": r.k}
-        yield [r.float(r.k, r.n)], {"k": 1, "axis": 0, "largest": False}
+        yield [r.floats(r.n, r.k)], {"k": min(3, r.k)}
+        yield [r.floats(r.n, r.k).round()], {"k": r.k}
+        yield [r.floats(r.k, r.n)], {"k": 1, "axis": 0, "largest": False}

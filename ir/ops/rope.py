@@ -64,6 +64,6 @@ class Rope:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        x, angle = r.float(2, 3, r.n, 8), r.float(1, 1, r.n, 4)
+        x, angle = r.floats(2, 3, r.n, 8), r.floats(1, 1, r.n, 4)
         for attrs in ({}, {"interleaved": True}, {"interleaved": True, "deinterleave": True}):
             yield [x, angle.cos(), angle.sin()], attrs

@@ -30,7 +30,8 @@ class Constant:
         return self.type
 
     def reference(self) -> torch.Tensor:
-        return torch.tensor(self.value, dtype=self.type.dtype.torch).reshape(self.type.shape)
+        static: Any = self.type.shape  # infer allows ints only
+        return torch.tensor(self.value, dtype=self.type.dtype.torch).reshape(static)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -119,8 +120,8 @@ class Reshape:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.m, r.k)], {"shape": (r.n * r.m, r.k)}
-        yield [r.float(r.n, r.m)], {"shape": (r.m, 1, r.n)}
+        yield [r.floats(r.n, r.m, r.k)], {"shape": (r.n * r.m, r.k)}
+        yield [r.floats(r.n, r.m)], {"shape": (r.m, 1, r.n)}
 
 
 @op("tensor.transpose")
@@ -139,7 +140,7 @@ class Transpose:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.m, r.k)], {"perm": (2, 0, 1)}
+        yield [r.floats(r.n, r.m, r.k)], {"perm": (2, 0, 1)}
 
 
 @op("tensor.expand")
@@ -158,8 +159,8 @@ class Expand:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.m, 1)], {"shape": (r.n, r.m, r.k)}
-        yield [r.float(r.n)], {"shape": (r.n,)}
+        yield [r.floats(r.m, 1)], {"shape": (r.n, r.m, r.k)}
+        yield [r.floats(r.n)], {"shape": (r.n,)}
 
 
 @op("tensor.slice")
@@ -193,9 +194,9 @@ class Slice:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k)], {"axis": 1, "start": 0, "end": r.k - 1}
-        yield [r.float(r.n, r.k)], {"axis": -1, "start": 1, "end": r.k, "step": 2}
-        yield [r.float(r.n, r.k)], {"axis": 0, "start": r.n, "end": r.n}
+        yield [r.floats(r.n, r.k)], {"axis": 1, "start": 0, "end": r.k - 1}
+        yield [r.floats(r.n, r.k)], {"axis": -1, "start": 1, "end": r.k, "step": 2}
+        yield [r.floats(r.n, r.k)], {"axis": 0, "start": r.n, "end": r.n}
 
 
 @op("tensor.concat")
@@ -222,9 +223,9 @@ class Concat:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.m), r.float(r.n, r.k), r.float(r.n, 1)], {"axis": 1}
-        yield [r.float(r.n, r.m), r.float(3, r.m)], {"axis": 0}
-        yield [r.float(r.n)], {"axis": 0}
+        yield [r.floats(r.n, r.m), r.floats(r.n, r.k), r.floats(r.n, 1)], {"axis": 1}
+        yield [r.floats(r.n, r.m), r.floats(3, r.m)], {"axis": 0}
+        yield [r.floats(r.n)], {"axis": 0}
 
 
 @op("tensor.split")
@@ -248,8 +249,8 @@ class Split:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k)], {"axis": -1, "sizes": (1, r.k - 1)}
-        yield [r.float(r.n, r.k)], {"axis": 0, "sizes": (r.n,)}
+        yield [r.floats(r.n, r.k)], {"axis": -1, "sizes": (1, r.k - 1)}
+        yield [r.floats(r.n, r.k)], {"axis": 0, "sizes": (r.n,)}
 
 
 @op("tensor.gather")
@@ -275,9 +276,9 @@ class Gather:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.k, r.m), r.int(0, r.k, r.n, 2)], {}
-        yield [r.float(r.m, r.k), r.int(-r.k, r.k, r.n)], {"axis": -1}
-        yield [r.float(r.k, r.m), r.int(0, r.k)], {}
+        yield [r.floats(r.k, r.m), r.ints(0, r.k, r.n, 2)], {}
+        yield [r.floats(r.m, r.k), r.ints(-r.k, r.k, r.n)], {"axis": -1}
+        yield [r.floats(r.k, r.m), r.ints(0, r.k)], {}
 
 
 @op("tensor.gather_elements")
@@ -302,8 +303,8 @@ class GatherElements:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.k), r.int(0, r.k, r.n, r.m)], {"axis": 1}
-        yield [r.float(r.k, r.n), r.int(0, r.k, r.m, r.n)], {"axis": 0}
+        yield [r.floats(r.n, r.k), r.ints(0, r.k, r.n, r.m)], {"axis": 1}
+        yield [r.floats(r.k, r.n), r.ints(0, r.k, r.m, r.n)], {"axis": 0}
 
 
 @op("tensor.scatter_elements")
@@ -334,8 +335,8 @@ class ScatterElements:
     @staticmethod
     def samples(r: Any) -> Any:
         perm = torch.stack([torch.randperm(r.k, generator=r.generator) for _ in range(r.n)] or [torch.empty(0, r.k)])
-        yield [r.float(r.n, r.k), perm.reshape(r.n, r.k).long(), r.float(r.n, r.k)], {"axis": 1}
-        yield [r.float(r.n, r.k), r.int(0, r.k, r.n, 2), r.float(r.n, 2)], {"axis": 1, "reduce": "add"}
+        yield [r.floats(r.n, r.k), perm.reshape(r.n, r.k).long(), r.floats(r.n, r.k)], {"axis": 1}
+        yield [r.floats(r.n, r.k), r.ints(0, r.k, r.n, 2), r.floats(r.n, 2)], {"axis": 1, "reduce": "add"}
 
 
 @op("tensor.index_put")
@@ -359,8 +360,8 @@ class IndexPut:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.m), torch.randperm(r.n, generator=r.generator), r.float(r.n, r.m)], {}
-        yield [r.float(r.k, r.m), r.int(0, r.k, r.n), r.float(r.n, r.m)], {"accumulate": True}
+        yield [r.floats(r.n, r.m), torch.randperm(r.n, generator=r.generator), r.floats(r.n, r.m)], {}
+        yield [r.floats(r.k, r.m), r.ints(0, r.k, r.n), r.floats(r.n, r.m)], {"accumulate": True}
 
 
 @op("tensor.histc")
@@ -381,8 +382,8 @@ class Histc:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.int(0, r.k, r.n)], {"bins": r.k}
-        yield [r.int(-2, 9, r.n, r.m)], {"bins": 5}
+        yield [r.ints(0, r.k, r.n)], {"bins": r.k}
+        yield [r.ints(-2, 9, r.n, r.m)], {"bins": 5}
 
 
 @op("tensor.one_hot")
@@ -401,7 +402,7 @@ class OneHot:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.int(0, r.k, r.n, r.m)], {"depth": r.k}
+        yield [r.ints(0, r.k, r.n, r.m)], {"depth": r.k}
 
 
 @op("tensor.pad")
@@ -424,5 +425,5 @@ class Pad:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        yield [r.float(r.n, r.m)], {"before": (0, 1), "after": (2, 0), "value": math.pi}
-        yield [r.int(0, 5, r.n)], {"before": (1,), "after": (1,), "value": 7}
+        yield [r.floats(r.n, r.m)], {"before": (0, 1), "after": (2, 0), "value": math.pi}
+        yield [r.ints(0, 5, r.n)], {"before": (1,), "after": (1,), "value": 7}

@@ -1,0 +1,85 @@
+"""Passes and analyses: frozen dataclasses over graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from moec.ir import Graph, Location
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rule that matched and declined in `when`."""
+
+    rule: str
+    reason: str
+    location: Location
+
+
+@dataclass
+class Record:
+    """What a pass did; the pipeline makes one per pass."""
+
+    name: str
+    seconds: float = 0.0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    fired: dict[str, int] = field(default_factory=dict)
+    refused: list[Refusal] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        refused: dict[str, int] = {}
+        for r in self.refused:
+            key = f"{r.rule}: {r.reason}"
+            refused[key] = refused.get(key, 0) + 1
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "refused"}
+        return {**plain, "refused": refused}
+
+
+# the record that rules and passes write to while the pipeline runs them
+active_record: ContextVar[Record | None] = ContextVar("active_record", default=None)
+
+
+def report(**figures: Any) -> None:
+    """Add figures of the running pass to its record (nothing where no pipeline runs)."""
+    record = active_record.get()
+    if record is not None:
+        record.figures.update(figures)
+
+
+def snake_case(name: str) -> str:
+    """FuseSwiGLU → fuse_swiglu, QuantizeFP8 → quantize_fp8."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z]|[A-Z]{2})|(?<=[A-Z])(?=[A-Z][a-z][a-z])", "_", name).lower()
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Graph → Graph. `run` never changes its input: it clones the structure (weights are shared).
+    Options are the dataclass fields."""
+
+    @property
+    def name(self) -> str:
+        return snake_case(type(self).__name__)
+
+    @abstractmethod
+    def run(self, graph: Graph) -> Graph:
+        """The rewritten graph. Raises CompileError."""
+
+
+@dataclass(frozen=True)
+class Analysis(ABC):
+    """Graph → any result, without changing it."""
+
+    @property
+    def name(self) -> str:
+        return snake_case(type(self).__name__)
+
+    @abstractmethod
+    def run(self, graph: Graph) -> Any:
+        """The result."""
