@@ -53,9 +53,15 @@ def report(**figures: Any) -> None:
         record.figures.update(figures)
 
 
+# field names whose capitals do not mark words
+_WORDS = {"SwiGLU": "Swiglu", "GeGLU": "Geglu", "RoPE": "Rope", "MoE": "Moe"}
+
+
 def snake_case(name: str) -> str:
     """FuseSwiGLU → fuse_swiglu, QuantizeFP8 → quantize_fp8."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z]|[A-Z]{2})|(?<=[A-Z])(?=[A-Z][a-z][a-z])", "_", name).lower()
+    for word, plain in _WORDS.items():
+        name = name.replace(word, plain)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 @dataclass(frozen=True)
