@@ -206,6 +206,28 @@ class Where:
         yield [r.bools(r.n, 1), r.ints(0, 5, r.m), r.ints(0, 5, r.n, r.m)], {}
 
 
+@op("math.swiglu", elementwise=True)
+class SwiGLU:
+    """silu(gate) · up (Shazeer 2020)."""
+
+    gate: Operand
+    up: Operand
+
+    def infer(self) -> TensorType:
+        require(self.gate == self.up and self.gate.dtype.is_float, f"gate is {self.gate}, up is {self.up}")
+        return self.gate
+
+    def reference(self) -> torch.Tensor:
+        return F.silu(self.gate) * self.up
+
+    def decompose(self, b: Any) -> Any:
+        return b.mul(b.silu(self.gate), self.up)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.floats(r.n, r.m), r.floats(r.n, r.m)], {}
+
+
 @op("math.cast", elementwise=True)
 class Cast:
     """Convert to `dtype`. To E4M3 it saturates at ±448 and keeps NaN (torch's rule)."""
