@@ -1,0 +1,1 @@
+"""One file per kernel: the Triton function and the wrapper that checks arguments and picks block sizes."""

@@ -1,0 +1,58 @@
+"""The interpreter worker: a process started with TRITON_INTERPRET=1 that runs kernels for its parent.
+
+It reads requests from one pipe and answers on another (`wire.py`), one at a time, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from typing import Any
+
+import torch
+from moec.backends.triton import wire
+from moec.backends.triton.registry import KERNELS, resolve_kernel
+
+
+def _end_with_parent(parent: int) -> None:
+    # The pipe closes when the parent dies, but not while a forked sibling still holds its other end.
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _handle(request: dict[str, Any], kept: dict[int, torch.Tensor]) -> Any:
+    for key in request.get("forget", ()):
+        kept.pop(key, None)
+    match request["do"]:
+        case "hello":
+            return {"pid": os.getpid(), "kernels": sorted(KERNELS)}
+        case "keep":
+            kept[request["id"]] = request["tensor"]
+            return None
+        case "call":
+            return resolve_kernel(request["kernel"])(*request["args"], **request["kwargs"])
+        case other:
+            raise ValueError(f"unknown request {other!r}")
+
+
+def serve(read_fd: int, write_fd: int, parent: int) -> None:
+    """Answer requests until the parent closes its end of the pipe or dies."""
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    kept: dict[int, torch.Tensor] = {}
+    with os.fdopen(read_fd, "rb") as requests, os.fdopen(write_fd, "wb") as answers, torch.no_grad():
+        while True:
+            try:
+                request = wire.receive(requests, kept.__getitem__)
+            except EOFError:
+                return
+            try:
+                answer = {"ok": True, "result": _handle(request, kept)}
+                wire.send(answers, answer)
+            except BrokenPipeError:
+                return
+            except Exception as error:
+                text = {"ok": False, "type": type(error).__name__, "message": str(error)}
+                wire.send(answers, text | {"traceback": traceback.format_exc()})
