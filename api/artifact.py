@@ -1,0 +1,351 @@
+"""Saved models: text IR, safetensors weights, a manifest and the backend's own files in one folder.
+
+    manifest.json           what is here: format, versions, call structure, programs, SHA-256 of every file
+    weights.safetensors     every weight once, whichever programs use it
+    forward.ir, cached.ir   the graphs after the target-independent passes
+    forward/, cached/       what the backend wrote (model.onnx, …)
+
+Legalisation is deterministic and is done again at load; the manifest holds the digest of its result, so that the
+backend's files and the graph always belong together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moec.files import Manifest, digest_file, read_manifest, regular_file
+from moec.generation import Generator, Stops
+from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, TensorType, Weight, parse
+from moec.ir.weight import digest as digest_tensor
+from moec.program import Program, Settings, legalise, lower
+from moec.signature import Constant, Leaf, Signature
+from moec.structure import dump_structure, load_structure
+
+if TYPE_CHECKING:
+    from moec.compiled import CompiledModel
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+
+def save(compiled: CompiledModel, folder: Path) -> None:
+    """Write `compiled` to `folder`, whole or not at all. Raises ArtifactError where something else is there."""
+    from moec.backends import BACKENDS
+
+    if compiled.backend not in BACKENDS:
+        raise ArtifactError(f"a model on the custom backend {compiled.backend!r} cannot be loaded again", code="artifact")
+    _check_target(folder)
+    programs = _programs(compiled)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as e:
+        raise ArtifactError(f"cannot write beside {folder}: {e}", code="artifact") from e
+    try:
+        _write(compiled, programs, work)
+        work.chmod(0o755)
+        _put(work, folder)
+    except OSError as e:
+        raise ArtifactError(f"cannot write {folder}: {e}", code="artifact") from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _programs(compiled: CompiledModel) -> dict[str, Program]:
+    programs = {}
+    if compiled.signature is not None:
+        programs["forward"] = compiled.program
+    if compiled.can_generate:
+        programs["cached"] = compiled.generator.program
+    return programs
+
+
+def _check_target(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ArtifactError(f"{folder} exists and is no folder", code="artifact")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            read_manifest(folder / MANIFEST)
+        except ArtifactError:
+            raise ArtifactError(
+                f"{folder} is not empty and holds no saved model", code="artifact", hint="choose another folder"
+            ) from None
+
+
+def _put(work: Path, folder: Path) -> None:
+    """Move the finished folder into place; what was there is restored if that fails."""
+    old: Path | None = None
+    if folder.exists():
+        old = work.with_suffix(".old")
+        os.replace(folder, old)
+    try:
+        os.replace(work, folder)
+    except BaseException:
+        if old is not None:
+            os.replace(old, folder)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    keys: dict[str, str] = {}  # digest → key in the safetensors file
+    entries = {}
+    for name, program in programs.items():
+        names = {}
+        for weight_name, value in program.graph.weights.items():
+            assert value.weight is not None
+            tensor = value.weight.load()
+            found = digest_tensor(tensor)
+            if found not in keys:
+                key, i = weight_name, 1
+                while key in tensors:
+                    i += 1
+                    key = f"{weight_name}#{i}"
+                keys[found] = key
+                tensors[key] = tensor.detach().cpu().contiguous().clone()
+            if keys[found] != weight_name:
+                names[weight_name] = keys[found]
+        (work / f"{name}.ir").write_text(str(program.graph), "utf-8")
+        (work / name).mkdir()
+        program.executable.save(work / name)
+        entries[name] = {"legal_sha256": program.legal_digest, "weights": names}
+    save_file(tensors, work / WEIGHTS)
+    files = {}
+    for path in sorted(p for p in work.rglob("*") if p.is_file()):
+        files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+        _sync(path)
+    manifest = {
+        "format": FORMAT,
+        "kind": "moec",
+        "versions": _versions(),
+        "name": compiled.name,
+        "backend": compiled.backend,
+        "threads": compiled.settings.threads,
+        "fallback": compiled.settings.fallback,
+        "signature": None if compiled.signature is None else _signature_json(compiled.signature),
+        "stops": _stops_json(compiled),
+        "programs": entries,
+        "files": files,
+    }
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+    for path in (work / MANIFEST, *(p for p in work.rglob("*") if p.is_dir()), work):
+        _sync(path)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("moec", "torch", "onnxruntime", "triton", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
+    if not compiled.can_generate:
+        return None
+    stops = compiled.generator.stops
+    return {"eos": list(stops.eos), "pad": stops.pad}
+
+
+def _signature_json(s: Signature) -> dict[str, Any]:
+    def leaves(items: tuple[Leaf, ...]) -> list[Any]:
+        return [{"constant": x.value} if isinstance(x, Constant) else x for x in items]
+
+    return {
+        "paths": list(s.paths),
+        "inputs": leaves(s.inputs),
+        "result": dump_structure(s.result),
+        "outputs": leaves(s.outputs),
+        "parameters": list(s.parameters),
+    }
+
+
+def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
+    """A model that `CompiledModel.save` wrote; its outputs are bit-equal to the saved model's on the same machine.
+
+    threads: CPU threads, None for what it was compiled with. Every file is checked against its digest, nothing in
+    the folder is executed or unpickled. Raises ArtifactError naming the file or field, expected and got.
+    """
+    from moec.compiled import CompiledModel
+
+    root = Path(folder)
+    if not root.is_dir():
+        raise ArtifactError(f"{root} is not a folder", code="artifact")
+    manifest = read_manifest(root / MANIFEST)
+    _check_files(root, manifest)
+    settings = _settings(manifest, threads)
+    entries = manifest.mapping("programs")
+    unknown = sorted(set(entries) - {"forward", "cached"})
+    if unknown or not entries:
+        raise manifest.bad("programs", "'forward', 'cached' or both", sorted(entries))
+    programs = {name: _program(root, manifest, name, settings) for name in entries}
+    signature = None
+    if "forward" in programs:
+        signature = _signature(manifest, programs["forward"].graph)
+    generator = Generator(programs["cached"], _stops(manifest)) if "cached" in programs else None
+    if generator is not None:
+        _check_cached(root, generator.program.graph)
+    return CompiledModel(
+        manifest.text("name"), settings, programs.get("forward"), signature, generator=generator, seconds={}
+    )
+
+
+def _check_files(root: Path, manifest: Manifest) -> None:
+    files = manifest.mapping("files")
+    for name in ("forward.ir", "cached.ir"):
+        if name.removesuffix(".ir") in manifest.mapping("programs") and name not in files:
+            raise manifest.bad("files", f"an entry for {name}", sorted(files))
+    if WEIGHTS not in files:
+        raise manifest.bad("files", f"an entry for {WEIGHTS}", sorted(files))
+    for name in files:
+        entry = manifest.mapping("files", name)
+        path = regular_file(root, name)
+        size = manifest.integer("files", name, "bytes")
+        if path.stat().st_size != size:
+            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, expected {size}", code="artifact")
+        found = digest_file(path)
+        if found != entry.get("sha256"):
+            raise ArtifactError(f"{path} has SHA-256 {found}, expected {entry.get('sha256')}", code="artifact")
+    for path in root.rglob("*"):
+        name = path.relative_to(root).as_posix()
+        if name not in files and name != MANIFEST and (path.is_symlink() or not path.is_dir()):
+            raise ArtifactError(f"{path} is not listed in {MANIFEST}", code="artifact")
+
+
+def _settings(manifest: Manifest, threads: int | None) -> Settings:
+    from moec.backends import BACKENDS, get_backend
+    from moec.passes.pipeline import Pipeline
+
+    name = manifest.text("backend")
+    if name not in BACKENDS:
+        raise manifest.bad("backend", f"one of {', '.join(BACKENDS)}", name)
+    if threads is None:
+        threads = manifest.value("threads")
+    try:
+        return Settings(get_backend(name), Pipeline(()), manifest.text("fallback"), threads)
+    except ArtifactError:
+        raise
+    except CompileError as e:
+        raise ArtifactError(f"{manifest.path}: {e.message}", code="artifact", hint=e.hint) from None
+
+
+def _program(root: Path, manifest: Manifest, name: str, settings: Settings) -> Program:
+    path = root / f"{name}.ir"
+    try:
+        graph = parse(path.read_text("utf-8"))
+        graph.verify()
+    except (CompileError, UnicodeDecodeError) as e:
+        raise ArtifactError(f"{path}: {e}", code="artifact") from None
+    _bind_weights(root, manifest, name, graph)
+    legal, record, left = legalise(graph, settings)
+    found = hashlib.sha256(str(legal).encode()).hexdigest()
+    expected = manifest.value("programs", name, "legal_sha256")
+    if found != expected:
+        raise ArtifactError(
+            f"{manifest.path}: programs.{name}.legal_sha256 is {expected}, this version of moec gives {found}",
+            code="artifact",
+            hint=f"it was saved by other versions ({manifest.mapping('versions')}): compile the model again",
+        )
+    executable = lower(legal, settings, left, root / name)
+    return Program(graph, legal, executable, [record], {}, left)
+
+
+def _bind_weights(root: Path, manifest: Manifest, program: str, graph: Graph) -> None:
+    path = root / WEIGHTS
+    names = manifest.mapping("programs", program, "weights")
+    try:
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            bound = {}
+            for name, value in graph.weights.items():
+                key = names.get(name, name)
+                if key not in present:
+                    raise ArtifactError(f"{path}: weight {key!r} of {program}.ir is missing", code="artifact")
+                found = TensorType.of(file.get_tensor(key))
+                if found != value.type:
+                    raise ArtifactError(
+                        f"{path}: weight {key!r} is {found}, {program}.ir expects {value.type}", code="artifact"
+                    )
+                bound[name] = Weight(name, value.type, SafetensorsSource(path, key))
+    except (SafetensorError, OSError) as e:
+        raise ArtifactError(f"{path}: {e}", code="artifact") from None
+    graph.bind_weights(bound)
+
+
+def _stops(manifest: Manifest) -> Stops:
+    eos, pad = manifest.value("stops", "eos"), manifest.value("stops", "pad")
+    if not isinstance(eos, list) or not all(type(e) is int and e >= 0 for e in eos):
+        raise manifest.bad("stops.eos", "a list of token ids", eos)
+    if pad is not None and type(pad) is not int:
+        raise manifest.bad("stops.pad", "a token id or null", pad)
+    return Stops(tuple(eos), pad)
+
+
+def _signature(manifest: Manifest, graph: Graph) -> Signature:
+    def leaves(field: str, count: int) -> tuple[Leaf, ...]:
+        items = manifest.value("signature", field)
+        result: list[Leaf] = []
+        for x in items if isinstance(items, list) else [None]:
+            if type(x) is int and 0 <= x < count:
+                result.append(x)
+            elif isinstance(x, dict) and x.keys() == {"constant"} and not isinstance(x["constant"], list | dict):
+                result.append(Constant(x["constant"]))
+            else:
+                raise manifest.bad(f"signature.{field}", f"indices below {count} and constants", items)
+        return tuple(result)
+
+    def strings(field: str) -> tuple[str, ...]:
+        items = manifest.value("signature", field)
+        if not isinstance(items, list) or not all(isinstance(x, str) for x in items):
+            raise manifest.bad(f"signature.{field}", "a list of strings", items)
+        return tuple(items)
+
+    inputs, outputs = leaves("inputs", len(graph.inputs)), leaves("outputs", len(graph.outputs))
+    paths = strings("paths")
+    if len(paths) != len(inputs) or sorted(x for x in inputs if type(x) is int) != list(range(len(graph.inputs))):
+        raise manifest.bad("signature.inputs", f"each of the {len(graph.inputs)} graph inputs once", inputs)
+    result = load_structure(manifest.text("signature", "result"), manifest)
+    if result.num_leaves != len(outputs):
+        raise manifest.bad("signature.outputs", f"{result.num_leaves} leaves", len(outputs))
+    return Signature(paths, inputs, result, outputs, strings("parameters"))
+
+
+def _check_cached(root: Path, graph: Graph) -> None:
+    """That a cached program has the inputs and outputs that decoding relies on."""
+    ok = (
+        len(graph.inputs) >= 3
+        and len(graph.outputs) == len(graph.inputs) - 1
+        and [v.name for v in graph.inputs[:2]] == ["input_ids", "attention_mask"]
+        and not isinstance(graph.inputs[0].shape[0], int)
+    )
+    if not ok:
+        raise ArtifactError(
+            f"{root / 'cached.ir'}: inputs {[v.name for v in graph.inputs]} are not those of a cached program",
+            code="artifact",
+        )

@@ -1,0 +1,138 @@
+"""`CompiledModel`: what `moec.compile` and `moec.load` return."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.generation import UNSET, Generator, no_generation
+from moec.ir import CompileError, Graph
+from moec.program import Program, Settings
+from moec.report import Report
+from moec.signature import Signature
+
+
+class CompiledModel:
+    """A model that runs on a backend. Calls may come from several threads.
+
+    `program` is None for a language model that was compiled without example arguments: it only generates.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        program: Program | None,
+        signature: Signature | None,
+        *,
+        generator: Generator | None = None,
+        make_generator: Callable[[], Generator] | None = None,
+        seconds: dict[str, float] | None = None,
+    ):
+        self.name = name
+        self.settings = settings
+        self._program = program
+        self._signature = signature
+        self._generator = generator
+        self._make_generator = make_generator
+        self._lock = threading.Lock()
+        self._seconds = seconds or {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model: the arguments it was compiled with, in the same structure (dynamic sizes may differ);
+        returns the model's own result structure.
+
+        Raises ArgumentTypeError (a TypeError) for a wrong count, kind or dtype and ArgumentValueError (a
+        ValueError) for a wrong rank, size or constant, naming the argument, expected and got.
+        """
+        if self._program is None or self._signature is None:
+            raise CompileError(
+                f"{self.name} was compiled without example arguments, so there is only generate()",
+                code="arguments",
+                hint="moec.compile(model, args=(example, …)) makes it callable",
+            )
+        inputs = self._signature.flatten(self._program.legal, args, kwargs)
+        with torch.no_grad():
+            return self._signature.unflatten(self._program.executable.run(inputs))
+
+    @property
+    def program(self) -> Program:
+        """The plain program, or the cached one of a model compiled without example arguments."""
+        return self._program if self._program is not None else self.generator.program
+
+    @property
+    def signature(self) -> Signature | None:
+        """The call structure; None for a model compiled without example arguments."""
+        return self._signature
+
+    @property
+    def graph(self) -> Graph:
+        """The IR after the target-independent passes."""
+        return self.program.graph
+
+    @property
+    def backend(self) -> str:
+        """The backend's name."""
+        return self.settings.backend.name
+
+    @property
+    def report(self) -> Report:
+        """What compilation did, so far: the cached program appears once it exists."""
+        programs = {}
+        if self._program is not None:
+            programs["forward"] = self._program
+        if self._generator is not None:
+            programs["cached"] = self._generator.program
+        return Report(self.name, self.backend, programs, dict(self._seconds))
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the model has a KV cache protocol."""
+        return self._generator is not None or self._make_generator is not None
+
+    @property
+    def generator(self) -> Generator:
+        """The cached program, compiled when first asked for. Raises CompileError where the model has no cache."""
+        with self._lock:
+            if self._generator is None:
+                if self._make_generator is None:
+                    raise no_generation(f"{self.name} keeps no KV cache")
+                self._generator = self._make_generator()
+            return self._generator
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 32,
+        eos_token_id: Any = UNSET,
+    ) -> torch.Tensor:
+        """Greedy decoding. input_ids i64[B, S]; attention_mask i64[B, S], 0 for padding on the left, None for none.
+
+        Returns the prompt and up to `max_new_tokens` new ids, i64[B, S + n]. A row ends with an end-of-sequence
+        token (`eos_token_id`: an id, a list of ids, None to never stop; by default the model's own) and is filled
+        with the model's pad token, else the first end-of-sequence id; n is smaller where all rows ended. The cached
+        program is traced and compiled at the first call.
+
+        Raises ArgumentTypeError/ArgumentValueError for arguments that do not fit, CompileError for a model
+        without a KV cache.
+        """
+        with torch.no_grad():
+            return self.generator.generate(input_ids, attention_mask, max_new_tokens, eos_token_id)
+
+    def save(self, folder: str | Path) -> None:
+        """Write text IR, safetensors weights, a manifest and the backend's files to `folder`, whole or not at all.
+
+        A language model's cached program is compiled for it and saved along. An existing folder is replaced if it
+        is empty or was written by `save`. Raises ArtifactError otherwise, CompileError for what cannot be saved.
+        """
+        from moec.artifact import save
+
+        save(self, Path(folder))
+
+    def __repr__(self) -> str:
+        return f"<CompiledModel {self.name} on {self.backend}>"

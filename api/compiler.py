@@ -1,0 +1,108 @@
+"""`moec.compile` and `moec.trace`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.backends import Backend, get_backend
+from moec.compiled import CompiledModel
+from moec.decoder import cached_decoder, example, generates
+from moec.generation import Generator, Stops
+from moec.ir import Graph, Placement, Quantization
+from moec.passes.base import Pass
+from moec.passes.pipeline import Pipeline, build_pipeline
+from moec.program import Program, Settings, build
+from moec.progress import progress
+from moec.signature import Signature
+from moec.sources import acquire, describe
+
+
+def compile(
+    model: torch.nn.Module | torch.export.ExportedProgram | Graph,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: str | Backend = "auto",
+    dynamic_shapes: Any = None,
+    passes: Iterable[Pass] | Pipeline | None = None,
+    quantize: str | Quantization | None = None,
+    placement: Placement | None = None,
+    fallback: str = "error",
+    dump: str | Path | None = None,
+    threads: int | None = None,
+) -> CompiledModel:
+    """Compile a model for a backend.
+
+    model: a torch.nn.Module (traced at the example `args` and `kwargs`), a torch.export.ExportedProgram, or a Graph
+        (called with tensors in the order of its inputs, returns a tuple). A causal language model needs no example
+        arguments to generate.
+    backend: "auto" (triton where CUDA is, else onnxruntime), "reference", "onnxruntime", "triton", or a Backend.
+    dynamic_shapes: as torch.export's, or "auto"; None means the example's sizes only.
+    passes: None for the default pipeline, passes to append to it, or a Pipeline.
+    quantize: None, "fp8" (weights in 128×128 blocks, activations per token in groups of 128), "fp8-weight-only", or
+        a Quantization.
+    placement: where experts live (`moec.place_experts`), or None.
+    fallback: "error" refuses what the backend lacks; "reference" runs those nodes in the reference interpreter and
+        lists them in the report.
+    dump: a folder for the IR after every pass.
+    threads: CPU threads of the backend; None for its default.
+
+    Weights are shared with the model, not copied. Raises CompileError naming the op, module path, file:line and
+    what could be done.
+    """
+    settings = Settings(
+        backend=get_backend(backend),
+        pipeline=build_pipeline(passes, quantize, placement),
+        fallback=fallback,
+        threads=threads,
+        dump=Path(dump) if dump is not None else None,
+    )
+    name = describe(model)
+    seconds: dict[str, float] = {}
+    can_generate = generates(model)
+
+    def make_generator() -> Generator:
+        return _generator(model, settings.under("cached"), seconds)
+
+    program: Program | None = None
+    signature: Signature | None = None
+    if can_generate and not args and not kwargs:
+        generator = make_generator()
+        return CompiledModel(name, settings, None, None, generator=generator, seconds=seconds)
+    with progress(f"compile {name}") as step:
+        step("trace")
+        start = time.perf_counter()
+        graph, signature = acquire(model, args, kwargs, dynamic_shapes)
+        seconds["trace"] = time.perf_counter() - start
+        program = build(graph, settings, step)
+    return CompiledModel(
+        name, settings, program, signature, make_generator=make_generator if can_generate else None, seconds=seconds
+    )
+
+
+def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Generator:
+    with progress(f"compile {describe(model)} with its cache") as step:
+        step("trace")
+        start = time.perf_counter()
+        decoder, past_of = cached_decoder(model)
+        args, shapes = example(past_of)
+        graph, _ = acquire(decoder, args, None, shapes)
+        seconds["trace cached"] = time.perf_counter() - start
+        return Generator(build(graph, settings, step), Stops.of(model))
+
+
+def trace(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Graph:
+    """The typed graph of a model before any pass. dynamic_shapes: as torch.export's, or "auto"; None for the
+    example's sizes only. Raises CompileError naming the construct, module path and file:line that cannot be traced."""
+    return acquire(model, args, kwargs, dynamic_shapes)[0]

@@ -1,0 +1,147 @@
+"""A causal language model as a module with plain arguments: ids, mask and flat cache tensors in, logits and cache
+tensors out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moec.generation import no_generation
+
+Past = list[Tensor]
+
+
+class CachedDecoder(nn.Module):
+    """One decoding step: input_ids i64[B, S], attention_mask i64[B, P + S], past: cache tensors of P positions →
+    (logits of the last position [B, V], cache tensors of P + S positions).
+
+    Holds the model's own submodules and weights under their own names, so that module paths are those of the
+    plain forward.
+    """
+
+    def __init__(self, model: nn.Module, step: Callable[[Tensor, Tensor, Past], tuple[Tensor, Past]]):
+        super().__init__()
+        self.training = model.training
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.__dict__["step"] = step
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: Past) -> tuple[Tensor, Past]:
+        return self.step(input_ids, attention_mask, past)
+
+
+def cached_decoder(model: nn.Module) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
+    """The decoder of a model, and a function that makes its cache for (batch, past) by running the model.
+
+    Recognised by structure: `empty_cache(batch)` (moec.models), or transformers' `past_key_values`. Raises
+    CompileError for a model that keeps no such cache.
+    """
+    if callable(getattr(model, "empty_cache", None)):
+        return _own_cache(model)
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" in parameters and "input_ids" in parameters:
+        return _transformers_cache(model, "position_ids" in parameters)
+    raise no_generation(f"{type(model).__name__} has neither empty_cache() nor past_key_values")
+
+
+def generates(model: Any) -> bool:
+    """Whether a model has one of the cache protocols (its run may still refuse)."""
+    if not isinstance(model, nn.Module):
+        return False
+    if callable(getattr(model, "empty_cache", None)):
+        return True
+    parameters = inspect.signature(model.forward).parameters
+    return "past_key_values" in parameters and "input_ids" in parameters
+
+
+def _own_cache(model: Any) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
+    structure = pytree.tree_structure(model.empty_cache(1))
+
+    def step(input_ids: Tensor, attention_mask: Tensor, past: Past) -> tuple[Tensor, Past]:
+        logits, caches = model(input_ids, attention_mask, pytree.tree_unflatten(past, structure))
+        return logits[:, -1], pytree.tree_leaves(caches)
+
+    def run(batch: int, length: int) -> Past:
+        past = pytree.tree_leaves(model.empty_cache(batch))
+        with torch.no_grad():
+            return step(_ids(batch, length), torch.ones(batch, length, dtype=torch.int64), past)[1]
+
+    return CachedDecoder(model, step), run
+
+
+def _transformers_cache(model: Any, takes_positions: bool) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
+    def own_run(batch: int, length: int) -> Any:
+        with torch.no_grad():
+            cache = getattr(model(input_ids=_ids(batch, length), use_cache=True), "past_key_values", None)
+        layers = getattr(cache, "layers", None)
+        if not layers or not all(isinstance(getattr(x, n, None), Tensor) for x in layers for n in ("keys", "values")):
+            raise no_generation(f"{type(model).__name__} returned {type(cache).__name__}, no cache of keys and values")
+        for layer in layers:
+            if getattr(layer, "is_sliding", False):
+                raise no_generation("its cache has sliding-window layers, which count positions in Python")
+        return cache
+
+    template = own_run(2, 3)
+
+    def cache_of(past: Past) -> Any:
+        cache = copy.copy(template)
+        cache.layers = [copy.copy(layer) for layer in template.layers]
+        for i, layer in enumerate(cache.layers):
+            layer.keys, layer.values = past[2 * i], past[2 * i + 1]
+        return cache
+
+    def flat(cache: Any) -> Past:
+        return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+    def step(input_ids: Tensor, attention_mask: Tensor, past: Past) -> tuple[Tensor, Past]:
+        named = {}
+        if takes_positions:  # positions count the tokens of a row, so that padding shifts nothing
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            named["position_ids"] = positions[:, past[0].shape[2] :]
+        out = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache_of(past),
+            use_cache=True,
+            **named,
+        )
+        return out.logits[:, -1], flat(out.past_key_values)
+
+    return CachedDecoder(model, step), lambda batch, length: flat(own_run(batch, length))
+
+
+def _ids(batch: int, length: int) -> Tensor:
+    return torch.arange(batch * length).reshape(batch, length) % 7
+
+
+def example(past_of: Callable[[int, int], Past]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments to trace a decoder at, and its dynamic shapes: batch, sequence, and past, which the caches' own
+    sizes at different batches and lengths tell apart. Raises CompileError where they do not grow with the past."""
+    batch, past, length = 2, 5, 3
+    cache = past_of(batch, past)
+    b = torch.export.Dim("B")
+    s = torch.export.Dim("S")
+    p = torch.export.Dim("P")
+    axes = []
+    for t, wider, longer in zip(cache, past_of(batch + 1, past), past_of(batch, past + 1), strict=True):
+        grows_b = [i for i, (x, y) in enumerate(zip(t.shape, wider.shape, strict=True)) if x != y]
+        grows_p = [i for i, (x, y) in enumerate(zip(t.shape, longer.shape, strict=True)) if x != y]
+        if len(grows_b) != 1 or len(grows_p) != 1 or t.shape[grows_b[0]] != batch or t.shape[grows_p[0]] != past:
+            raise no_generation(
+                f"a cache tensor of shape {list(t.shape)} for batch {batch} and {past} tokens does not grow by one "
+                f"per row and token ({list(wider.shape)} for {batch + 1} rows, {list(longer.shape)} for {past + 1})"
+            )
+        axes.append({grows_b[0]: b, grows_p[0]: p})
+    args = (_ids(batch, length), torch.ones(batch, past + length, dtype=torch.int64), cache)
+    shapes = {
+        "input_ids": {0: b, 1: s},
+        "attention_mask": {0: b, 1: torch.export.Dim.AUTO},
+        "past": axes,
+    }
+    return args, shapes

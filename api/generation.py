@@ -1,0 +1,163 @@
+"""Greedy decoding with a KV cache that is an input and an output of the compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Dim
+from moec.program import Program
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = _Unset()
+"""The model's own end-of-sequence token."""
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Tokens that end a row, and what fills a row after its end."""
+
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+    @staticmethod
+    def of(model: Any) -> Stops:
+        """From the model's generation config, else its config; a model may have neither."""
+        configs = [c for c in (getattr(model, "generation_config", None), getattr(model, "config", None)) if c]
+
+        def first(name: str) -> Any:
+            return next((v for v in (getattr(c, name, None) for c in configs) if v is not None), None)
+
+        return Stops(_ids(first("eos_token_id")), first("pad_token_id"))
+
+    def resolve(self, eos_token_id: Any) -> tuple[tuple[int, ...], int]:
+        """(eos ids, pad id) of one `generate` call."""
+        eos = self.eos if eos_token_id is UNSET else _ids(eos_token_id)
+        pad = self.pad if self.pad is not None else (eos[0] if eos else 0)
+        return eos, pad
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    values = value if isinstance(value, Iterable) else (value,)
+    ids = tuple(int(v) if isinstance(v, int) and not isinstance(v, bool) else -1 for v in values)
+    if any(v < 0 for v in ids):
+        raise ArgumentValueError(
+            f"eos_token_id must be a token id, a list of them, None or UNSET, got {value!r}", code="arguments"
+        )
+    return ids
+
+
+@dataclass(eq=False)
+class Generator:
+    """The cached program with what decoding needs.
+
+    Program inputs: input_ids i64[B, S], attention_mask i64[B, P + S], then the cache's tensors, each with a batch
+    axis B and a time axis P. Outputs: the last position's logits [B, V], then the tensors extended to P + S.
+    """
+
+    program: Program
+    stops: Stops = field(default_factory=Stops)
+
+    def empty_cache(self, batch: int) -> list[torch.Tensor]:
+        """The cache of no past tokens; its shapes come from the traced program."""
+        ids, _, *past = self.program.legal.inputs
+        b = ids.shape[0]
+        assert isinstance(b, Dim)
+        sizes = {str(b): batch}
+        return [
+            torch.empty([s.evaluate(sizes | {n: 0 for n in s.symbols - {str(b)}}) if isinstance(s, Dim) else s
+                         for s in v.shape], dtype=v.dtype.torch)
+            for v in past
+        ]  # fmt: skip
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 32,
+        eos_token_id: Any = UNSET,
+    ) -> torch.Tensor:
+        """See `CompiledModel.generate`."""
+        mask = check_prompt(input_ids, attention_mask, max_new_tokens)
+        eos, pad = self.stops.resolve(eos_token_id)
+        ids, step = input_ids, input_ids
+        past = self.empty_cache(len(input_ids))
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        ends = torch.tensor(eos, dtype=torch.int64)
+        for _ in range(max_new_tokens):
+            if ended.all():
+                break
+            logits, *past = self.program.executable.run([step, mask, *past])
+            token = logits.argmax(dim=-1)
+            token = torch.where(ended, pad, token)
+            ids = torch.cat((ids, token[:, None]), dim=1)
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+            step = token[:, None]
+            ended = ended | torch.isin(token, ends)
+        return ids
+
+
+def check_prompt(input_ids: Any, attention_mask: Any, max_new_tokens: Any) -> torch.Tensor:
+    """The attention mask to start from. Raises ArgumentTypeError or ArgumentValueError."""
+    for name, t in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if t is None and name == "attention_mask":
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise ArgumentTypeError(
+                f"argument {name!r} must be a torch.Tensor i64[B, S], got {type(t).__name__}", code="arguments"
+            )
+        if t.dtype != torch.int64:
+            raise ArgumentTypeError(
+                f"argument {name!r} has dtype {t.dtype}, expected torch.int64", code="dtype", hint=f"{name}.long()"
+            )
+        if t.ndim != 2:
+            raise ArgumentValueError(
+                f"argument {name!r} has rank {t.ndim} (shape {list(t.shape)}), expected rank 2 [B, S]", code="rank"
+            )
+    if input_ids.shape[1] == 0:
+        raise ArgumentValueError("argument 'input_ids' has no tokens, expected S ≥ 1", code="shape")
+    if input_ids.numel() and int(input_ids.min()) < 0:
+        raise ArgumentValueError(f"argument 'input_ids' holds the id {int(input_ids.min())}", code="value")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise ArgumentTypeError(
+            f"argument 'max_new_tokens' must be an int, got {type(max_new_tokens).__name__}", code="arguments"
+        )
+    if max_new_tokens < 0:
+        raise ArgumentValueError(f"argument 'max_new_tokens' is {max_new_tokens}, expected ≥ 0", code="value")
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ArgumentValueError(
+            f"argument 'attention_mask' has shape {list(attention_mask.shape)}, expected {list(input_ids.shape)} "
+            "as input_ids",
+            code="shape",
+        )
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ArgumentValueError("argument 'attention_mask' holds values other than 0 and 1", code="value")
+    if bool((attention_mask.diff(dim=1) < 0).any()) or not bool(attention_mask[:, -1].all()):
+        raise ArgumentValueError(
+            "argument 'attention_mask' masks a position after a token: prompts are padded on the left",
+            code="value",
+            hint="pad on the left, e.g. tokenizer.padding_side = 'left'",
+        )
+    return attention_mask
+
+
+def no_generation(reason: str) -> CompileError:
+    """The error of a model without a usable KV cache."""
+    return CompileError(
+        f"this model cannot generate: {reason}",
+        code="generate",
+        hint="generate() takes causal language models: one with `empty_cache(batch)` and "
+        "`forward(input_ids, attention_mask, past) -> (logits, past)`, or one of transformers' with a DynamicCache",
+    )

@@ -1,0 +1,127 @@
+"""One graph taken through passes, legalisation and lowering."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moec.backends import Backend, Executable
+from moec.backends.partition import Fallback, PartitionedExecutable, fallbacks
+from moec.ir import ArgumentValueError, CompileError, Graph
+from moec.passes.base import Record
+from moec.passes.legalise import Legalise
+from moec.passes.pipeline import Pipeline, run_pass
+
+Step = Callable[[str], None]
+FALLBACKS = ("error", "reference")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `moec.compile` was asked for, resolved."""
+
+    backend: Backend
+    pipeline: Pipeline
+    fallback: str = "error"
+    threads: int | None = None
+    dump: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.fallback not in FALLBACKS:
+            raise ArgumentValueError(f"fallback={self.fallback!r} is none of {', '.join(FALLBACKS)}", code="fallback")
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            raise ArgumentValueError(f"threads={self.threads!r} must be None or a positive integer", code="threads")
+
+    def under(self, name: str) -> Settings:
+        """The same with its dumps in a subfolder."""
+        return replace(self, dump=self.dump / name) if self.dump else self
+
+
+@dataclass(eq=False)
+class Program:
+    """A compiled graph. `graph` is the IR after the target-independent passes, `legal` what was lowered from
+    it; `records` say what each pass did, `seconds` how long each step took."""
+
+    graph: Graph
+    legal: Graph
+    executable: Executable
+    records: list[Record] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    fallbacks: list[Fallback] = field(default_factory=list)
+
+    @property
+    def legal_digest(self) -> str:
+        return hashlib.sha256(str(self.legal).encode()).hexdigest()
+
+
+def legalise(graph: Graph, settings: Settings) -> tuple[Graph, Record, list[Fallback]]:
+    """What the backend is given: prepared, decomposed, checked. Raises CompileError naming op, location and
+    reason where the backend cannot take a node and `fallback` is "error"."""
+    prepared = settings.backend.prepare(graph)
+    legal, record = run_pass(Legalise(settings.backend, settings.fallback), prepared)
+    left = fallbacks(legal, settings.backend) if settings.fallback == "reference" else []
+    return legal, record, left
+
+
+def build(graph: Graph, settings: Settings, step: Step = lambda name: None) -> Program:
+    """Run the pipeline, legalise and lower. Raises CompileError."""
+    start = time.perf_counter()
+    after, records = run_passes(graph, settings, step)
+    seconds = {"passes": time.perf_counter() - start}
+    program = finish(after, settings, step)
+    program.records[:0] = records
+    program.seconds = {**seconds, **program.seconds}
+    if settings.dump is not None:
+        (settings.dump / f"{len(program.records):02d}_legalise.ir").write_text(str(program.legal), "utf-8")
+    return program
+
+
+def run_passes(graph: Graph, settings: Settings, step: Step = lambda name: None) -> tuple[Graph, list[Record]]:
+    """The graph after the target-independent pipeline."""
+    graph.verify()
+    return settings.pipeline.run(graph, dump=settings.dump, progress=step)
+
+
+def finish(after: Graph, settings: Settings, step: Step = lambda name: None) -> Program:
+    """Legalise and lower a graph that has been through the pipeline."""
+    start = time.perf_counter()
+    step("legalise")
+    legal, record, left = legalise(after, settings)
+    seconds = {"legalise": time.perf_counter() - start}
+
+    start = time.perf_counter()
+    step(f"lower to {settings.backend.name}")
+    executable = lower(legal, settings, left)
+    seconds["lower"] = time.perf_counter() - start
+    return Program(after, legal, executable, [record], seconds, left)
+
+
+def lower(legal: Graph, settings: Settings, left: list[Fallback], folder: Path | None = None) -> Executable:
+    """An executable of a legalised graph, from saved backend artefacts where there is a `folder`."""
+    backend = settings.backend
+    try:
+        if left:
+            return PartitionedExecutable(legal, backend, settings.threads, folder)
+        if folder is not None:
+            return backend.load(legal, folder, threads=settings.threads)
+        return backend.compile(legal, threads=settings.threads)
+    except (CompileError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as e:
+        raise CompileError(
+            f"{backend.name} failed to take the program: {type(e).__name__}: {e}",
+            code="lowering",
+            hint="this is a fault of the backend's lowering; backend='reference' runs the program meanwhile",
+        ) from e
+
+
+def figure(records: list[Record], name: str) -> Any:
+    """A figure that a pass reported, or None."""
+    for record in reversed(records):
+        if name in record.figures:
+            return record.figures[name]
+    return None

@@ -1,0 +1,102 @@
+"""What compilation did, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moec.program import Program
+
+
+@dataclass(eq=False)
+class Report:
+    """The report of a compiled model: per program (the plain forward, and the cached decoder once it exists)
+    its passes, figures such as quantised-byte coverage, fallbacks and backend statistics."""
+
+    model: str
+    backend: str
+    programs: dict[str, Program]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: {"model", "backend", "seconds", "programs": {name: {"passes", "figures", "fallbacks",
+        "ops", "weights", "backend", "seconds"}}}. Seconds are wall-clock; bytes count stored weights."""
+        programs = {name: _program(p) for name, p in self.programs.items()}
+        return {"model": self.model, "backend": self.backend, "seconds": dict(self.seconds), "programs": programs}
+
+    def save(self, path: str | Path) -> None:
+        """Write a self-contained HTML page, or JSON where the name ends in .json; complete or not at all."""
+        from moec.report_html import page
+
+        target = Path(path)
+        data = self.to_dict()
+        text = json.dumps(data, indent=2, default=str) if target.suffix == ".json" else page(data)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, "utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def tables(self) -> list[Table]:
+        """rich tables of the passes of each program."""
+        from rich.table import Table
+
+        found = []
+        for name, program in self.to_dict()["programs"].items():
+            table = Table(title=f"{self.model} on {self.backend}: {name}", title_justify="left")
+            for column in ("pass", "ms", "nodes"):
+                table.add_column(column, justify="left" if column == "pass" else "right")
+            table.add_column("rules fired")
+            table.add_column("refused")
+            for p in program["passes"]:
+                table.add_row(
+                    p["name"],
+                    f"{p['seconds'] * 1000:.0f}",
+                    f"{p['nodes_before']} → {p['nodes_after']}",
+                    ", ".join(f"{rule} ×{n}" for rule, n in p["fired"].items()),
+                    ", ".join(f"{why} ×{n}" for why, n in p["refused"].items()),
+                )
+            found.append(table)
+        return found
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = StringIO()
+        console = Console(file=out, width=140)
+        for table in self.tables():
+            console.print(table)
+        for name, program in self.to_dict()["programs"].items():
+            for fallback in program["fallbacks"]:
+                console.print(f"{name}: {fallback['op']} at {fallback['location']} runs in the reference: "
+                              f"{fallback['reason']}", markup=False)  # fmt: skip
+        return out.getvalue()
+
+
+def _program(program: Program) -> dict[str, Any]:
+    weights = [v.type for v in program.graph.weights.values()]
+    by_dtype: dict[str, int] = {}
+    for t in weights:
+        size = t.nbytes
+        assert isinstance(size, int)
+        by_dtype[str(t.dtype)] = by_dtype.get(str(t.dtype), 0) + size
+    figures: dict[str, Any] = {}
+    for record in program.records:
+        figures.update(record.figures)
+    return {
+        "passes": [r.to_dict() for r in program.records],
+        "figures": figures,
+        "fallbacks": [{"op": f.op, "location": f.location, "reason": f.reason} for f in program.fallbacks],
+        "ops": program.graph.count_ops(),
+        "weights": {"count": len(weights), "bytes": by_dtype},
+        "backend": dict(program.executable.stats),
+        "seconds": dict(program.seconds),
+    }

@@ -1,0 +1,1 @@
+../../api/comparison_table.py

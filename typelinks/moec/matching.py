@@ -1,0 +1,1 @@
+../../api/matching.py

@@ -1,0 +1,1 @@
+../../api/report_html.py
