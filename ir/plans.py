@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from moec.ir.errors import ArgumentValueError
 
 
@@ -85,34 +88,104 @@ class Mesh:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which logical expert each physical slot holds.
+    """Which logical expert each physical slot holds; all arrays are read-only NumPy.
 
-    `physical_to_logical`: per MoE layer a row of expert ids, slots in GPU order. `balance`: max/mean load
-    per GPU and layer under the load it was made for; `lower_bound`: what no placement can beat (both
-    floats per layer). `moves`: slots per layer whose expert changed against the current placement.
+    `physical_to_logical` i64[L, slots]: expert ids per MoE layer, slots in GPU order. `fractions`
+    f64[L, slots]: the share of its expert's tokens that a slot takes (equal shares unless given).
+    `balance` f64[L]: max/mean load per GPU under the load it was made for; `lower_bound` f64[L]: what no
+    placement can beat; `moves` i64[L]: slots whose expert changed against the current placement. These
+    three are NaN, NaN and 0 where the placement was not made from a load.
+
+    Raises ArgumentValueError where a shape does not fit the mesh or an expert has no slot.
     """
 
     mesh: Mesh
-    physical_to_logical: tuple[tuple[int, ...], ...]
-    balance: tuple[float, ...] = ()
-    lower_bound: tuple[float, ...] = ()
-    moves: tuple[int, ...] = ()
+    physical_to_logical: np.ndarray
+    balance: np.ndarray = None  # type: ignore[assignment]
+    lower_bound: np.ndarray = None  # type: ignore[assignment]
+    moves: np.ndarray = None  # type: ignore[assignment]
+    fractions: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        rows = tuple(tuple(int(e) for e in row) for row in self.physical_to_logical)
-        object.__setattr__(self, "physical_to_logical", rows)
+        rows = _array("physical_to_logical", self.physical_to_logical, np.int64)
+        if rows.ndim != 2 or rows.shape[1] != self.mesh.num_slots or not rows.size:
+            raise ArgumentValueError(
+                f"physical_to_logical has shape {list(rows.shape)}, expected [layers, {self.mesh.num_slots}]",
+                code="placement",
+                hint="one row per MoE layer, one column per slot of the mesh",
+            )
+        num_experts = int(rows.max()) + 1
         for layer, row in enumerate(rows):
-            if len(row) != self.mesh.num_slots:
+            missing = sorted(set(range(num_experts)) - set(row.tolist()))
+            if row.min() < 0 or missing:
                 raise ArgumentValueError(
-                    f"placement layer {layer} has {len(row)} slots, the mesh has {self.mesh.num_slots}",
+                    f"placement layer {layer}: experts {missing[:8] or [int(row.min())]} have no slot",
                     code="placement",
                 )
-            missing = sorted(set(range(max(row) + 1)) - set(row))
-            if min(row) < 0 or missing:
+        counts = np.stack([np.bincount(row, minlength=num_experts)[row] for row in rows])
+        layers = len(rows)
+        for name, default, shape in (
+            ("balance", np.full(layers, np.nan), (layers,)),
+            ("lower_bound", np.full(layers, np.nan), (layers,)),
+            ("moves", np.zeros(layers, dtype=np.int64), (layers,)),
+            ("fractions", 1.0 / counts, rows.shape),
+        ):
+            given = getattr(self, name)
+            array = default if given is None else _array(name, given, default.dtype)
+            if array.shape != shape:
                 raise ArgumentValueError(
-                    f"placement layer {layer}: experts {missing or [min(row)]} have no slot", code="placement"
+                    f"placement {name} has shape {list(array.shape)}, expected {list(shape)}", code="placement"
                 )
+            object.__setattr__(self, name, _frozen(array))
+        object.__setattr__(self, "physical_to_logical", _frozen(rows))
 
     @property
     def num_layers(self) -> int:
         return len(self.physical_to_logical)
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.physical_to_logical.max()) + 1
+
+    def tables(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Logical → physical of one layer, the operands of `moe.remap`: slots i64[E, R] (rows padded with
+        their first slot) and replica counts i64[E]."""
+        row = self.physical_to_logical[layer]
+        count = np.bincount(row, minlength=self.num_experts)
+        order = np.argsort(row, kind="stable")
+        start = np.cumsum(count) - count
+        column = np.arange(count.max())
+        return order[start[:, None] + np.where(column < count[:, None], column, 0)], count
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        mesh = {"nodes": self.mesh.nodes, "gpus_per_node": self.mesh.gpus_per_node, "slots": list(self.mesh.slots)}
+        arrays = ("physical_to_logical", "fractions", "balance", "lower_bound", "moves")
+        return {"mesh": mesh, **{name: getattr(self, name).tolist() for name in arrays}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Placement:
+        """Read what `to_dict` gave. Raises ArgumentValueError naming a missing or malformed field."""
+        try:
+            m = data["mesh"]
+            mesh = Mesh(m["nodes"], m["gpus_per_node"], tuple(m["slots"]))
+            names = ("balance", "lower_bound", "moves", "fractions")
+            return Placement(mesh, data["physical_to_logical"], *(data.get(n) for n in names))
+        except (KeyError, TypeError) as e:
+            raise ArgumentValueError(f"not a placement: {e!r}", code="placement") from None
+
+
+def _array(name: str, data: Any, dtype: Any) -> np.ndarray:
+    try:
+        array = np.array(data)
+        if np.issubdtype(dtype, np.integer) and array.dtype.kind not in "iu":
+            raise ValueError(f"{array.dtype} values")
+        return array.astype(dtype)
+    except (ValueError, TypeError) as e:
+        raise ArgumentValueError(f"placement {name} is not an array of numbers: {e}", code="placement") from None
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array = np.ascontiguousarray(array)
+    array.setflags(write=False)
+    return array

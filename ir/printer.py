@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -60,15 +61,14 @@ def print_origins(*groups: frozenset[str]) -> str:
 
 
 class _Names:
-    """Numbers values in order of definition; inputs keep their names (unless they look like numbers)."""
+    """Numbers values in order of definition; inputs keep their names."""
 
     def __init__(self, graph: Graph):
-        self.names: dict[Value, str] = {}
-        for v in graph.inputs:
-            name = v.name or ""
-            self.names[v] = "%" + (quote(name) if name.isdigit() else symbol(name))
-        for i, v in enumerate(r for n in graph.nodes for r in n.results):
-            self.names[v] = f"%{i}"
+        self.names: dict[Value, str] = {v: "%" + symbol(v.name or "") for v in graph.inputs}
+        taken = {v.name for v in graph.inputs}
+        number = (i for i in itertools.count() if str(i) not in taken)
+        for v in (r for n in graph.nodes for r in n.results):
+            self.names[v] = f"%{next(number)}"
 
     def __call__(self, v: Value | None) -> str:
         if v is None:

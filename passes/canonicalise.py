@@ -293,5 +293,5 @@ class Canonicalise(Pass):
 
     def run(self, graph: Graph) -> Graph:
         graph = NormaliseAxes().run(graph)
-        graph = RuleSet(RULES).run(graph)
+        graph = RuleSet(RULES, quiet=True).run(graph)
         return DropBroadcasts().run(graph)

@@ -78,12 +78,16 @@ class Rewrite(Pass):
 
 @dataclass(frozen=True)
 class RuleSet(Pass):
-    """Several rules applied together until none fires; earlier ones have precedence at a node."""
+    """Several rules applied together until none fires; earlier ones have precedence at a node.
+
+    `quiet` keeps refusals out of the report, where a refusal tells nothing (a cast that does something).
+    """
 
     rules: tuple[Rewrite, ...] = ()
+    quiet: bool = False
 
     def run(self, graph: Graph) -> Graph:
-        return apply_rules(self.rules, graph)
+        return apply_rules(self.rules, graph, quiet=self.quiet)
 
 
 def source_of(rule: object) -> str:
@@ -110,23 +114,22 @@ def compiled_pattern(rule: Rewrite) -> Pattern:
         raise rule_error(rule, f"pattern() failed: {e}") from e
 
 
-def apply_rules(rules: Sequence[Rewrite], graph: Graph) -> Graph:
+def apply_rules(rules: Sequence[Rewrite], graph: Graph, *, quiet: bool = False) -> Graph:
     """A rewritten copy: rules fire anywhere, in order of the nodes, until none matches.
 
     Raises CompileError naming the rule's file:line where a rule loops, changes nothing, returns the wrong
     number or type of values, or its `when` or `replace` raises.
     """
     graph = graph.clone()
-    engine = _Engine(rules, graph)
-    engine.run()
-    for fn in graph.functions.values():
-        _Engine(rules, fn).run()
+    for g in (graph, *graph.functions.values()):
+        _Engine(rules, g, quiet).run()
     return graph
 
 
 class _Engine:
-    def __init__(self, rules: Sequence[Rewrite], graph: Graph):
+    def __init__(self, rules: Sequence[Rewrite], graph: Graph, quiet: bool):
         self.graph = graph
+        self.quiet = quiet
         self.by_op: dict[str, list[tuple[Rewrite, Pattern]]] = {}
         self.depth = 1
         for rule in rules:
@@ -173,7 +176,7 @@ class _Engine:
         if not isinstance(verdict, Refused):
             raise rule_error(rule, f"when() returned {verdict!r}", hint="return m.no(reason), or nothing to accept")
         key = (rule.name, m.root.producer, verdict.reason)
-        if self.record is not None and key not in self.refused:
+        if self.record is not None and not self.quiet and key not in self.refused:
             where = verdict.at.location if verdict.at is not None and verdict.at.location else m.location
             self.record.refused.append(Refusal(rule.name, verdict.reason, where))
         self.refused.add(key)  # type: ignore[arg-type]
