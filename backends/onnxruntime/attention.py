@@ -1,0 +1,87 @@
+"""Lowering of `attention`."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as onnx
+from moec.backends.onnxruntime.backend import backend
+from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.reduction import reduce
+from moec.backends.onnxruntime.types import onnx_type
+from moec.ir import Dim, DType, Node
+
+
+@backend.lowers("attention.sdpa")
+def sdpa(e: Emitter, node: Node) -> onnx.Value:
+    """Products, mask, softmax: ONNX's Attention fails on empty sequences and leaves NaN where a row may
+    attend to nothing. Queries that share a key head are rows of one product, so keys are not repeated."""
+    q, k, v, mask = node.operands
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    b, heads, s, d = q.shape
+    kv_heads, t, dv = k.shape[1], k.shape[2], v.shape[3]
+    shared = (b, kv_heads, s * (heads // kv_heads))
+    scaled = e.op("Mul", e.value(q), e.scalar(node.attrs["scale"], q.dtype))
+    keys = e.op("Transpose", e.value(k), perm=[0, 1, 3, 2])
+    scores = e.op("MatMul", e.reshape(scaled, q.shape, (*shared, d)), keys)
+    scores = e.reshape(scores, (*shared, t), (b, heads, s, t))
+    allowed, dead = _allowed(e, node)
+    if mask is not None and mask.dtype is not DType.BOOL:
+        scores = e.op("Add", scores, e.value(mask))
+    if allowed is not None:
+        scores = e.op("Where", allowed, scores, e.scalar(-np.inf, q.dtype))
+    if mask is not None and mask.dtype is not DType.BOOL:
+        # -inf in an added mask may close a row too: look at the scores themselves
+        lowest = e.op("Equal", scores, e.scalar(-np.inf, q.dtype))
+        dead = e.op("Not", _any(e, e.op("Not", lowest)))
+    if dead is not None:
+        scores = e.op("Where", dead, e.scalar(0, q.dtype), scores)
+    weights = e.op("Softmax", scores, axis=-1)
+    if dead is not None:
+        weights = e.op("Where", dead, e.scalar(0, q.dtype), weights)
+    out = e.op("MatMul", e.reshape(weights, (b, heads, s, t), (*shared, t)), e.value(v))
+    return e.reshape(out, (*shared, dv), (b, heads, s, dv))
+
+
+def _any(e: Emitter, x: onnx.Value) -> onnx.Value:
+    """Whether any holds along the last axis (kept)."""
+    count = reduce(e, "ReduceSum", e.op("Cast", x, to=onnx_type(DType.I32).value), (-1,), True)
+    return e.op("Greater", count, e.scalar(0, DType.I32))
+
+
+def _allowed(e: Emitter, node: Node) -> tuple[onnx.Value | None, onnx.Value | None]:
+    """Where to attend by `causal` and a bool mask, and the rows that may attend to nothing; None: no limit.
+    Both are shared by the layers of a model."""
+    q, k, _, mask = node.operands
+    assert q is not None
+    assert k is not None
+    s, t = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2])
+    causal, masked = node.attrs["causal"], mask is not None and mask.dtype is DType.BOOL
+    given = e.value(mask) if mask is not None and masked else None
+    memo = ("allowed", causal and (s, t), given)
+    if memo not in e.memo:
+        allowed = _causal(e, s, t) if causal else None
+        if given is not None:
+            allowed = given if allowed is None else e.op("And", allowed, given)
+        closed = allowed is not None and (masked or not _covers(t, s))
+        e.memo[memo] = allowed, e.op("Not", _any(e, allowed)) if closed else None
+    return e.memo[memo]
+
+
+def _covers(t: int | Dim, s: int | Dim) -> bool:
+    """Whether t ≥ s for sure, so that every query sees a key."""
+    past = t - s
+    if isinstance(past, int):
+        return past >= 0
+    return all(c.is_nonnegative for c in past.expr.as_coefficients_dict().values()) and past.expr.is_polynomial()
+
+
+def _causal(e: Emitter, s: int | Dim, t: int | Dim) -> onnx.Value:
+    """bool[S, T]: key j ≤ query i + T − S."""
+    memo = ("causal", s, t)
+    if memo not in e.memo:
+        queries = e.op("Range", e.sizes.scalar(t - s), e.sizes.scalar(t), np.int64(1))
+        keys = e.op("Range", np.int64(0), e.sizes.scalar(t), np.int64(1))
+        e.memo[memo] = e.op("LessOrEqual", keys, e.op("Unsqueeze", queries, np.array([1])))
+    return e.memo[memo]

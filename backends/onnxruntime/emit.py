@@ -1,0 +1,186 @@
+"""Building the ONNX graph: nodes with names that lead back to the IR, shared constants, lazy weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as onnx
+import torch
+from moec.backends.onnxruntime.options import Options
+from moec.backends.onnxruntime.sizes import Sizes
+from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, onnx_type
+from moec.backends.onnxruntime.weights import WeightReader
+from moec.ir import CompileError, Dim, DType, Graph, Node, Value
+
+MICROSOFT = "com.microsoft"
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Emitter:
+    """Collects ONNX nodes and initialisers for one graph. `memo` holds what several lowerings share."""
+
+    def __init__(self, graph: Graph, options: Options):
+        self.graph = graph
+        self.options = options
+        self.functions = graph.functions
+        self.nodes: list[onnx.Node] = []
+        self.initializers: dict[str, onnx.Value] = {}
+        self.sources: dict[str, Node] = {}  # ONNX node name prefix → IR node
+        self.memo: dict[Hashable, Any] = {}
+        self.choices: dict[str, int] = {}  # which form of a lowering was taken, how often
+        self.sizes = Sizes(self)
+        self.reader = WeightReader()
+        self._values: dict[Value, onnx.Value] = {}
+        self._names: set[str] = set()
+        self._scope = "graph"
+        self._calls: list[str] = []
+
+    # -- names ------------------------------------------------------------------------------------
+
+    def unique(self, name: str) -> str:
+        """`name`, or with a number where it is taken."""
+        candidate, i = name, 0
+        while candidate in self._names:
+            i += 1
+            candidate = f"{name}_{i}"
+        self._names.add(candidate)
+        return candidate
+
+    @contextmanager
+    def scope(self, node: Node, index: int) -> Iterator[None]:
+        """Within: ONNX nodes are named `module/op_index:Kind`, so that an error can name the IR node."""
+        module = node.location.module
+        path = "/".join([*self._calls, *([module] if module else []), f"{node.op}_{index}"])
+        before, self._scope = self._scope, path
+        self.sources[path] = node
+        try:
+            yield
+        finally:
+            self._scope = before
+
+    @contextmanager
+    def call(self, name: str) -> Iterator[None]:
+        self._calls.append(name)
+        try:
+            yield
+        finally:
+            self._calls.pop()
+
+    # -- values -----------------------------------------------------------------------------------
+
+    def bind(self, value: Value, emitted: onnx.Value) -> None:
+        self._values[value] = emitted
+
+    def emitted(self, value: Value) -> onnx.Value | None:
+        """The ONNX value of an IR value that was computed, else None."""
+        return self._values.get(value)
+
+    def value(self, v: Value) -> onnx.Value:
+        """The ONNX value of an IR value; a weight becomes an initialiser when first asked for."""
+        if v.weight is not None:
+            return self.weight(v)
+        return self._values[v]
+
+    def operands(self, node: Node) -> list[Any]:
+        """ONNX values of all operands, None for absent ones."""
+        return [None if v is None else self.value(v) for v in node.operands]
+
+    def op(self, kind: str, *inputs: Any, outputs: int = 1, domain: str = "", **attrs: Any) -> Any:
+        """Append a node; NumPy operands become constants, None an absent input. Returns its output, or a
+        tuple of them."""
+        values = [self.constant(x) if isinstance(x, np.ndarray | np.generic) else x for x in inputs]
+        node = onnx.node(
+            kind, values, attrs, domain=domain, num_outputs=outputs, name=self.unique(f"{self._scope}:{kind}")
+        )
+        for i, out in enumerate(node.outputs):
+            out.name = node.name if outputs == 1 else f"{node.name}.{i}"
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    @contextmanager
+    def body(self) -> Iterator[list[onnx.Node]]:
+        """Within: nodes go to the yielded list (the body of a Loop). Sizes must have been made before."""
+        before, self.nodes = self.nodes, []
+        try:
+            yield self.nodes
+        finally:
+            self.nodes = before
+
+    def constant(self, array: np.ndarray | np.generic) -> onnx.Value:
+        """An initialiser; equal constants are shared."""
+        array = np.asarray(array)
+        key = ("constant", array.dtype.str, array.shape, array.tobytes())
+        if key not in self.memo:
+            tensor = onnx.tensor(array, name=self.unique(f"constant_{len(self.initializers)}"))
+            self.memo[key] = self._initializer(tensor)
+        return self.memo[key]
+
+    def scalar(self, value: Any, dtype: DType) -> onnx.Value:
+        """A 0-d constant of the carrier of `dtype`."""
+        return self.constant(np.asarray(value).astype(numpy_type(dtype)))
+
+    def _initializer(self, tensor: Any) -> onnx.Value:
+        value = onnx.Value(name=tensor.name, type=onnx.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        self.initializers[tensor.name] = value
+        return value
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def stored(self, v: Value, key: str, shape: Sequence[int], transform: Transform) -> onnx.Value:
+        """The initialiser of `transform` applied to a weight, in its stored type (FP8 stays FP8) and read
+        when the model is written. `key` tells the transforms of one weight apart."""
+        assert v.weight is not None
+        weight, memo = v.weight, ("weight", v.weight.name, id(v.weight.source), key)
+        if memo not in self.memo:
+            dtype = v.dtype if v.dtype in FLOAT8 else carrier(v.dtype)
+            name = self.unique(f"{weight.name}{key}")
+
+            def load() -> onnx.Tensor:
+                return self.reader.read(weight, dtype, transform, name)
+
+            tensor = onnx.LazyTensor(load, dtype=ONNX[dtype], shape=onnx.Shape(shape), name=name)
+            self.memo[memo] = self._initializer(tensor)
+        return self.memo[memo]
+
+    def weight(self, v: Value, key: str = "", shape: Sequence[int] | None = None, transform: Transform = lambda t: t):
+        """As `stored`, in the carrier type: FP8 is cast to f32, which constant folding does at load."""
+        stored = self.stored(v, key, v.shape if shape is None else shape, transform)
+        if v.dtype not in FLOAT8:
+            return stored
+        memo = ("cast", stored.name)
+        if memo not in self.memo:
+            self.memo[memo] = self.op("Cast", stored, to=ONNX[DType.F32].value)
+        return self.memo[memo]
+
+    # -- conversions ------------------------------------------------------------------------------
+
+    def cast(self, x: onnx.Value, source: DType, target: DType) -> onnx.Value:
+        """Between carriers, without rounding to narrower floats."""
+        if carrier(source) == carrier(target):
+            return x
+        return self.op("Cast", x, to=onnx_type(target).value)
+
+    def round_to(self, x: onnx.Value, dtype: DType) -> onnx.Value:
+        """f32 rounded to FP8 values: E4M3 saturates, E5M2 goes to infinity, as in torch."""
+        codes = self.op("Cast", x, to=ONNX[dtype].value, saturate=int(dtype is DType.F8E4M3))
+        return self.op("Cast", codes, to=ONNX[DType.F32].value)
+
+    def reshape(self, x: onnx.Value, source: Sequence[int | Dim], target: Sequence[int | Dim]) -> onnx.Value:
+        """x of shape `source` as `target`, with sizes copied or inferred by Reshape where it can."""
+        source = [self.sizes.resolve(s) for s in source]
+        target = [self.sizes.resolve(s) for s in target]
+        if source == target:
+            return x
+        symbolic = [i for i, s in enumerate(target) if isinstance(s, Dim)]
+        if 0 not in target:  # a literal 0 means "copy"
+            if all(i < len(source) and source[i] == target[i] for i in symbolic):
+                return self.op("Reshape", x, np.array([0 if isinstance(s, Dim) else s for s in target], np.int64))
+            if len(symbolic) == 1:
+                return self.op("Reshape", x, np.array([-1 if isinstance(s, Dim) else s for s in target], np.int64))
+        return self.op("Reshape", x, self.sizes.vector(target), allowzero=1)
+
+    def refuse(self, node: Node, reason: str) -> CompileError:
+        return CompileError(f"{node.op}: {reason}", code="onnxruntime", location=node.location)

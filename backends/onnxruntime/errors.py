@@ -1,0 +1,28 @@
+"""Errors of ONNX Runtime as CompileErrors that name the IR op."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from moec.ir import CompileError, Node
+from moec.ir.printer import excerpt
+
+
+def wrapped(error: Exception, sources: Mapping[str, Node], doing: str) -> CompileError:
+    """`error` as a CompileError (code "onnxruntime"), located at the IR node whose ONNX node it names."""
+    text = str(error)
+    node = next((n for n in map(sources.get, _paths(text)) if n is not None), None)
+    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text).strip()
+    what = f"{node.op} failed" if node is not None else "failed"
+    return CompileError(
+        f"{what} while {doing} in ONNX Runtime: {reason}",
+        code="onnxruntime",
+        location=node.location if node is not None else None,
+        excerpt=excerpt(node) if node is not None else None,
+    )
+
+
+def _paths(text: str) -> list[str]:
+    """What stands before the colon in names such as `layers.3.mlp/moe.experts_12:MatMul`."""
+    return re.findall(r"([^\s'\"()]+_\d+):[A-Z][A-Za-z]+", text)

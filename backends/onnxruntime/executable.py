@@ -1,0 +1,156 @@
+"""A lowered graph in an ONNX Runtime session."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as onnx
+import onnxruntime
+import torch
+from moec.backends.base import Executable
+from moec.backends.onnxruntime import artifact
+from moec.backends.onnxruntime.errors import wrapped
+from moec.backends.onnxruntime.lower import Lowered, lower
+from moec.backends.onnxruntime.options import Options
+from moec.backends.onnxruntime.types import carrier
+from moec.ir import CompileError, Graph, Node, Value
+from moec.ir.interpreter import bind_inputs
+
+# a model in memory is copied while it is loaded; larger ones go through a memory-mapped file
+IN_MEMORY = 128 * 2**20
+
+
+def session_options(threads: int | None) -> onnxruntime.SessionOptions:
+    """Full optimisation, quiet; FP8 weights are folded to f32 at load."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+@dataclass(eq=False)
+class Session:
+    """An ONNX Runtime session with the names of its inputs and outputs in the order of the graph."""
+
+    session: onnxruntime.InferenceSession
+    inputs: list[str]
+    outputs: list[str]
+    sources: dict[str, Node]
+
+    def run(self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
+        """Outputs in the dtypes of `values`. Raises Argument… errors on inputs that do not fit."""
+        bind_inputs(graph, inputs)
+        feeds = {
+            name: t.detach().cpu().to(carrier(v.dtype).torch).contiguous().numpy()
+            for name, v, t in zip(self.inputs, graph.inputs, inputs, strict=True)
+        }
+        try:
+            arrays = self.session.run(self.outputs, feeds)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+            raise wrapped(error, self.sources, "running") from error
+        return [torch.from_numpy(a).to(v.dtype.torch) for a, v in zip(arrays, values, strict=True)]
+
+
+@dataclass(eq=False)
+class OnnxExecutable(Executable):
+    """See moec.backends.base.Executable. `graph` keeps its dtypes: bf16 and f16 values are computed in f32
+    and rounded where they leave the session."""
+
+    graph: Graph
+    options: Options
+    threads: int | None
+    session: Session
+    figures: dict[str, Any]
+    _tapped: tuple[tuple[Value, ...], Session] | None = field(default=None, repr=False)
+
+    @staticmethod
+    def compile(graph: Graph, options: Options, threads: int | None) -> OnnxExecutable:
+        began = time.perf_counter()
+        lowered = lower(graph, options)
+        built = time.perf_counter()
+        session = start(lowered, threads)
+        figures = {
+            "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
+            "weight_bytes": lowered.weight_bytes,
+            "forms": dict(lowered.choices),
+            "lowering_seconds": built - began,
+            "load_seconds": time.perf_counter() - built,
+        }
+        return OnnxExecutable(graph, options, threads, session, figures)
+
+    @staticmethod
+    def load(graph: Graph, folder: Path, threads: int | None) -> OnnxExecutable:
+        began = time.perf_counter()
+        path, options = artifact.check(Path(folder))
+        lowered = lower(graph, options)  # for names: no weight is read
+        session = Session(
+            open_session(path, threads, lowered.sources), lowered.inputs, lowered.outputs, lowered.sources
+        )
+        artifact.check_interface(session.session, lowered)
+        figures = {
+            "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
+            "weight_bytes": lowered.weight_bytes,
+            "forms": dict(lowered.choices),
+            "load_seconds": time.perf_counter() - began,
+        }
+        return OnnxExecutable(graph, options, threads, session, figures)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self.session.run(self.graph, inputs, self.graph.outputs)
+
+    def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
+        wanted = tuple(dict.fromkeys(values))
+        inner = tuple(v for v in wanted if v.weight is None)
+        if self._tapped is None or self._tapped[0] != inner:
+            self._check_known(inner)
+            self._tapped = inner, start(lower(self.graph, self.options, list(inner)), self.threads)
+        given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner])
+        found = dict(zip(inner, given[len(self.graph.outputs) :], strict=True))
+        return {v: v.weight.load() if v.weight is not None else found[v] for v in wanted}
+
+    def _check_known(self, values: Sequence[Value]) -> None:
+        known = {*self.graph.inputs, *(r for n in self.graph.nodes for r in n.results)}
+        for v in values:
+            if v not in known:
+                raise CompileError(f"{v!r} is not a value of the lowered graph", code="tap", location=v.location)
+
+    def save(self, folder: Path) -> None:
+        """Writes model.onnx, model.onnx.data (weights) and onnxruntime.json."""
+        lowered = lower(self.graph, self.options)
+        artifact.write(lowered, self.options, Path(folder))
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return dict(self.figures)
+
+
+def start(lowered: Lowered, threads: int | None) -> Session:
+    """Load a lowered model into a session. Raises CompileError."""
+    if lowered.weight_bytes <= IN_MEMORY:
+        data = onnx.to_proto(lowered.model).SerializeToString()
+        lowered.forget_weights()
+        session = open_session(data, threads, lowered.sources)
+        return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
+    folder = Path(tempfile.mkdtemp(prefix="moec-"))
+    try:
+        path = artifact.write_model(lowered, folder)
+        session = open_session(path, threads, lowered.sources)
+    finally:
+        shutil.rmtree(folder)  # what the session maps stays readable
+    return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
+
+
+def open_session(source: bytes | Path, threads: int | None, sources: dict[str, Node]) -> onnxruntime.InferenceSession:
+    """Raises CompileError naming the IR op that ONNX Runtime refuses."""
+    model = source if isinstance(source, bytes) else str(source)
+    try:
+        return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise wrapped(error, sources, "loading") from error

@@ -1,0 +1,89 @@
+"""A graph as an ONNX model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as onnx
+from moec.backends.onnxruntime.backend import backend
+from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
+from moec.backends.onnxruntime.options import Options
+from moec.backends.onnxruntime.types import onnx_type
+from moec.backends.onnxruntime.weights import WeightReader
+from moec.ir import CompileError, Dim, Graph, Node, Value
+
+OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention
+IR_VERSION = 11
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """An ONNX model of a graph. `inputs` and `outputs` are the ONNX names of the graph's, in order;
+    `sources` leads from prefixes of ONNX node names to IR nodes."""
+
+    model: onnx.Model
+    inputs: list[str]
+    outputs: list[str]
+    sources: dict[str, Node]
+    choices: dict[str, int]
+    weight_bytes: int
+    reader: WeightReader
+
+    def forget_weights(self) -> None:
+        """Drop what reading the weights kept."""
+        self.reader.forget()
+
+
+def lower(graph: Graph, options: Options, extra: list[Value] | None = None) -> Lowered:
+    """Lower a graph; values of `extra` become further outputs. Raises CompileError."""
+    e = Emitter(graph, options)
+    inputs = []
+    for v in graph.inputs:
+        shape = onnx.Shape([str(s) if isinstance(s, Dim) and s.is_symbol else s if isinstance(s, int) else None
+                            for s in v.shape])  # fmt: skip
+        emitted = onnx.Value(name=e.unique(str(v.name)), type=onnx.TensorType(onnx_type(v.dtype)), shape=shape)
+        inputs.append(emitted)
+        e.bind(v, emitted)
+    # outputs are named before inner values so that they get the names of the graph where those are free
+    names = [e.unique(n) for n in graph.output_names]
+    names += [e.unique(f"tap_{i}") for i in range(len(extra or []))]
+    emit_nodes(e, graph)
+    outputs = []
+    for v, name in zip([*graph.outputs, *(extra or [])], names, strict=True):
+        out = e.op("Identity", e.value(v))
+        out.name = name
+        out.type = onnx.TensorType(onnx_type(v.dtype))
+        outputs.append(out)
+    body = onnx.Graph(
+        inputs,
+        outputs,
+        nodes=e.nodes,
+        initializers=tuple(e.initializers.values()),
+        opset_imports={"": OPSET} if options.portable else {"": OPSET, MICROSOFT: 1},
+        name=graph.name or "graph",
+    )
+    model = onnx.Model(body, ir_version=IR_VERSION, producer_name="moec")
+    used = {n.domain for n in e.nodes}
+    if MICROSOFT not in used:
+        body.opset_imports.pop(MICROSOFT, None)
+    total = sum(v.const_value.nbytes for v in e.initializers.values() if v.const_value is not None)
+    return Lowered(model, [str(v.name) for v in inputs], names, e.sources, e.choices, total, e.reader)
+
+
+def emit_nodes(e: Emitter, graph: Graph) -> None:
+    """Lower every node in order."""
+    for i, node in enumerate(graph.nodes):
+        fn = backend.lowerings.get(node.op)
+        if fn is None:
+            reason = backend.missing(node)
+            raise CompileError(
+                f"{node.op}: {reason}", code="unsupported-op", location=node.location, hint="legalise the graph first"
+            )
+        with e.scope(node, i):
+            try:
+                emitted = fn(e, node)
+            except CompileError as error:
+                raise error.located(node.location) from None
+        results = emitted if isinstance(emitted, tuple) else (emitted,)
+        for v, out in zip(node.results, results, strict=True):
+            e.bind(v, out)

@@ -1,0 +1,68 @@
+"""Lowerings of routing."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as onnx
+from moec.backends.onnxruntime.backend import backend
+from moec.backends.onnxruntime.elementwise import nan_as_infinity
+from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.reduction import reduce
+from moec.backends.onnxruntime.types import onnx_type
+from moec.ir import DType, Node
+
+
+@backend.lowers("moe.route")
+def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
+    a, dtype = node.attrs, node.operands[0].dtype
+    logits, bias = e.operands(node)
+    kinds = {"softmax": ("Softmax", {"axis": -1}), "sigmoid": ("Sigmoid", {})}
+    scores = logits
+    if a["scoring"] in kinds:
+        kind, attrs = kinds[a["scoring"]]
+        scores = e.op(kind, logits, **attrs)
+    choice = scores if bias is None else e.op("Add", scores, bias)
+    choice = nan_as_infinity(e, choice, dtype)
+    if a["n_group"] > 1:
+        choice = _best_groups(e, node, choice, dtype)
+    _, experts = e.op("TopK", choice, np.array([a["k"]]), outputs=2, axis=-1, largest=1, sorted=1)
+    weights = e.op("GatherElements", scores, experts, axis=1)
+    if a["scoring"] == "topk_softmax":
+        weights = e.op("Softmax", weights, axis=-1)
+    elif a["normalize"]:
+        total = reduce(e, "ReduceSum", weights, (-1,), True)
+        if a["normalize_eps"]:
+            total = e.op("Add", total, e.scalar(a["normalize_eps"], dtype))
+        weights = e.op("Div", weights, total)
+    if a["scale"] != 1.0:
+        weights = e.op("Mul", weights, e.scalar(a["scale"], dtype))
+    return weights, experts
+
+
+def _best_groups(e: Emitter, node: Node, choice: onnx.Value, dtype: DType) -> onnx.Value:
+    """Scores [T, E] with those outside the best groups set to `masked_score`."""
+    a, (tokens, num) = node.attrs, node.operands[0].shape
+    groups = a["n_group"]
+    shape = (tokens, groups, num // groups)
+    grouped = e.reshape(choice, (tokens, num), shape)
+    if a["group_score"] == "max":
+        score = reduce(e, "ReduceMax", grouped, (-1,), False)
+    else:
+        best, _ = e.op("TopK", grouped, np.array([2]), outputs=2, axis=-1)
+        score = reduce(e, "ReduceSum", best, (-1,), False)
+    _, chosen = e.op("TopK", score, np.array([a["topk_group"]]), outputs=2, axis=-1)
+    hits = e.op("Equal", e.op("Unsqueeze", chosen, np.array([2])), np.arange(groups))
+    kept = reduce(e, "ReduceMax", e.op("Cast", hits, to=onnx_type(DType.I32).value), (1,), False)
+    keep = e.op("Unsqueeze", e.op("Cast", kept, to=onnx_type(DType.BOOL).value), np.array([2]))
+    masked = e.op("Where", keep, grouped, e.scalar(a["masked_score"], dtype))
+    return e.reshape(masked, shape, (tokens, num))
+
+
+@backend.lowers("moe.remap")
+def remap(e: Emitter, node: Node) -> onnx.Value:
+    experts, table, count = e.operands(node)
+    tokens, (_, width) = node.operands[0].shape[0], node.operands[1].shape
+    token = e.op("Range", np.int64(0), e.sizes.scalar(tokens), np.int64(1))
+    replica = e.op("Mod", e.op("Unsqueeze", token, np.array([1])), e.op("Gather", count, experts))
+    slot = e.op("Add", e.op("Mul", experts, np.int64(width)), replica)
+    return e.op("Gather", e.op("Reshape", table, np.array([-1])), slot)

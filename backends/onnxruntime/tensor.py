@@ -1,0 +1,150 @@
+"""Lowerings of `tensor` and `call`."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as onnx
+from moec.backends.onnxruntime.backend import backend
+from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.types import numpy_type
+from moec.ir import DType, Node
+
+
+@backend.lowers("tensor.constant")
+def constant(e: Emitter, node: Node) -> onnx.Value:
+    kind = node.attrs["type"]
+    # through torch: it rounds to FP8 and 16-bit floats
+    values = np.array(node.opdef.instance([], node.attrs).reference().double() if kind.dtype.is_float
+                      else node.attrs["value"])  # fmt: skip
+    return e.constant(values.astype(numpy_type(kind.dtype)).reshape(kind.shape))
+
+
+@backend.lowers("tensor.dim")
+def dim(e: Emitter, node: Node) -> onnx.Value:
+    return e.sizes.scalar(node.attrs["value"])
+
+
+@backend.lowers("tensor.arange")
+def arange(e: Emitter, node: Node) -> onnx.Value:
+    start, end, step = node.attrs["start"], node.attrs["end"], node.attrs["step"]
+    y = e.op("Range", e.sizes.scalar(start), e.sizes.scalar(end), np.int64(step))
+    return e.cast(y, DType.I64, node.result.dtype)
+
+
+@backend.lowers("tensor.full")
+def full(e: Emitter, node: Node) -> onnx.Value:
+    value = e.scalar(node.attrs["value"], node.result.dtype)
+    return e.op("Expand", value, e.sizes.vector(node.attrs["shape"])) if node.attrs["shape"] else value
+
+
+@backend.lowers("tensor.reshape")
+def reshape(e: Emitter, node: Node) -> onnx.Value:
+    (x,) = e.operands(node)
+    return e.reshape(x, node.operands[0].shape, node.attrs["shape"])
+
+
+@backend.lowers("tensor.transpose")
+def transpose(e: Emitter, node: Node) -> onnx.Value:
+    (x,) = e.operands(node)
+    return e.op("Transpose", x, perm=list(node.attrs["perm"])) if node.attrs["perm"] else x
+
+
+@backend.lowers("tensor.expand")
+def expand(e: Emitter, node: Node) -> onnx.Value:
+    (x,) = e.operands(node)
+    if node.operands[0].type == node.result.type:
+        return x
+    return e.op("Expand", x, e.sizes.vector(node.attrs["shape"]))
+
+
+@backend.lowers("tensor.slice")
+def slice_(e: Emitter, node: Node) -> onnx.Value:
+    a = node.attrs
+    (x,) = e.operands(node)
+    bounds = e.sizes.one(a["start"]), e.sizes.one(a["end"])
+    return e.op("Slice", x, *bounds, np.array([a["axis"]]), np.array([a["step"]]))
+
+
+@backend.lowers("tensor.concat")
+def concat(e: Emitter, node: Node) -> onnx.Value:
+    return e.op("Concat", *e.operands(node), axis=node.attrs["axis"])
+
+
+@backend.lowers("tensor.split")
+def split(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
+    (x,), sizes = e.operands(node), node.attrs["sizes"]
+    if len(sizes) == 1:
+        return (x,)
+    return e.op("Split", x, e.sizes.vector(sizes), outputs=len(sizes), axis=node.attrs["axis"])
+
+
+@backend.lowers("tensor.gather")
+def gather(e: Emitter, node: Node) -> onnx.Value:
+    return e.op("Gather", *e.operands(node), axis=node.attrs["axis"])
+
+
+@backend.lowers("tensor.gather_elements")
+def gather_elements(e: Emitter, node: Node) -> onnx.Value:
+    return e.op("GatherElements", *e.operands(node), axis=node.attrs["axis"])
+
+
+@backend.lowers("tensor.scatter_elements")
+def scatter_elements(e: Emitter, node: Node) -> onnx.Value:
+    return e.op("ScatterElements", *e.operands(node), axis=node.attrs["axis"], reduction=node.attrs["reduce"])
+
+
+@backend.lowers("tensor.index_put")
+def index_put(e: Emitter, node: Node) -> onnx.Value:
+    x, index, source = e.operands(node)
+    xv, iv, sv = node.operands
+    wanted = (*iv.shape, *xv.shape[1:])
+    if sv.shape != wanted:
+        source = e.op("Expand", source, e.sizes.vector(wanted))
+    rows = e.op("Unsqueeze", e.cast(index, iv.dtype, DType.I64), np.array([-1]))
+    return e.op("ScatterND", x, rows, source, reduction="add" if node.attrs["accumulate"] else "none")
+
+
+def count_ids(e: Emitter, flat: onnx.Value, bins: int) -> onnx.Value:
+    """How often each of 0 … bins−1 occurs in i64[R] (all in range): i64[bins]."""
+    ones = e.op("Expand", np.int64(1), e.op("Shape", flat))
+    return e.op("ScatterElements", np.zeros(bins, np.int64), flat, ones, axis=0, reduction="add")
+
+
+@backend.lowers("tensor.histc")
+def histc(e: Emitter, node: Node) -> onnx.Value:
+    (x,), bins = e.operands(node), node.attrs["bins"]
+    flat = e.cast(e.op("Reshape", x, np.array([-1])), node.operands[0].dtype, DType.I64)
+    valid = e.op("And", e.op("GreaterOrEqual", flat, np.int64(0)), e.op("Less", flat, np.int64(bins)))
+    counts = count_ids(e, e.op("Where", valid, flat, np.int64(bins)), bins + 1)  # strays go to one more bin
+    return e.op("Slice", counts, np.array([0]), np.array([bins]), np.array([0]))
+
+
+@backend.lowers("tensor.one_hot")
+def one_hot(e: Emitter, node: Node) -> onnx.Value:
+    (index,) = e.operands(node)
+    columns = np.arange(node.attrs["depth"])
+    return e.cast(e.op("Equal", e.op("Unsqueeze", index, np.array([-1])), columns), DType.BOOL, DType.I64)
+
+
+@backend.lowers("tensor.pad")
+def pad(e: Emitter, node: Node) -> onnx.Value:
+    (x,), dtype = e.operands(node), node.result.dtype
+    if not node.attrs["before"]:
+        return x
+    wide = DType.I32 if dtype is DType.I16 else dtype
+    pads = e.sizes.vector((*node.attrs["before"], *node.attrs["after"]))
+    y = e.op("Pad", e.cast(x, dtype, wide), pads, e.scalar(node.attrs["value"], wide))
+    return e.cast(y, wide, dtype)
+
+
+@backend.lowers("call.graph")
+def call(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
+    """Inlined: ONNX Runtime optimises across calls, and inlines functions itself."""
+    from moec.backends.onnxruntime.lower import emit_nodes
+
+    callee = e.functions[node.attrs["callee"]]
+    with e.sizes.bound(dict(node.attrs["dims"])), e.call(node.attrs["callee"]):
+        for v, operand in zip(callee.inputs, node.operands, strict=True):
+            e.bind(v, e.value(operand))
+        emit_nodes(e, callee)
+        return tuple(e.value(v) for v in callee.outputs)

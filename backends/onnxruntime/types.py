@@ -1,0 +1,38 @@
+"""How IR element types appear in the ONNX graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as onnx
+from moec.ir import DType
+
+ONNX = {
+    DType.F64: onnx.DataType.DOUBLE,
+    DType.F32: onnx.DataType.FLOAT,
+    DType.F8E4M3: onnx.DataType.FLOAT8E4M3FN,
+    DType.F8E5M2: onnx.DataType.FLOAT8E5M2,
+    DType.I64: onnx.DataType.INT64,
+    DType.I32: onnx.DataType.INT32,
+    DType.I16: onnx.DataType.INT16,
+    DType.I8: onnx.DataType.INT8,
+    DType.U8: onnx.DataType.UINT8,
+    DType.BOOL: onnx.DataType.BOOL,
+}
+FLOAT8 = (DType.F8E4M3, DType.F8E5M2)
+NARROW_INTEGERS = (DType.I16, DType.I8, DType.U8)
+
+
+def carrier(dtype: DType) -> DType:
+    """The type that a value has while it is computed: bf16 and f16 are computed in f32, and FP8 values are
+    f32 numbers that were rounded to FP8 (most CPU kernels take neither). Stored FP8 weights stay FP8."""
+    return DType.F32 if dtype in (DType.BF16, DType.F16, *FLOAT8) else dtype
+
+
+def onnx_type(dtype: DType) -> onnx.DataType:
+    """The ONNX type of the carrier."""
+    return ONNX[carrier(dtype)]
+
+
+def numpy_type(dtype: DType) -> np.dtype:
+    """The NumPy type of the carrier."""
+    return np.dtype(onnx_type(dtype).numpy())
