@@ -1,0 +1,277 @@
+"""The rewrite engine's guarantees (each one has a test that fails without it)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from moec.ir import Builder, CompileError, Dim, Graph, Location, TensorType, parse, run
+from moec.passes.base import Record, active_record
+from moec.passes.explain import explain
+from moec.passes.rewrite import Rewrite, RuleSet
+
+TYPE = TensorType("f32", (Dim("B"), 4))
+
+
+@dataclass(frozen=True)
+class Swiglu(Rewrite):
+    """mul(silu(gate), up) → swiglu(gate, up)"""
+
+    def pattern(self, p, gate, up):
+        return p.mul(p.silu(gate), up)
+
+    def when(self, m):
+        if m.gate.type != m.up.type:
+            return m.no(f"gate is {m.gate.type}, up is {m.up.type}", at=m.up)
+
+    def replace(self, b, m):
+        return b.swiglu(m.gate, m.up)
+
+
+def rule(pattern, replace, when=lambda self, m: None):
+    cls = type("Rule", (Rewrite,), {"pattern": pattern, "replace": replace, "when": when})
+    return dataclass(frozen=True)(cls)()
+
+
+def graph_of(body, inputs=("x", "y")):
+    graph = Graph()
+    values = [graph.add_input(n, TYPE) for n in inputs]
+    out = body(Builder(graph), *values)
+    for v in out if isinstance(out, tuple) else (out,):
+        graph.add_output(v)
+    return graph
+
+
+def ops(graph):
+    return [n.op for n in graph.nodes]
+
+
+def check(rules, graph, expected):
+    """Apply, compare ops and meaning, and see that the input stayed as it was."""
+    before = str(graph)
+    after = RuleSet(tuple(rules)).run(graph)
+    after.verify()
+    assert str(graph) == before
+    assert ops(after) == expected
+    inputs = [torch.randn(3, 4) for _ in graph.inputs]
+    for a, b in zip(run(after, inputs), run(graph, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    return after
+
+
+def test_fires_and_keeps_meaning():
+    check([Swiglu()], graph_of(lambda b, x, y: b.mul(b.silu(x), y)), ["math.swiglu"])
+
+
+def test_commutative_operands_match_in_either_order():
+    check([Swiglu()], graph_of(lambda b, x, y: b.mul(y, b.silu(x))), ["math.swiglu"])
+
+
+def test_non_commutative_operands_do_not():
+    r = rule(lambda self, p, x, y: p.sub(p.silu(x), y), lambda self, b, m: b.neg(m.x))
+    graph = graph_of(lambda b, x, y: b.sub(y, b.silu(x)))
+    assert RuleSet((r,)).run(graph) == graph
+
+
+def test_inner_value_with_another_use_stops_a_match():
+    def body(b, x, y):
+        s = b.silu(x)
+        return b.mul(s, y), s
+
+    graph = graph_of(body)
+    assert RuleSet((Swiglu(),)).run(graph) == graph
+    assert "a graph output" in explain(Swiglu(), graph)
+
+
+def test_shared_parts_match_and_stay():
+    def pattern(self, p, x, y):
+        return p.mul(p.shared(p.silu(x)), y)
+
+    def body(b, x, y):
+        s = b.silu(x)
+        return b.mul(s, y), s
+
+    r = rule(pattern, lambda self, b, m: b.swiglu(m.x, m.y))
+    check([r], graph_of(body), ["math.silu", "math.swiglu"])
+
+
+@pytest.mark.parametrize(("number", "fires"), [(2.0, True), (2.0000002, False), (2.5, False)])
+def test_constants_match_exactly(number, fires):
+    r = rule(lambda self, p, x: p.pow(x, 2.0), lambda self, b, m: b.mul(m.x, m.x))
+    graph = graph_of(lambda b, x, y: b.pow(x, number))
+    assert ("math.mul" in ops(RuleSet((r,)).run(graph))) is fires
+
+
+def test_constants_are_compared_in_their_dtype():
+    r = rule(lambda self, p, x: p.add(x, 0.1), lambda self, b, m: b.neg(m.x))
+    graph = graph_of(lambda b, x, y: b.add(x, float(torch.tensor(0.1))))
+    assert "math.neg" in ops(RuleSet((r,)).run(graph))
+
+
+def test_attributes_match_exactly_or_are_captured():
+    exact = rule(lambda self, p, x: p.softmax(x), lambda self, b, m: b.neg(m.x))
+    captured = rule(
+        lambda self, p, x: p.softmax(x, axis=p.attr("axis")), lambda self, b, m: b.log_softmax(m.x, axis=m.axis)
+    )
+    graph = graph_of(lambda b, x, y: b.softmax(x, axis=0))
+    assert RuleSet((exact,)).run(graph) == graph
+    (node,) = RuleSet((captured,)).run(graph).nodes
+    assert node.attrs == {"axis": 0}
+
+
+def test_the_same_capture_must_be_the_same_value():
+    r = rule(lambda self, p, x: p.mul(x, p.sigmoid(x)), lambda self, b, m: b.silu(m.x))
+    graph = graph_of(lambda b, x, y: b.mul(y, b.sigmoid(x)))
+    assert RuleSet((r,)).run(graph) == graph
+    check([r], graph_of(lambda b, x, y: b.mul(b.sigmoid(x), x)), ["math.silu"])
+
+
+def test_locations_merge_and_origins_move():
+    def body(b, x, y):
+        b.location = Location.at("mlp.act", "m.py", 3)
+        s = b.silu(x)
+        b.location = Location.at("mlp", "m.py", 4)
+        out = b.mul(s, y)
+        out.origins = frozenset({"mul_7"})
+        return out
+
+    (node,) = RuleSet((Swiglu(),)).run(graph_of(body)).nodes
+    assert node.location.describe() == "mlp, mlp.act m.py:3 and 1 more"
+    assert node.result.origins == {"mul_7"}
+
+
+def test_several_roots():
+    def pattern(self, p, x, y, w):
+        total = p.add(x, y)
+        return p.rms(total, w, eps=p.attr("eps")), total
+
+    def replace(self, b, m):
+        return b.add_rms(m.x, m.y, m.w, eps=m.eps)
+
+    def body(b, x, y):
+        total = b.add(x, y)
+        early = b.neg(total)  # a user of the second root that stands before the first
+        w = b.const([1.0, 2.0, 3.0, 4.0], "f32", (4,))
+        return b.mul(b.rms(total, w), early)
+
+    check([rule(pattern, replace)], graph_of(body), ["tensor.constant", "norm.add_rms", "math.neg", "math.mul"])
+
+
+def test_refusals_are_recorded_with_reason_and_place():
+    graph = Graph()
+    x, y = graph.add_input("x", TYPE), graph.add_input("y", TensorType("f32", (4,)))
+    graph.add_output(Builder(graph, location=Location.at("layers.0.mlp", "m.py", 9)).mul(Builder(graph).silu(x), y))
+    record = Record("r")
+    token = active_record.set(record)
+    try:
+        assert Swiglu().run(graph) == graph
+    finally:
+        active_record.reset(token)
+    (refusal,) = record.refused
+    assert (refusal.rule, refusal.reason) == ("swiglu", "gate is f32[B, 4], up is f32[4]")
+    assert "refused at layers.0.mlp m.py:9: gate is f32[B, 4], up is f32[4]" in explain(Swiglu(), graph)
+
+
+def test_rewriting_reaches_a_fixed_point_and_is_idempotent():
+    r = rule(lambda self, p, x: p.neg(p.neg(x)), lambda self, b, m: m.x)
+    graph = graph_of(lambda b, x, y: b.add(b.neg(b.neg(b.neg(b.neg(b.neg(x))))), y))
+    after = check([r], graph, ["math.neg", "math.add"])
+    assert RuleSet((r,)).run(after) == after
+
+
+MISTAKES: dict[str, tuple[Any, Any, Any, str]] = {
+    "unknown op": (lambda s, p, x: p.siluu(x), None, None, "unknown op 'siluu'"),
+    "unknown attribute": (lambda s, p, x: p.softmax(x, axes=1), None, None, "no attribute 'axes'"),
+    "missing attribute": (lambda s, p, x: p.cast(x), None, None, "attribute 'dtype' is required"),
+    "wrong arity": (lambda s, p, x: p.mul(x), None, None, "takes 2 operands, got 1"),
+    "nothing returned by pattern": (lambda s, p, x: None, None, None, r"pattern\(\) returned nothing"),
+    "unused capture": (lambda s, p, x, y: p.silu(x), None, None, "capture 'y' .* is not used"),
+    "root is a capture": (lambda s, p, x: x, None, None, "must return the result of an op"),
+    "results not unpacked": (lambda s, p, x: p.neg(p.topk(x, k=1)), None, None, "has 2 results; unpack it"),
+    "operand of a wrong kind": (lambda s, p, x: p.mul(x, "two"), None, None, "cannot be str"),
+    "nothing returned by replace": (lambda s, p, x: p.silu(x), lambda s, b, m: None, None, "returned nothing"),
+    "wrong type": (
+        lambda s, p, x: p.silu(x),
+        lambda s, b, m: b.cast(m.x, dtype="bf16"),
+        None,
+        r"returned bf16\[B, 4\] for f32\[B, 4\]",
+    ),
+    "too many values": (lambda s, p, x: p.silu(x), lambda s, b, m: (m.x, m.x), None, "expected 1 Value"),
+    "unknown capture": (lambda s, p, x: p.silu(x), lambda s, b, m: m.z, None, "no capture 'z'"),
+    "exception in replace": (lambda s, p, x: p.silu(x), lambda s, b, m: 1 / 0, None, "raised ZeroDivisionError"),
+    "exception in when": (lambda s, p, x: p.silu(x), lambda s, b, m: m.x, lambda s, m: m.x.nope, "when.. raised"),
+    "when returns a bool": (lambda s, p, x: p.silu(x), lambda s, b, m: m.x, lambda s, m: False, "returned False"),
+    "rebuilds the match": (lambda s, p, x: p.silu(x), lambda s, b, m: b.silu(m.x), None, "would fire forever"),
+    "uses what it replaces": (lambda s, p, x: p.silu(x), lambda s, b, m: b.neg(m.root), None, "uses the value that it"),
+    "loops": (lambda s, p, x: p.silu(x), lambda s, b, m: b.silu(b.neg(m.x)), None, "do not terminate"),
+    "value of another graph": (
+        lambda s, p, x: p.silu(x),
+        lambda s, b, m: Builder(Graph()).const(1.0),
+        None,
+        r"returned f32\[\] for|value of another graph",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_author_mistakes_name_the_rule_and_its_line(mistake):
+    pattern, replace, when, message = MISTAKES[mistake]
+    r = rule(pattern, replace or (lambda s, b, m: m.x), when or (lambda s, m: None))
+    graph = graph_of(lambda b, x, y: b.mul(b.silu(x), y))
+    with pytest.raises(CompileError, match=message) as error:
+        RuleSet((r,)).run(graph)
+    assert error.value.code == "rule"
+    assert "rule rule (" in str(error.value)
+
+
+def test_mistakes_in_a_file_name_file_and_line():
+    @dataclass(frozen=True)
+    class Broken(Rewrite):
+        def pattern(self, p, x):
+            return p.silu(x)
+
+        def replace(self, b, m):
+            return None
+
+    with pytest.raises(CompileError, match=r"rule broken \(.*test_rewrite\.py:\d+\): replace\(\) returned nothing"):
+        Broken().run(graph_of(lambda b, x, y: b.silu(x)))
+
+
+def test_explain_names_the_first_node_that_failed():
+    graph = graph_of(lambda b, x, y: b.mul(b.sigmoid(x), y))
+    text = explain(Swiglu(), graph)
+    assert "best partial match: 1 of 2 nodes" in text
+    assert "expected math.silu" in text
+    assert "found    math.sigmoid" in text
+    assert "no math.mul" in explain(Swiglu(), graph_of(lambda b, x, y: b.add(x, y)))
+    assert "fires at" in explain(Swiglu(), graph_of(lambda b, x, y: b.mul(b.silu(x), y)))
+
+
+def test_either_and_maybe():
+    def pattern(self, p, x):
+        return p.neg(p.either(p.silu(x), p.relu(p.maybe(lambda v: p.exp(v), x))))
+
+    r = rule(pattern, lambda self, b, m: b.abs(m.x))
+    for body in (
+        lambda b, x, y: b.neg(b.silu(x)),
+        lambda b, x, y: b.neg(b.relu(x)),
+        lambda b, x, y: b.neg(b.relu(b.exp(x))),
+    ):
+        assert ops(RuleSet((r,)).run(graph_of(body))) == ["math.abs"]
+
+
+def test_rules_reach_into_functions():
+    graph = parse("""graph(%x: f32[N, 4]) -> (%y: f32[N, 4]) {
+  %0: f32[N, 4] = call.graph(%x) {callee="block", dims=[["T", N]]}
+  return %0
+}
+
+function @block(%h: f32[T, 4]) -> (%out: f32[T, 4]) {
+  %0: f32[T, 4] = math.silu(%h)
+  %1: f32[T, 4] = math.mul(%0, %h)
+  return %1
+}
+""")
+    after = Swiglu().run(graph)
+    after.verify()
+    assert len(after.find("swiglu")) == 1
