@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.types import onnx_type
 from moec.ir import Dim, DType, Node
@@ -15,10 +15,7 @@ from moec.ir import Dim, DType, Node
 def sdpa(e: Emitter, node: Node) -> onnx.Value:
     """Products, mask, softmax: ONNX's Attention fails on empty sequences and leaves NaN where a row may
     attend to nothing. Queries that share a key head are rows of one product, so keys are not repeated."""
-    q, k, v, mask = node.operands
-    assert q is not None
-    assert k is not None
-    assert v is not None
+    q, k, v, mask = given(node)
     b, heads, s, d = q.shape
     kv_heads, t, dv = k.shape[1], k.shape[2], v.shape[3]
     shared = (b, kv_heads, s * (heads // kv_heads))
@@ -53,19 +50,17 @@ def _any(e: Emitter, x: onnx.Value) -> onnx.Value:
 def _allowed(e: Emitter, node: Node) -> tuple[onnx.Value | None, onnx.Value | None]:
     """Where to attend by `causal` and a bool mask, and the rows that may attend to nothing; None: no limit.
     Both are shared by the layers of a model."""
-    q, k, _, mask = node.operands
-    assert q is not None
-    assert k is not None
+    q, k, _, mask = given(node)
     s, t = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2])
     causal, masked = node.attrs["causal"], mask is not None and mask.dtype is DType.BOOL
-    given = e.value(mask) if mask is not None and masked else None
-    memo = ("allowed", causal and (s, t), given)
+    permitted = e.value(mask) if masked else None
+    memo = ("allowed", causal and (s, t), permitted)
     if memo not in e.memo:
         allowed = _causal(e, s, t) if causal else None
-        if given is not None:
-            allowed = given if allowed is None else e.op("And", allowed, given)
-        closed = allowed is not None and (masked or not _covers(t, s))
-        e.memo[memo] = allowed, e.op("Not", _any(e, allowed)) if closed else None
+        if permitted is not None:
+            allowed = permitted if allowed is None else e.op("And", allowed, permitted)
+        closed = allowed if masked or not _covers(t, s) else None
+        e.memo[memo] = allowed, None if closed is None else e.op("Not", _any(e, closed))
     return e.memo[memo]
 
 

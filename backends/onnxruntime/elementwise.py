@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
+from moec.backends.onnxruntime.emit import MICROSOFT, Emitter, given
 from moec.backends.onnxruntime.types import FLOAT8, NARROW_INTEGERS, ONNX, carrier
 from moec.ir import DType, Node
 
@@ -89,7 +89,7 @@ def log1p_of(e: Emitter, x: onnx.Value, dtype: DType) -> onnx.Value:
 
 @backend.lowers("math.log1p")
 def log1p(e: Emitter, node: Node) -> onnx.Value:
-    return log1p_of(e, e.operands(node)[0], node.operands[0].dtype)
+    return log1p_of(e, e.operands(node)[0], given(node)[0].dtype)
 
 
 @backend.lowers("math.softplus")
@@ -107,6 +107,12 @@ def silu_of(e: Emitter, x: onnx.Value, dtype: DType, alpha: float = 1.0) -> onnx
         return e.op("QuickGelu", x, domain=MICROSOFT, alpha=alpha)
     scaled = x if alpha == 1.0 else e.op("Mul", x, e.scalar(alpha, dtype))
     return e.op("Mul", x, e.op("Sigmoid", scaled))
+
+
+@backend.lowers("math.swiglu")
+def swiglu(e: Emitter, node: Node) -> onnx.Value:
+    gate, up = e.operands(node)
+    return e.op("Mul", silu_of(e, gate, node.result.dtype), up)
 
 
 @backend.lowers("math.silu")
@@ -189,7 +195,7 @@ def where(e: Emitter, node: Node) -> onnx.Value:
 
 @backend.lowers("math.cast")
 def cast(e: Emitter, node: Node) -> onnx.Value:
-    (x,), source, target = e.operands(node), node.operands[0].dtype, node.attrs["dtype"]
+    (x,), source, target = e.operands(node), given(node)[0].dtype, node.attrs["dtype"]
     if target in FLOAT8 and source != target:
         return e.round_to(e.cast(x, source, DType.F32), target)
     if source.is_float and target in NARROW_INTEGERS:  # wrap like torch, through a wide integer

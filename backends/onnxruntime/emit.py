@@ -19,6 +19,11 @@ MICROSOFT = "com.microsoft"
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
+def given(node: Node) -> tuple[Any, ...]:
+    """IR operands, untyped: a lowering knows which of them are present."""
+    return node.operands
+
+
 class Emitter:
     """Collects ONNX nodes and initialisers for one graph. `memo` holds what several lowerings share."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as onnx
@@ -204,7 +205,7 @@ def moe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
     logits = e.op("ScatterElements", none, e.value(spec.experts), logs, axis=1)
     limit = spec.limit
     biases = [None if b is None else _bias(e, spec, b, interleave=True) for b in spec.biases]
-    extra = {} if limit is None else {"swiglu_limit": limit}
+    extra: dict[str, Any] = {} if limit is None else {"swiglu_limit": limit}
     y = e.op(
         "MoE",
         *(x, logits, gate_up.stack(transpose=False), biases[0], down.stack(transpose=False), biases[1]),

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as onnx
 import torch
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.quant import dequantized, stored_blocks
 from moec.backends.onnxruntime.types import onnx_type
 from moec.ir import DType, Node, Value
@@ -60,8 +60,8 @@ class ExpertWeights:
     def _initializer(self, key: str, index: int | None, shape: tuple, transpose: bool) -> onnx.Value:
         key += (".T" if transpose else "") + ("" if self.rows is None else ".reordered")
         if self.scale is not None:
-            options = {"key": key, "index": index, "rows": self.rows, "transpose": transpose}
-            return stored_blocks(self.e, self.value, self.scale, self.block, shape, **options)
+            codes = (self.value, self.scale, self.block)
+            return stored_blocks(self.e, *codes, shape, key=key, index=index, rows=self.rows, transpose=transpose)
 
         def pick(t: torch.Tensor) -> torch.Tensor:
             t = t if index is None else t[index]
@@ -104,17 +104,14 @@ def _loop(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: ExpertWeights,
 
 @backend.lowers("linear.grouped_matmul")
 def grouped_matmul(e: Emitter, node: Node) -> onnx.Value:
-    x, w, offsets = node.operands
-    assert x is not None
-    assert w is not None
-    assert offsets is not None
+    x, w, offsets = given(node)
     num, _, width = w.shape
     rows, ends = e.value(x), e.cast(e.value(offsets), offsets.dtype, DType.I64)
     last = e.op("Slice", ends, np.array([num - 1]), np.array([num]))
     starts = e.op("Concat", np.array([0]), e.op("Slice", ends, np.array([0]), np.array([num - 1])), axis=0)
     counts = e.op("Sub", ends, starts)
-    given = e.op("Slice", rows, np.array([0]), last)
+    used = e.op("Slice", rows, np.array([0]), last)
     weights = ExpertWeights(e, w, None, (1, 1), None, transposed=False)
-    y = grouped_product(e, given, counts, weights, unroll=e.options.experts != "loop")
+    y = grouped_product(e, used, counts, weights, unroll=e.options.experts != "loop")
     beyond = e.op("Concat", e.op("Sub", e.sizes.one(x.shape[0]), last), e.sizes.one(width), axis=0)
     return e.op("Concat", y, e.op("Expand", e.scalar(0, x.dtype), beyond), axis=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.emit import Emitter, given
 from moec.ir import Node, Value
 
 
@@ -23,8 +23,6 @@ def transposed(e: Emitter, weight: Value) -> onnx.Value:
 
 @backend.lowers("linear.linear")
 def linear(e: Emitter, node: Node) -> onnx.Value:
-    x, weight, bias = node.operands
-    assert x is not None
-    assert weight is not None
+    x, weight, bias = given(node)
     y = e.op("MatMul", e.value(x), transposed(e, weight))
     return y if bias is None else e.op("Add", y, e.value(bias))

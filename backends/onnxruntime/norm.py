@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
+from moec.backends.onnxruntime.emit import MICROSOFT, Emitter, given
 from moec.backends.onnxruntime.types import carrier, numpy_type
 from moec.ir import DType, Node, Value
 
@@ -22,16 +22,13 @@ def _scale(e: Emitter, x: Value, weight: Value | None) -> onnx.Value:
 
 @backend.lowers("norm.rms")
 def rms(e: Emitter, node: Node) -> onnx.Value:
-    x, weight = node.operands
-    assert x is not None
+    x, weight = given(node)
     return e.op("RMSNormalization", e.value(x), _scale(e, x, weight), axis=-1, epsilon=node.attrs["eps"])
 
 
 @backend.lowers("norm.add_rms")
 def add_rms(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
-    x, residual, weight = node.operands
-    assert x is not None
-    assert residual is not None
+    x, residual, weight = given(node)
     values, eps = (e.value(x), e.value(residual)), node.attrs["eps"]
     if not e.options.portable and carrier(x.dtype) is DType.F32 and x.type.rank in (2, 3):
         y, _mean, _inverse, total = e.op(
@@ -50,7 +47,6 @@ def add_rms(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
 
 @backend.lowers("norm.layer")
 def layer(e: Emitter, node: Node) -> onnx.Value:
-    x, weight, bias = node.operands
-    assert x is not None
+    x, weight, bias = given(node)
     rest = [] if bias is None else [e.value(bias)]
     return e.op("LayerNormalization", e.value(x), _scale(e, x, weight), *rest, axis=-1, epsilon=node.attrs["eps"])

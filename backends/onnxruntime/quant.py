@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as onnx
 import torch
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.emit import Emitter
-from moec.backends.onnxruntime.reduction import reduce, reduce_extreme
+from moec.backends.onnxruntime.emit import Emitter, given
+from moec.backends.onnxruntime.reduction import reduce_extreme
 from moec.ir import Dim, DType, Node, Value
 from moec.ir.dims import ceil_div
 from moec.ir.ops.quant import E4M3_MAX
@@ -60,7 +60,7 @@ def quantize_blocked(e: Emitter, x: onnx.Value) -> tuple[onnx.Value, onnx.Value]
 
 @backend.lowers("quant.quantize")
 def quantize(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
-    (x,), block, v = e.operands(node), node.attrs["block"], node.operands[0]
+    (x,), block, v = e.operands(node), node.attrs["block"], given(node)[0]
     wide = e.cast(x, v.dtype, DType.F32)
     codes, scale = quantize_blocked(e, to_blocks(e, wide, v.shape, block, DType.F32))
     return from_blocks(e, codes, v.shape, block), e.op("Squeeze", scale, np.array([-3, -1]))
@@ -86,7 +86,7 @@ def stored_blocks(
     codes: Value,
     scale: Value,
     block: tuple[int, int],
-    shape: Shape,
+    shape: Sequence[int],
     *,
     key: str = "",
     index: int | None = None,
@@ -107,7 +107,7 @@ def stored_blocks(
     out, inner = codes.shape[-2:]
     axis = len(shape) - (2 if transpose else 1)
     stored = e.stored(codes, key, shape, pick_codes)
-    blocks = [ceil_div(s, block[1]) if i == axis else s for i, s in enumerate(shape)]
+    blocks = [-(-s // block[1]) if i == axis else s for i, s in enumerate(shape)]
     scales = e.stored(scale, f"{key}.rows", blocks, lambda t: pick(t.repeat_interleave(block[0], dim=-2)[..., :out, :]))
     memo = ("dequantized", stored.name, scales.name)
     if memo not in e.memo:
@@ -120,19 +120,13 @@ def stored_blocks(
 
 @backend.lowers("quant.dequantize")
 def dequantize(e: Emitter, node: Node) -> onnx.Value:
-    codes, scale = node.operands
-    assert codes is not None
-    assert scale is not None
+    codes, scale = given(node)
     return e.cast(dequantized(e, codes, scale, node.attrs["block"]), DType.F32, node.result.dtype)
 
 
 @backend.lowers("quant.scaled_linear")
 def scaled_linear(e: Emitter, node: Node) -> onnx.Value:
-    x, x_scale, w, w_scale, bias = node.operands
-    assert x is not None
-    assert x_scale is not None
-    assert w is not None
-    assert w_scale is not None
+    x, x_scale, w, w_scale, bias = given(node)
     block, dtype = node.attrs["block"], node.result.dtype
     rows = dequantized(e, x, x_scale, (1, node.attrs["group"]))
     y = e.op("MatMul", rows, dequantized_transposed(e, w, w_scale, block))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.elementwise import nan_as_infinity
-from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.types import NARROW_INTEGERS, onnx_type
 from moec.ir import DType, Node
 from moec.ir.dims import product
@@ -16,7 +16,7 @@ from moec.ir.dims import product
 
 def wide_operand(e: Emitter, node: Node) -> tuple[onnx.Value, DType]:
     """The only operand, 8- and 16-bit integers and bools as i32."""
-    (x,), dtype = e.operands(node), node.operands[0].dtype
+    (x,), dtype = e.operands(node), given(node)[0].dtype
     narrow = dtype in (*NARROW_INTEGERS, DType.BOOL)
     return (e.cast(x, dtype, DType.I32), DType.I32) if narrow else (x, dtype)
 
@@ -42,7 +42,7 @@ def reduction(e: Emitter, node: Node) -> onnx.Value:
     axes, keepdim = node.attrs["axes"], node.attrs["keepdim"]
     x, dtype = wide_operand(e, node)
     if not axes:
-        return e.value(node.operands[0])
+        return e.value(given(node)[0])
     if node.op == "math.sum":
         y = reduce(e, "ReduceSum", x, axes, keepdim)
     elif node.op == "math.mean":
@@ -53,7 +53,7 @@ def reduction(e: Emitter, node: Node) -> onnx.Value:
 
 
 def _mean(e: Emitter, node: Node, x: onnx.Value, axes: Sequence[int], keepdim: bool) -> onnx.Value:
-    count = product([node.operands[0].shape[a] for a in axes])
+    count = product([given(node)[0].shape[a] for a in axes])
     if isinstance(count, int) and count > 0:
         return reduce(e, "ReduceMean", x, axes, keepdim)
     # the mean of nothing is NaN; ReduceMean gives 0
@@ -110,9 +110,9 @@ def sorted_indices(
 def sort(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     x, dtype = wide_operand(e, node)
     axis = node.attrs["axis"]
-    if node.operands[0].type.rank == 0:
+    if given(node)[0].type.rank == 0:
         return x, e.scalar(0, DType.I64)
-    count = e.sizes.one(node.operands[0].shape[axis])
+    count = e.sizes.one(given(node)[0].shape[axis])
     values, indices = sorted_indices(e, x, dtype, count, axis, node.attrs["descending"])
     return e.cast(values, dtype, node.results[0].dtype), indices
 

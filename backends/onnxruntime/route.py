@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.elementwise import nan_as_infinity
-from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.types import onnx_type
 from moec.ir import DType, Node
@@ -14,13 +14,13 @@ from moec.ir import DType, Node
 
 @backend.lowers("moe.route")
 def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
-    a, dtype = node.attrs, node.operands[0].dtype
+    a, dtype = node.attrs, given(node)[0].dtype
     logits, bias = e.operands(node)
-    kinds = {"softmax": ("Softmax", {"axis": -1}), "sigmoid": ("Sigmoid", {})}
     scores = logits
-    if a["scoring"] in kinds:
-        kind, attrs = kinds[a["scoring"]]
-        scores = e.op(kind, logits, **attrs)
+    if a["scoring"] == "softmax":
+        scores = e.op("Softmax", logits, axis=-1)
+    elif a["scoring"] == "sigmoid":
+        scores = e.op("Sigmoid", logits)
     choice = scores if bias is None else e.op("Add", scores, bias)
     choice = nan_as_infinity(e, choice, dtype)
     if a["n_group"] > 1:
@@ -41,7 +41,7 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
 
 def _best_groups(e: Emitter, node: Node, choice: onnx.Value, dtype: DType) -> onnx.Value:
     """Scores [T, E] with those outside the best groups set to `masked_score`."""
-    a, (tokens, num) = node.attrs, node.operands[0].shape
+    a, (tokens, num) = node.attrs, given(node)[0].shape
     groups = a["n_group"]
     shape = (tokens, groups, num // groups)
     grouped = e.reshape(choice, (tokens, num), shape)
@@ -61,7 +61,7 @@ def _best_groups(e: Emitter, node: Node, choice: onnx.Value, dtype: DType) -> on
 @backend.lowers("moe.remap")
 def remap(e: Emitter, node: Node) -> onnx.Value:
     experts, table, count = e.operands(node)
-    tokens, (_, width) = node.operands[0].shape[0], node.operands[1].shape
+    tokens, (_, width) = given(node)[0].shape[0], given(node)[1].shape
     token = e.op("Range", np.int64(0), e.sizes.scalar(tokens), np.int64(1))
     replica = e.op("Mod", e.op("Unsqueeze", token, np.array([1])), e.op("Gather", count, experts))
     slot = e.op("Add", e.op("Mul", experts, np.int64(width)), replica)

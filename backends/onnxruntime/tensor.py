@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.types import numpy_type
 from moec.ir import DType, Node
 
@@ -40,7 +40,7 @@ def full(e: Emitter, node: Node) -> onnx.Value:
 @backend.lowers("tensor.reshape")
 def reshape(e: Emitter, node: Node) -> onnx.Value:
     (x,) = e.operands(node)
-    return e.reshape(x, node.operands[0].shape, node.attrs["shape"])
+    return e.reshape(x, given(node)[0].shape, node.attrs["shape"])
 
 
 @backend.lowers("tensor.transpose")
@@ -52,7 +52,7 @@ def transpose(e: Emitter, node: Node) -> onnx.Value:
 @backend.lowers("tensor.expand")
 def expand(e: Emitter, node: Node) -> onnx.Value:
     (x,) = e.operands(node)
-    if node.operands[0].type == node.result.type:
+    if given(node)[0].type == node.result.type:
         return x
     return e.op("Expand", x, e.sizes.vector(node.attrs["shape"]))
 
@@ -96,7 +96,7 @@ def scatter_elements(e: Emitter, node: Node) -> onnx.Value:
 @backend.lowers("tensor.index_put")
 def index_put(e: Emitter, node: Node) -> onnx.Value:
     x, index, source = e.operands(node)
-    xv, iv, sv = node.operands
+    xv, iv, sv = given(node)
     wanted = (*iv.shape, *xv.shape[1:])
     if sv.shape != wanted:
         source = e.op("Expand", source, e.sizes.vector(wanted))
@@ -113,7 +113,7 @@ def count_ids(e: Emitter, flat: onnx.Value, bins: int) -> onnx.Value:
 @backend.lowers("tensor.histc")
 def histc(e: Emitter, node: Node) -> onnx.Value:
     (x,), bins = e.operands(node), node.attrs["bins"]
-    flat = e.cast(e.op("Reshape", x, np.array([-1])), node.operands[0].dtype, DType.I64)
+    flat = e.cast(e.op("Reshape", x, np.array([-1])), given(node)[0].dtype, DType.I64)
     valid = e.op("And", e.op("GreaterOrEqual", flat, np.int64(0)), e.op("Less", flat, np.int64(bins)))
     counts = count_ids(e, e.op("Where", valid, flat, np.int64(bins)), bins + 1)  # strays go to one more bin
     return e.op("Slice", counts, np.array([0]), np.array([bins]), np.array([0]))
@@ -144,7 +144,7 @@ def call(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
 
     callee = e.functions[node.attrs["callee"]]
     with e.sizes.bound(dict(node.attrs["dims"])), e.call(node.attrs["callee"]):
-        for v, operand in zip(callee.inputs, node.operands, strict=True):
+        for v, operand in zip(callee.inputs, given(node), strict=True):
             e.bind(v, e.value(operand))
         emit_nodes(e, callee)
         return tuple(e.value(v) for v in callee.outputs)
