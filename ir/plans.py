@@ -170,7 +170,7 @@ class Placement:
             m = data["mesh"]
             mesh = Mesh(m["nodes"], m["gpus_per_node"], tuple(m["slots"]))
             names = ("balance", "lower_bound", "moves", "fractions")
-            return Placement(mesh, data["physical_to_logical"], *(data.get(n) for n in names))
+            return Placement(mesh, data["physical_to_logical"], **{n: data[n] for n in names})
         except (KeyError, TypeError) as e:
             raise ArgumentValueError(f"not a placement: {e!r}", code="placement") from None
 
