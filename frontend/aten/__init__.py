@@ -1,0 +1,9 @@
+"""Lowerings of ATen ops to IR ops; importing this package registers all of them."""
+
+from moec.frontend.aten import attention, create, elementwise, index, linear, moe, norm, reduction, scan, shape
+from moec.frontend.aten.registry import LOWERINGS, lowers
+
+__all__ = [
+    "LOWERINGS", "attention", "create", "elementwise", "index", "linear", "lowers", "moe", "norm", "reduction",
+    "scan", "shape",
+]  # fmt: skip

@@ -1,0 +1,97 @@
+"""torch's export errors → CompileError that says which line of the model, and what could be done."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from moec.frontend.locate import error_location
+from moec.ir import CompileError, Location
+
+_BRANCH_HINT = (
+    "replace loops and branches over tensor values by tensor ops (torch.where, masks, one-hot sums); for transformers' "
+    "experts load the model with experts_implementation='grouped_mm' or 'batched_mm'"
+)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Keep torch from logging errors that are raised, and reported by us, anyway."""
+    handlers = logging.getLogger("torch").handlers
+    levels = [h.level for h in handlers]
+    for h in handlers:
+        h.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for h, level in zip(handlers, levels, strict=True):
+            h.setLevel(level)
+
+
+@contextmanager
+def translated(model: torch.nn.Module | None, doing: str) -> Iterator[None]:
+    """Turn whatever torch raises inside into a CompileError."""
+    try:
+        with quiet_torch():
+            yield
+    except CompileError:
+        raise
+    except Exception as e:
+        raise translate(e, model, doing) from None
+
+
+def translate(error: Exception, model: torch.nn.Module | None, doing: str) -> CompileError:
+    location = error_location(error, model)
+    names = {type(x).__name__ for x in _chain(error)}
+    text = _first_lines(str(error))
+    if names & {"GuardOnDataDependentSymNode", "DataDependentOutputException", "PendingUnbackedSymbolNotFound"}:
+        return CompileError(
+            f"the model's control flow depends on the values of a tensor: {text}",
+            code="data-dependent",
+            location=location,
+            hint=_BRANCH_HINT,
+        )
+    if "DynamicOutputShapeException" in names:
+        return CompileError(
+            f"an op's result shape depends on the values of a tensor: {text}",
+            code="data-dependent",
+            location=location,
+            hint=_BRANCH_HINT,
+        )
+    if "onstraints violated" in str(error) or "conflicts between user-specified ranges" in str(error):
+        return dynamic_error(str(error), location)
+    return CompileError(f"{doing} failed: {type(error).__name__}: {text}", code="trace", location=location)
+
+
+def dynamic_error(text: str, location: Location) -> CompileError:
+    """A declared dynamic axis that the model fixes. Keeps torch's lines that name the axis and its reason."""
+    keep = [line.strip(" -") for line in text.splitlines() if line.strip().startswith("-") or "Eq(" in line]
+    shown = "; ".join(dict.fromkeys(keep)) or _first_lines(text)
+    return CompileError(
+        f"the model does not allow an axis that was declared dynamic: {_scrub(shown)[:1500]}",
+        code="dynamic-shape",
+        location=location,
+        hint="make that axis static in dynamic_shapes, give the Dim the range the model needs, or trace with "
+        "example sizes of at least 2",
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_lines(text: str, limit: int = 400) -> str:
+    """The message without torch's appended tracebacks and advice."""
+    text = re.split(r"\n\s*(?:Caused by|The following call|Potential framework|While executing|Original trace|"
+                    r"The above exception|User Stack|For more information|To fix the error)", text)[0]  # fmt: skip
+    return _scrub(" ".join(text.split()))[:limit]
+
+
+def _scrub(text: str) -> str:
+    """Machine paths down to file names."""
+    return re.sub(r"(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", text)

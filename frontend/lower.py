@@ -1,0 +1,315 @@
+"""An exported (functional) FX graph → IR graph, node by node."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from moec.frontend.aten import LOWERINGS
+from moec.frontend.aten.registry import PARAMETERS, op_name
+from moec.frontend.complex import Complex, involves_complex, lower_complex
+from moec.frontend.context import Context
+from moec.frontend.locate import node_location, strip_prefix
+from moec.frontend.symbols import Symbols
+from moec.ir import CompileError, DType, Graph, Location, TensorType, Value, Weight
+from moec.ir.ops.tensor import INLINE_LIMIT
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, SymIntArgument
+
+# statements about the trace, not about values
+_DROPPED = {
+    "aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::_assert_async.msg", "aten::_assert_async",
+    "aten::sym_constrain_range", "aten::sym_constrain_range_for_size", "aten::_functional_assert_async.msg",
+    "aten::_functional_assert_scalar",
+}  # fmt: skip
+_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class Lowerer:
+    """Builds `graph` from an exported program; `outputs` describes the flattened results, see Signature.outputs.
+
+    `prefix` is the module path of the user's model inside the exported one, `input_names` the names of the tensor
+    inputs in order (torch's own where None), `user_dims` the names the user gave to axes.
+    """
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        *,
+        prefix: str = "",
+        input_names: list[str] | None = None,
+        user_dims: list[dict[int, str]] | None = None,
+    ):
+        self.program = program
+        self.prefix = prefix
+        self.graph = Graph()
+        self.symbols = Symbols()
+        self.context = Context(self.graph, self.symbols)
+        self.env: dict[torch.fx.Node, Any] = {}
+        self.outputs: list[tuple[str, Any]] = []
+        self.constant_inputs: dict[str, Any] = {}
+        self._input_names = input_names
+        self._user_dims = user_dims or []
+        self._tied: dict[Any, str] = {}
+
+    def run(self) -> Graph:
+        placeholders = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        specs = self.program.graph_signature.input_specs
+        self._inputs([(n, s) for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.USER_INPUT])
+        for node, spec in zip(placeholders, specs, strict=True):
+            if spec.kind is not InputKind.USER_INPUT:
+                self.env[node] = self._weight(spec)
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self._node(node, self.program.graph_module)
+            elif node.op == "output":
+                self._results(node)
+        self._remove_dead()
+        self.graph.verify()
+        return self.graph
+
+    # -- inputs and weights -------------------------------------------------------------------------
+
+    def _inputs(self, items: list[tuple[torch.fx.Node, InputSpec]]) -> None:
+        tensors = []
+        for node, spec in items:
+            if isinstance(spec.arg, ConstantArgument):
+                self.constant_inputs[spec.arg.name] = spec.arg.value
+                self.env[node] = spec.arg.value
+            elif isinstance(spec.arg, SymIntArgument):
+                raise CompileError(
+                    f"input {spec.arg.name!r} is a dynamic integer", code="arguments", hint="pass it as a tensor"
+                )
+            else:
+                tensors.append(node)
+        names = self._input_names or [n.name for n in tensors]
+        dims = self._user_dims or [{} for _ in tensors]
+        shapes = [n.meta["val"].shape for n in tensors]
+        for shape, named in zip(shapes, dims, strict=True):
+            self.symbols.declare(shape, [named.get(i) for i in range(len(shape))])
+        for shape in shapes:
+            self.symbols.declare_rest(shape)
+        for node, name in zip(tensors, names, strict=True):
+            try:
+                self.env[node] = self.graph.add_input(name, self.symbols.type(node.meta["val"]))
+            except CompileError as e:
+                raise CompileError(f"argument {name!r}: {e.message}", code=e.code, hint=e.hint) from None
+
+    def _weight(self, spec: InputSpec) -> Any:
+        target = spec.target or ""
+        name = strip_prefix(target, self.prefix)
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            raise CompileError(
+                f"the model holds {name!r}, which is not a tensor ({spec.kind.name.lower()})",
+                code="unsupported-model",
+                hint="modules with packed (quantised) parameters cannot be traced; load the float model",
+            )
+        held = self.program.state_dict if target in self.program.state_dict else self.program.constants
+        tensor = held[target]
+        if not isinstance(tensor, torch.Tensor):
+            raise CompileError(f"the model holds {name!r}, a {type(tensor).__name__}", code="unsupported-model")
+        if spec.kind is InputKind.CONSTANT_TENSOR and tensor.numel() <= INLINE_LIMIT and not tensor.is_meta:
+            return self._inline(name, tensor)
+        key = _identity(tensor)
+        name = self._tied.setdefault(key, name)
+        try:
+            data = Weight(name, TensorType.of(tensor)) if tensor.is_meta else Weight.of(name, tensor.detach())
+        except CompileError as e:
+            raise CompileError(f"weight {name!r}: {e.message}", code=e.code, hint=e.hint) from None
+        return self.graph.add_weight(data)
+
+    def _inline(self, name: str, tensor: torch.Tensor) -> Any:
+        if tensor.dtype.is_complex:
+            return Complex(self._inline(name, tensor.real), self._inline(name, tensor.imag))
+        return self.context.b.const(
+            tensor.detach().cpu().reshape(-1).tolist(), DType.of(tensor.dtype), tuple(tensor.shape)
+        )
+
+    # -- nodes --------------------------------------------------------------------------------------
+
+    def _node(self, node: torch.fx.Node, module: torch.nn.Module) -> None:
+        location = node_location(node.meta, self.prefix)
+        try:
+            self._lower(node, module, location)
+        except CompileError as e:
+            raise e.located(location) from None
+
+    def _lower(self, node: torch.fx.Node, module: torch.nn.Module, location: Location) -> None:
+        target: Any = node.target
+        value = node.meta.get("val")
+        if target is operator.getitem:
+            self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+            return
+        if isinstance(value, _SYMBOLIC) or isinstance(value, bool | int | float):
+            return  # read from the metadata where used
+        name = getattr(target, "_name", "") if not hasattr(target, "_schema") else op_name(target)
+        if name in _DROPPED:
+            return
+        if name in _INLINED:
+            self.env[node] = self._inline_call(node, module)
+            return
+        if not isinstance(target, torch._ops.OpOverload):
+            raise CompileError(f"no lowering for {name or target}", code="unsupported-op", hint=_OP_HINT)
+        arguments = self._arguments(node, target)
+        c = self.context
+        c.op, c.b.location = name, location
+        c.out = self._types(value)
+        if involves_complex(name, arguments):
+            result = lower_complex(c, name, arguments)
+        else:
+            fn = LOWERINGS.get(name)
+            if fn is None:
+                raise unsupported(name)
+            result = fn(c, **{p: arguments[p] for p in PARAMETERS[name] if p in arguments})
+        self.env[node] = self._checked(node, name, result)
+
+    def _inline_call(self, node: torch.fx.Node, module: torch.nn.Module) -> list[Any]:
+        """A region under no_grad (or autocast that is off) is an ordinary part of the program."""
+        skipped = next(i for i, a in enumerate(node.args) if isinstance(a, torch.fx.Node) and a.op == "get_attr")
+        attribute: Any = node.args[skipped]
+        inner = getattr(module, attribute.target)
+        if str(node.target) == "wrap_with_autocast" and node.args[2]:
+            raise CompileError("autocast is not supported", code="unsupported-op", hint="convert the model's dtype")
+        values = [self._resolve(a) for a in node.args[skipped + 1 :]]
+        for parameter, v in zip((n for n in inner.graph.nodes if n.op == "placeholder"), values, strict=True):
+            self.env[parameter] = v
+        for n in inner.graph.nodes:
+            if n.op == "call_function":
+                self._node(n, inner)
+            elif n.op == "output":
+                return [self._resolve(a) for a in n.args[0]]
+        return []
+
+    def _arguments(self, node: torch.fx.Node, target: Any) -> dict[str, Any]:
+        schema = target._schema.arguments
+        result: dict[str, Any] = {a.name: a.default_value for a in schema if a.has_default_value()}
+        for a, v in zip(schema, node.args, strict=False):
+            result[a.name] = self._resolve(v)
+        for k, v in node.kwargs.items():
+            result[k] = self._resolve(v)
+        return result
+
+    def _resolve(self, arg: Any) -> Any:
+        """FX argument → Value, Complex, int | Dim, or the constant itself."""
+        if isinstance(arg, torch.fx.Node):
+            if arg in self.env:
+                return self.env[arg]
+            value = arg.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                return self.symbols.size(value)
+            if isinstance(value, torch.SymFloat | torch.SymBool):
+                raise CompileError(
+                    f"a number computed from input sizes ({value}) is used as a value",
+                    code="unsupported-op",
+                    hint="compute it with tensor ops, or make the sizes it comes from static",
+                )
+            return value
+        if isinstance(arg, list | tuple):
+            return [self._resolve(a) for a in arg]
+        return arg
+
+    def _types(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.symbols.type(value)
+        if isinstance(value, list | tuple):
+            return [self._types(v) for v in value]
+        return None
+
+    def _checked(self, node: torch.fx.Node, name: str, result: Any) -> Any:
+        """Our types must be torch's; the results carry the node's name as origin."""
+        results = result if isinstance(result, list) else [result]
+        expected = self._types(node.meta["val"])
+        expected = expected if isinstance(expected, list) else [expected]
+        single = len(expected) == 1
+        for i, (r, want) in enumerate(zip(results, expected, strict=True)):
+            if isinstance(r, Value) and want is not None:
+                if r.type != want:
+                    raise CompileError(
+                        f"{name} became {r.type}, torch says {want}", code="lowering", hint="please report this model"
+                    )
+                if r.producer is not None:
+                    r.origins |= {node.name if single else f"{node.name}.{i}"}
+        return result
+
+    # -- results ------------------------------------------------------------------------------------
+
+    def _results(self, node: torch.fx.Node) -> None:
+        flat = list(node.args[0])  # type: ignore[arg-type]
+        specs = self.program.graph_signature.output_specs
+        names = self._output_names()
+        for arg, spec in zip(flat, specs, strict=True):
+            if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+                what = "buffer" if spec.kind is OutputKind.BUFFER_MUTATION else "argument"
+                raise CompileError(
+                    f"the model changes its {what} {strip_prefix(spec.target or '', self.prefix)!r} in forward",
+                    code="mutation",
+                    location=node_location(arg.meta, self.prefix) if isinstance(arg, torch.fx.Node) else None,
+                    hint="return the new value instead and pass it in again, as a KV cache does",
+                )
+            if spec.kind is not OutputKind.USER_OUTPUT:
+                continue
+            name = names[len(self.outputs)] if len(self.outputs) < len(names) else None
+            result = self._resolve(arg)
+            if isinstance(result, Complex):
+                raise CompileError(f"output {name!r} is complex", code="dtype", hint="return torch.view_as_real(x)")
+            if isinstance(result, Value):
+                self.outputs.append(("tensor", len(self.graph.outputs)))
+                self.graph.add_output(result, name)
+            elif isinstance(arg, torch.fx.Node) and isinstance(arg.meta.get("val"), torch.SymInt):
+                self.outputs.append(("size", len(self.graph.outputs)))
+                self.graph.add_output(self.context.b.dim(value=result), name)
+            else:
+                self.outputs.append(("constant", result))
+
+    def _output_names(self) -> list[str]:
+        """`logits`, `past_key_values_0`; `output` for a lone tensor."""
+        from torch.utils import _pytree as pytree
+
+        from moec.frontend.dynamic import _key, _unique
+
+        spec = self.program.call_spec.out_spec
+        if spec is None:
+            return []
+        try:
+            paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))[0]
+        except Exception:  # a container that does not take plain integers
+            return []
+        names = ["_".join(_key(k) for k in path) for path, _ in paths]
+        return _unique([n if n[:1].isalpha() else f"output_{n}" if n else "output" for n in names])
+
+    def _remove_dead(self) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if not any(r.uses or r.is_output for r in node.results):
+                self.graph.erase(node)
+        self.graph.prune_weights()
+
+
+_OP_HINT = "write the layer with supported ops, or register a lowering with moec.frontend.lowers"
+
+
+def unsupported(name: str) -> CompileError:
+    near = difflib.get_close_matches(name, LOWERINGS, 2, cutoff=0.8)
+    also = f" (supported is {', '.join(near)})" if near else ""
+    return CompileError(f"no lowering for the op {name}{also}", code="unsupported-op", hint=_OP_HINT)
+
+
+def missing_ops(program: torch.export.ExportedProgram) -> list[Any]:
+    """Ops of the program that have no lowering of their own."""
+    found: dict[Any, None] = {}
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                name = op_name(node.target)
+                if name not in LOWERINGS and name not in _DROPPED:
+                    found[node.target] = None
+    return list(found)
+
+
+def _identity(tensor: torch.Tensor) -> Any:
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    layout: Mapping[str, Any] = {"shape": tuple(tensor.shape), "stride": tensor.stride()}
+    return tensor.data_ptr(), tensor.dtype, *layout.values()

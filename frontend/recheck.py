@@ -1,0 +1,126 @@
+"""Compare a dynamic program with its model at sizes it was not traced at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from moec.frontend.signature import Signature
+from moec.ir import CompileError, Graph, run
+from moec.ir.dims import evaluate
+from moec.ir.interpreter import bind_inputs
+from torch.utils import _pytree as pytree
+
+Bounds = dict[str, tuple[int, int | None]]
+
+# a wrong branch or a frozen size shows everywhere; a flipped near-tie of the routing in few rows
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+_MAY_DIFFER = {torch.float64: 0.0, torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.25}
+
+
+def recheck(
+    model: torch.nn.Module, graph: Graph, signature: Signature, example: Sequence[torch.Tensor]
+) -> tuple[Bounds, tuple[str, ...]]:
+    """Run model and graph with every dynamic size 1, with small odd ones, and 0; sizes that the model itself
+    refuses are left out. Returns the bounds that remain (a lower bound disproved at size 1 is dropped) and the
+    sizes checked. Raises CompileError where the two disagree within the bounds."""
+    bounds = dict(signature.bounds)
+    traced = bind_inputs(graph, example)
+    checked = []
+    for name, sizes in _size_sets(traced, bounds).items():
+        outside = [s for s, n in sizes.items() if s in bounds and not _inside(n, bounds[s])]
+        inputs = [_resized(t, [evaluate(d, sizes) for d in v.shape]) for t, v in zip(example, graph.inputs, strict=True)]
+        with torch.no_grad():
+            try:
+                want = _eager(model, signature, inputs)
+            except Exception:  # the model does not take these sizes either, whatever it raises
+                continue
+        problem = _disagreement(graph, signature, inputs, want)
+        shown = ", ".join(f"{k}={v}" for k, v in sizes.items())
+        if problem is None:
+            checked.append(shown)
+            for s in outside:
+                bounds[s] = (0 if name == "zero" else min(sizes[s], bounds[s][0]), bounds[s][1])
+        elif not outside and name != "zero":
+            raise CompileError(
+                f"the traced program does not hold for other sizes: at {shown} {problem}",
+                code="dynamic-shape",
+                hint="the model fixed a size of the example arguments while tracing (a Python number taken from a "
+                "shape, a cached table); trace with static shapes, or make that part depend on the input",
+            )
+        elif name == "zero":
+            bounds |= {s: (max(1, bounds.get(s, (0, None))[0]), bounds.get(s, (0, None))[1]) for s in sizes}
+    return {s: b for s, b in bounds.items() if b != (0, None)}, tuple(checked)
+
+
+def _size_sets(traced: Mapping[str, int], bounds: Bounds) -> dict[str, dict[str, int]]:
+    odd = {}
+    for i, (s, n) in enumerate(traced.items()):
+        least, greatest = bounds.get(s, (0, None))
+        size = max(3 + 2 * i + (n == 3 + 2 * i), least)
+        odd[s] = size if greatest is None else min(size, greatest)
+    sets = {"odd": odd, "one": dict.fromkeys(traced, 1), "zero": dict.fromkeys(traced, 0)}
+    return {k: v for k, v in sets.items() if k != "zero" or not any(b[0] > 1 for b in bounds.values())}
+
+
+def _inside(n: int, bound: tuple[int, int | None]) -> bool:
+    return n >= bound[0] and (bound[1] is None or n <= bound[1])
+
+
+def _resized(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The example's values repeated or cut along every axis, so that ids and masks stay plausible."""
+    for axis, n in enumerate(shape):
+        if t.shape[axis] == n:
+            continue
+        if t.shape[axis] == 0:
+            t = torch.zeros(*t.shape[:axis], n, *t.shape[axis + 1 :], dtype=t.dtype, device=t.device)
+        else:
+            t = t.index_select(axis, torch.arange(n, device=t.device) % t.shape[axis])
+    return t
+
+
+def _eager(model: torch.nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> list[Any]:
+    rest = iter([t.clone() for t in inputs])
+    leaves = [
+        signature.constants[i] if i in signature.constants else next(rest) for i in range(signature.in_spec.num_leaves)
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
+    return pytree.tree_leaves(model(*args, **kwargs))
+
+
+def _disagreement(
+    graph: Graph, signature: Signature, inputs: Sequence[torch.Tensor], want: Sequence[Any]
+) -> str | None:
+    try:
+        got = run(graph, [t.cpu() for t in inputs])
+    except CompileError as e:
+        return f"it fails: {e.message}"
+    tensors = [(w, got[i]) for (kind, i), w in zip(signature.outputs, want, strict=False) if kind == "tensor"]
+    if len(want) != len(signature.outputs):
+        return f"the model returns {len(want)} values, the program {len(signature.outputs)}"
+    for (w, g), name in zip(tensors, graph.output_names, strict=False):
+        if w.shape != g.shape:
+            return f"output {name!r} has shape {list(g.shape)}, the model's {list(w.shape)}"
+        if _differs(w.cpu(), g):
+            return f"output {name!r} differs from the model's by up to {_distance(w.cpu(), g):.3g}"
+    return None
+
+
+def _differs(want: torch.Tensor, got: torch.Tensor) -> bool:
+    if not want.numel():
+        return False
+    if want.dtype not in _TOLERANCE:
+        return float((want != got).float().mean()) > 0.02
+    tolerance = _TOLERANCE[want.dtype]
+    finite = want[want.isfinite()].double().abs()
+    scale = float(finite.square().mean().sqrt()) if finite.numel() else 1.0
+    close = torch.isclose(got.double(), want.double(), rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True)
+    return float((~close).double().mean()) > _MAY_DIFFER[want.dtype]
+
+
+_Distance = Callable[[torch.Tensor, torch.Tensor], float]
+
+
+def _distance(want: torch.Tensor, got: torch.Tensor) -> float:
+    return float((want.double() - got.double()).abs().nan_to_num().max())

@@ -1,0 +1,189 @@
+"""How a call with the user's arguments becomes flat tensors, and flat results become the user's structure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError
+from torch.utils import _pytree as pytree
+
+Constant = None | bool | int | float | str
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The calling convention of a traced program.
+
+    `in_spec`: pytree of `(args, kwargs)`; `parameters`: names of the forward's parameters; `input_names`: names of
+    all leaves of in_spec; `constants`: leaf index → the value it was traced with (every leaf that is no tensor);
+    `out_spec` and `outputs`: the result's pytree and, per leaf, ("tensor", graph output), ("size", graph output
+    holding an integer) or ("constant", value); `bounds`: symbol → (least, greatest or None) sizes the program holds
+    for, where that is not all.
+    """
+
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    parameters: tuple[str, ...]
+    input_names: tuple[str, ...]
+    constants: Mapping[int, Constant] = field(default_factory=dict)
+    outputs: tuple[tuple[str, Any], ...] = ()
+    bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the tensor arguments: the graph's inputs, in order."""
+        return tuple(n for i, n in enumerate(self.input_names) if i not in self.constants)
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[torch.Tensor]:
+        """The tensors of a call, in the order of the graph's inputs.
+
+        Arguments may be passed by position or by name, whichever way they were traced. Raises ArgumentTypeError on
+        missing, unknown or differently nested arguments and ArgumentValueError where a constant has another value
+        than at tracing.
+        """
+        args, kwargs = self._arrange(tuple(args), dict(kwargs or {}))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            raise ArgumentTypeError(
+                f"the arguments are nested differently than at tracing: expected {_shown(self.in_spec)}, got "
+                f"{_shown(spec)}",
+                code="arguments",
+            )
+        tensors = []
+        for i, (name, leaf) in enumerate(zip(self.input_names, leaves, strict=True)):
+            if i in self.constants:
+                want = self.constants[i]
+                if isinstance(leaf, torch.Tensor) or type(leaf) is not type(want) or leaf != want:
+                    got = "a tensor" if isinstance(leaf, torch.Tensor) else repr(leaf)
+                    raise ArgumentValueError(
+                        f"argument {name!r} was {want!r} when the model was traced and is fixed, got {got}",
+                        code="arguments",
+                        hint="compile again with the other value",
+                    )
+            elif not isinstance(leaf, torch.Tensor):
+                raise ArgumentTypeError(
+                    f"argument {name!r} must be a torch.Tensor, got {type(leaf).__name__}", code="arguments"
+                )
+            else:
+                tensors.append(leaf)
+        return tensors
+
+    def check_bounds(self, binding: Mapping[str, int]) -> None:
+        """Raise ArgumentValueError if a dimension is outside the sizes that the traced program holds for."""
+        for symbol, (least, greatest) in self.bounds.items():
+            n = binding.get(symbol)
+            if n is not None and (n < least or (greatest is not None and n > greatest)):
+                most = "" if greatest is None else f" and at most {greatest}"
+                raise ArgumentValueError(
+                    f"dimension {symbol} is {n}; the program was traced for at least {least}{most}",
+                    code="shape",
+                    hint="trace again with example arguments of that size",
+                )
+
+    def unflatten(self, results: Sequence[torch.Tensor]) -> Any:
+        """The model's own result structure from the graph's outputs."""
+        leaves = []
+        for kind, v in self.outputs:
+            leaves.append(results[v] if kind == "tensor" else int(results[v]) if kind == "size" else v)
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def _arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Move arguments between positions and names so that they are passed as they were traced."""
+        traced_args, traced_kwargs = self.in_spec.child(0), self.in_spec.child(1)
+        plain = [p for p in self.parameters if not p.startswith("*")]
+        count, keys = traced_args.num_children, list(traced_kwargs.context or ())
+        if len(args) < count:
+            moved = plain[len(args) : count]
+            if not all(m in kwargs for m in moved):
+                missing = [m for m in moved if m not in kwargs]
+                raise ArgumentTypeError(f"missing arguments: {', '.join(missing)}", code="arguments")
+            args = (*args, *(kwargs.pop(m) for m in moved))
+        for name in plain[count : len(args)]:
+            if name in kwargs:
+                raise ArgumentTypeError(f"argument {name!r} is given twice", code="arguments")
+        kwargs.update(dict(zip(plain[count : len(args)], args[count:], strict=False)))
+        if len(args) > max(count, len(plain)):
+            raise ArgumentTypeError(f"expected {count} positional arguments, got {len(args)}", code="arguments")
+        args = args[:count]
+        missing, unknown = [k for k in keys if k not in kwargs], [k for k in kwargs if k not in keys]
+        if missing or unknown:
+            fixed = {n: self.constants[i] for i, n in enumerate(self.input_names) if i in self.constants}
+            notes = [f"{m}={fixed[m]!r}" if m in fixed else m for m in missing]
+            text = "; ".join(
+                part
+                for part in (
+                    f"missing arguments: {', '.join(notes)}" if missing else "",
+                    f"arguments that were not there at tracing: {', '.join(unknown)}" if unknown else "",
+                )
+                if part
+            )
+            raise ArgumentTypeError(text, code="arguments", hint="the model was traced with exactly these arguments")
+        return args, {k: kwargs[k] for k in keys}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form. Raises CompileError if a structure is of a class that torch cannot serialise."""
+        try:
+            specs = [json.loads(pytree.treespec_dumps(s)) for s in (self.in_spec, self.out_spec)]
+        except (NotImplementedError, TypeError) as e:
+            raise CompileError(f"the argument or result structure cannot be saved: {e}", code="save") from None
+        return {
+            "in_spec": specs[0],
+            "out_spec": specs[1],
+            "parameters": list(self.parameters),
+            "input_names": list(self.input_names),
+            "constants": {str(k): v for k, v in self.constants.items()},
+            "outputs": [list(o) for o in self.outputs],
+            "bounds": {k: list(v) for k, v in self.bounds.items()},
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Signature:
+        """Raises ArtifactError naming the field that is missing or malformed."""
+        field_name = ""
+        try:
+            values: dict[str, Any] = {}
+            for field_name in ("in_spec", "out_spec"):
+                values[field_name] = pytree.treespec_loads(json.dumps(data[field_name]))
+            for field_name in ("parameters", "input_names"):
+                values[field_name] = tuple(str(n) for n in data[field_name])
+            field_name = "constants"
+            values["constants"] = {int(k): _plain(v) for k, v in data["constants"].items()}
+            field_name = "outputs"
+            values["outputs"] = tuple((str(kind), _plain(v)) for kind, v in data["outputs"])
+            field_name = "bounds"
+            values["bounds"] = {str(k): (int(a), None if b is None else int(b)) for k, (a, b) in data["bounds"].items()}
+            return Signature(**values)
+        except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as e:
+            raise ArtifactError(f"signature: field {field_name!r} is missing or malformed ({e})", code="load") from None
+
+
+def _plain(v: Any) -> Any:
+    if not isinstance(v, _PLAIN):
+        raise ValueError(f"{type(v).__name__} value")
+    return v
+
+
+def as_constant(name: str, leaf: Any) -> Constant:
+    """An argument that is no tensor. Raises ArgumentTypeError where it is no plain value either."""
+    if isinstance(leaf, _PLAIN):
+        return leaf
+    raise ArgumentTypeError(
+        f"argument {name!r} is a {type(leaf).__module__}.{type(leaf).__name__}; arguments may be tensors, None, "
+        "numbers, strings, and lists, tuples, dicts or registered pytrees of them",
+        code="arguments",
+        hint="pass its tensors, or register the class with torch.utils._pytree.register_pytree_node",
+    )
+
+
+def _shown(spec: pytree.TreeSpec) -> str:
+    leaves = ["·"] * spec.num_leaves
+    try:
+        return repr(pytree.tree_unflatten(leaves, spec)).replace("'·'", "·")[:300]
+    except Exception:
+        return f"{spec.num_leaves} leaves"

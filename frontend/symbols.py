@@ -1,0 +1,108 @@
+"""torch's symbolic sizes → `Dim`, under readable names."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from moec.ir import CompileError, Dim, DType, TensorType
+from moec.ir.dims import size
+from torch.utils._sympy import functions as torch_sympy
+
+_LETTERS = ("B", "S")
+
+
+def _floor_div(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    return sympy.floor(a / b)
+
+
+_FUNCTIONS: dict[type, Callable[..., sympy.Expr]] = {
+    sympy.Add: sympy.Add,
+    sympy.Mul: sympy.Mul,
+    sympy.Max: sympy.Max,
+    sympy.Min: sympy.Min,
+    sympy.Mod: sympy.Mod,
+    sympy.floor: sympy.floor,
+    sympy.ceiling: sympy.ceiling,
+    torch_sympy.Max: sympy.Max,
+    torch_sympy.Min: sympy.Min,
+    torch_sympy.Mod: sympy.Mod,
+    torch_sympy.PythonMod: sympy.Mod,
+    torch_sympy.FloorDiv: _floor_div,
+    torch_sympy.CleanDiv: _floor_div,
+    torch_sympy.CeilDiv: lambda a, b: sympy.ceiling(a / b),
+    torch_sympy.IntTrueDiv: lambda a, b: a / b,
+    torch_sympy.FloatTrueDiv: lambda a, b: a / b,
+    torch_sympy.FloorToInt: sympy.floor,
+    torch_sympy.CeilToInt: sympy.ceiling,
+    torch_sympy.ToFloat: lambda a: a,
+    torch_sympy.Identity: lambda a: a,
+    torch_sympy.ModularIndexing: lambda a, d, m: sympy.Mod(sympy.floor(a / d), m),
+}
+
+
+class Symbols:
+    """Names torch's symbols: the user's Dim names where given, else B for axis 0, S for axis 1, then s0, s1 …"""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+
+    def declare(self, shape: Sequence[Any], user_names: Sequence[str | None]) -> None:
+        """Name the symbols that are an axis of an input by themselves and that the user named."""
+        for s, name in zip(shape, user_names, strict=True):
+            if isinstance(s, torch.SymInt) and name and s.node.expr.is_Symbol:
+                self.names.setdefault(s.node.expr.name, name)
+
+    def declare_rest(self, shape: Sequence[Any]) -> None:
+        """Name all other symbols of an input's shape, in order of appearance."""
+        for axis, s in enumerate(shape):
+            if not isinstance(s, torch.SymInt):
+                continue
+            for symbol in sorted(s.node.expr.free_symbols, key=lambda x: x.name):
+                if symbol.name not in self.names:
+                    self.names[symbol.name] = self._fresh(axis if s.node.expr.is_Symbol else None)
+
+    def _fresh(self, axis: int | None) -> str:
+        taken = set(self.names.values())
+        if axis is not None and axis < len(_LETTERS) and _LETTERS[axis] not in taken:
+            return _LETTERS[axis]
+        return next(n for i in itertools.count() if (n := f"s{i}") not in taken)
+
+    def size(self, s: int | torch.SymInt) -> int | Dim:
+        """A size. Raises CompileError for one that depends on tensor values."""
+        if isinstance(s, torch.SymInt):
+            return size(self._convert(s.node.expr))
+        return int(s)
+
+    def shape(self, shape: Sequence[Any]) -> tuple[int | Dim, ...]:
+        return tuple(map(self.size, shape))
+
+    def type(self, tensor: torch.Tensor) -> TensorType:
+        return TensorType(DType.of(tensor.dtype), self.shape(tensor.shape))
+
+    def expression(self, text: sympy.Expr) -> int | Dim:
+        return size(self._convert(text))
+
+    def _convert(self, e: sympy.Expr) -> sympy.Expr:
+        if e.is_Symbol:
+            name = self.names.get(e.name)
+            if name is None:
+                raise CompileError(
+                    f"a size ({e.name}) depends on the values of a tensor",
+                    code="data-dependent",
+                    hint="ops such as nonzero, masked_select or boolean indexing give no fixed shape; "
+                    "use torch.where or a weighted sum over all elements",
+                )
+            return Dim(name).expr
+        if e.is_Integer or e.is_Rational:
+            return e
+        args = [self._convert(a) for a in e.args]
+        if isinstance(e, sympy.Pow) and e.exp.is_Integer:
+            return sympy.Pow(*args)
+        for kind, build in _FUNCTIONS.items():
+            if isinstance(e, kind):
+                return build(*args)
+        raise CompileError(f"size {e} has no form in the IR ({type(e).__name__})", code="shape")

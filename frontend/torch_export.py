@@ -1,0 +1,238 @@
+"""PyTorch models → IR, through torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from moec.frontend.aten.registry import LOWERINGS, op_name
+from moec.frontend.dynamic import axis_name, is_declared, leaf_names, leaf_specs, parameter_names
+from moec.frontend.errors import translated
+from moec.frontend.lower import Lowerer, missing_ops
+from moec.frontend.recheck import recheck
+from moec.frontend.signature import Signature, as_constant
+from moec.ir import ArgumentTypeError, CompileError, Graph
+from moec.ir.interpreter import bind_inputs
+from torch.utils import _pytree as pytree
+
+Bounds = dict[str, tuple[int, int | None]]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced model.
+
+    `graph`: the program, its inputs the tensor arguments in order; `signature`: how calls map to it;
+    `specialised`: axes that dynamic_shapes left open (AUTO) and the model fixed, as "input_ids axis 1 = 24";
+    `checked`: the other sizes at which the program was compared with the model.
+    """
+
+    graph: Graph
+    signature: Signature
+    specialised: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
+
+    @property
+    def in_spec(self) -> pytree.TreeSpec:
+        return self.signature.in_spec
+
+    @property
+    def out_spec(self) -> pytree.TreeSpec:
+        return self.signature.out_spec
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return self.signature.tensor_names
+
+    def flatten(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[torch.Tensor]:
+        """The graph's inputs for a call. Raises ArgumentTypeError or ArgumentValueError that names the argument,
+        for wrong structure, constants, dtypes, shapes and sizes outside the traced bounds."""
+        tensors = self.signature.flatten(args, kwargs)
+        self.signature.check_bounds(bind_inputs(self.graph, tensors))
+        return tensors
+
+    def unflatten(self, results: Sequence[torch.Tensor]) -> Any:
+        """The model's result structure from the graph's outputs."""
+        return self.signature.unflatten(results)
+
+
+class _Flat(torch.nn.Module):
+    """The user's model with its tensor arguments flattened: export then sees one plain signature, whatever
+    mixture of positional, keyword, nested and constant arguments the call has."""
+
+    def __init__(self, model: torch.nn.Module, spec: pytree.TreeSpec, constants: Mapping[int, Any]):
+        super().__init__()
+        self.model = model
+        self._spec, self._constants = spec, constants
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        rest = iter(tensors)
+        leaves = [self._constants[i] if i in self._constants else next(rest) for i in range(self._spec.num_leaves)]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return self.model(*args, **kwargs)
+
+
+_PREFIX = "model"
+
+
+def trace(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    check: bool = True,
+) -> Traced:
+    """Trace a model into the IR.
+
+    `args`, `kwargs`: example arguments (tensors, plain constants, nested containers of them). `dynamic_shapes`: as
+    torch.export's, None for static shapes, or "auto" for every axis as dynamic as the model allows. The model is
+    traced in eval mode and without gradients; its state is left as it was, its weights are shared, not copied. With
+    `check`, a program with dynamic axes is compared with the model at sizes it was not traced at (1 among them).
+
+    Raises CompileError naming the module and line of the model for what cannot be traced: unsupported ops, control
+    flow over tensor values, state changed in forward, axes declared dynamic that the model fixes.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        if args or kwargs or dynamic_shapes is not None:
+            raise ArgumentTypeError(
+                "an ExportedProgram brings its own arguments and shapes", code="arguments", hint="pass it alone"
+            )
+        return _from_program(model)
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentTypeError(
+            f"model must be a torch.nn.Module or ExportedProgram, got {type(model).__name__}", code="arguments"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentTypeError("a TorchScript module cannot be traced", code="arguments", hint="pass the nn.Module")
+    with evaluating(model):
+        return _from_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes, check)
+
+
+def _from_module(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, check: bool
+) -> Traced:
+    parameters = parameter_names(model)
+    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    names = leaf_names(parameters, args, kwargs)
+    specs = leaf_specs(dynamic_shapes, parameters, args, kwargs)
+    constants = {
+        i: as_constant(n, x)
+        for i, (n, x) in enumerate(zip(names, leaves, strict=True))
+        if not isinstance(x, torch.Tensor)
+    }
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    specs = [s for s, x in zip(specs, leaves, strict=True) if isinstance(x, torch.Tensor)]
+    tensor_names = [n for i, n in enumerate(names) if i not in constants]
+    if any(p.is_meta for p in model.parameters()):
+        tensors = [t.to("meta") for t in tensors]
+    program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
+    user_dims = [{axis: n for axis, d in s.items() if (n := axis_name(d))} for s in specs]
+    lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims)
+    graph = lowerer.run()
+    specialised = _specialised(graph, specs)
+    bounds = _bounds(program, lowerer, {axis_name(d): d for s in specs for d in s.values()})
+    signature = Signature(
+        in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds
+    )
+    checked: tuple[str, ...] = ()
+    if check and graph.symbols and not any(t.is_meta for t in tensors):
+        bounds, checked = recheck(model, graph, signature, tensors)
+        signature = replace(signature, bounds=bounds)
+    return Traced(graph, signature, specialised, checked)
+
+
+def _export(
+    wrapper: torch.nn.Module, model: torch.nn.Module, tensors: list[torch.Tensor], specs: list[dict[int, Any]]
+) -> torch.export.ExportedProgram:
+    shapes = {"tensors": tuple(dict(s) for s in specs)} if any(specs) else None
+    # backed_size_oblivious: sizes 0 and 1 stay open instead of being assumed away; a lower bound that torch
+    # reports is then a branch of the model's own, and an example of size 1 can be dynamic
+    with translated(model, "tracing"), torch.no_grad(), _export_settings():
+        exported = torch.export.export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        return decompose(exported)
+
+
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Functional form, in ops that have lowerings as far as torch knows how to get there."""
+    table = torch.export.default_decompositions()
+    for op in list(table.keys()):
+        if isinstance(op, torch._ops.OpOverload) and op_name(op) in LOWERINGS:
+            table.pop(op)
+    program = program.run_decompositions(table)
+    rest = torch._decomp.get_decompositions(missing_ops(program))
+    return program.run_decompositions(dict(rest)) if rest else program
+
+
+@contextmanager
+def _export_settings() -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+        yield
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode again afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _from_program(program: torch.export.ExportedProgram) -> Traced:
+    with translated(None, "decomposing the exported program"), torch.no_grad(), _export_settings():
+        functional = decompose(program)
+    lowerer = Lowerer(functional)
+    graph = lowerer.run()
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    count = in_spec.num_leaves
+    signature = program.graph_signature
+    names = [str(getattr(s.arg, "name", "")) for s in signature.input_specs if s.kind.name == "USER_INPUT"][:count]
+    constants = {i: lowerer.constant_inputs[n] for i, n in enumerate(names) if n in lowerer.constant_inputs}
+    first, keys = in_spec.child(0).num_children, list(in_spec.child(1).context or ())
+    parameters = [f"arg{i}" if i >= len(names) else names[i] for i in range(first)] + keys
+    bounds = {k: b for k, b in _bounds(functional, lowerer, {}).items() if b != (2, None)}  # torch's own default
+    call = Signature(
+        in_spec, out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds
+    )
+    return Traced(graph, call)
+
+
+def _specialised(graph: Graph, specs: list[dict[int, Any]]) -> tuple[str, ...]:
+    """Axes left open that became constants. Raises CompileError for one that the user declared dynamic."""
+    notes = []
+    for value, spec in zip(graph.inputs, specs, strict=True):
+        for axis, dim in spec.items():
+            size = value.shape[axis]
+            if isinstance(dim, int) or not isinstance(size, int):
+                continue
+            if is_declared(dim):
+                raise CompileError(
+                    f"argument {value.name!r} axis {axis} was declared dynamic, but the model only works for the "
+                    f"size {size} that it was traced with",
+                    code="dynamic-shape",
+                    hint="make the axis static in dynamic_shapes, or remove what fixes its size in the model",
+                )
+            notes.append(f"{value.name} axis {axis} = {size}")
+    return tuple(notes)
+
+
+def _bounds(program: torch.export.ExportedProgram, lowerer: Lowerer, declared: Mapping[str | None, Any]) -> Bounds:
+    """Sizes that the trace holds for, by symbol name, where that is not every size ≥ 0."""
+    result: Bounds = {}
+    for symbol, r in program.range_constraints.items():
+        name = lowerer.symbols.names.get(str(symbol))
+        if name is None:
+            continue
+        least = int(r.lower) if r.lower.is_Integer else 0
+        greatest = int(r.upper) if r.upper.is_Integer else None
+        if least > 0 or greatest is not None:
+            result[name] = (least, greatest)
+    return result
