@@ -41,11 +41,12 @@ def spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) 
 
 
 def quantize_blocks(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 codes and f32 scales: scale = amax / 448 (1 for an all-zero block), code = round(x / scale) to
+    """E4M3 codes and f32 scales: scale = amax / 448 (1 where that is zero), code = round(x / scale) to
     nearest even, saturating; NaN stays NaN and makes its block's scale NaN."""
     x = x.to(torch.float32)
     amax = block_amax(x, block)
-    scale = torch.where(amax == 0, torch.ones_like(amax), amax / E4M3_MAX)
+    scale = amax / E4M3_MAX
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (x / spread(scale, tuple(x.shape), block)).to(torch.float8_e4m3fn), scale
 
 
@@ -58,7 +59,7 @@ def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int
 class Quantize:
     """Block-scaled E4M3: x [..., R, C] → codes f8e4m3fn[..., R, C], scales f32[..., ⌈R/rows⌉, ⌈C/columns⌉].
 
-    scale = amax/448 over blocks of `block` = (rows, columns), 1 where the block is all zero; codes round
+    scale = amax/448 over blocks of `block` = (rows, columns), 1 where that is zero; codes round
     to nearest even and saturate. A block of (1, 128) gives scales per token that do not depend on the
     batch.
     """

@@ -1,0 +1,210 @@
+"""The command line: `moec compile | generate | inspect | compare | place | doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moec.ir import CompileError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compile Mixture-of-Experts transformers and run them on ONNX Runtime, Triton or the reference.",
+)
+Spec = Annotated[
+    str, typer.Argument(help="`trained`, a config of moec.models, or module:callable returning (model, args)")
+]
+Source = Annotated[str, typer.Argument(help="a folder written by save or `moec compile`, or a model as in `compile`")]
+Quantize = Annotated[str | None, typer.Option(help="fp8 or fp8-weight-only")]
+Batch = Annotated[int, typer.Option(min=1, help="example batch size")]
+Seq = Annotated[int, typer.Option(min=1, help="example sequence length")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the backend")]
+BackendName = Annotated[str, typer.Option(help="auto, reference, onnxruntime or triton")]
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 a comparison that does not hold, 2 bad input."""
+    try:
+        app()
+    except CompileError as e:
+        Console(stderr=True).print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command("compile")
+def compile_(
+    spec: Spec,
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    quantize: Quantize = None,
+    backend: BackendName = "auto",
+    batch: Batch = 2,
+    seq: Seq = 24,
+    threads: Threads = None,
+    fallback: Annotated[str, typer.Option(help="error, or reference for nodes the backend lacks")] = "error",
+    dump: Annotated[Path | None, typer.Option(help="folder for the IR after every pass")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the report, .html or .json")] = None,
+) -> None:
+    """Compile a model, with dynamic batch and sequence, and save it."""
+    import moec
+    from moec.specs import resolve
+
+    target = resolve(spec, batch, seq)
+    compiled = moec.compile(
+        target.model,
+        target.args,
+        backend=backend,
+        dynamic_shapes=target.dynamic_shapes,
+        quantize=quantize,
+        fallback=fallback,
+        threads=threads,
+        dump=dump,
+    )
+    compiled.save(out)
+    console = Console()
+    for table in compiled.report.tables():
+        console.print(table)
+    if report is not None:
+        compiled.report.save(report)
+    console.print(f"saved to {out}", markup=False, highlight=False)
+
+
+@app.command()
+def generate(
+    source: Source,
+    prompt: Annotated[str, typer.Option(help="text; the models of moec.models read it as UTF-8 bytes")],
+    max_new_tokens: Annotated[int, typer.Option(min=0)] = 64,
+    backend: BackendName = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
+) -> None:
+    """Continue a prompt greedily, byte by byte."""
+    import torch
+
+    import moec
+    from moec.specs import resolve
+
+    if not prompt:
+        raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
+    if Path(source).is_dir():
+        if quantize is not None:
+            raise typer.BadParameter("a saved model is quantised already or not at all", param_hint="--quantize")
+        compiled = moec.load(source, threads=threads)
+    else:
+        compiled = moec.compile(resolve(source).model, backend=backend, quantize=quantize, threads=threads)
+    ids = torch.tensor([list(prompt.encode())])
+    result = compiled.generate(ids, max_new_tokens=max_new_tokens)[0].tolist()
+    if max(result) > 255:
+        raise CompileError("this model's ids are no bytes", code="generate", hint="use the Python interface")
+    print(bytes(result).decode("utf-8", "replace"))
+
+
+@app.command()
+def inspect(
+    source: Source,
+    ir: Annotated[bool, typer.Option(help="print the IR")] = True,
+    weights: Annotated[bool, typer.Option(help="print the weights")] = False,
+    locations: Annotated[bool, typer.Option(help="print where each node comes from")] = False,
+    batch: Batch = 2,
+    seq: Seq = 24,
+) -> None:
+    """Print a model's IR after the passes, its weights and its node counts."""
+    import moec
+    from moec.ir.printer import print_graph
+    from moec.specs import resolve
+
+    if Path(source).is_dir():
+        graph = moec.load(source).graph
+    else:
+        target = resolve(source, batch, seq)
+        graph = moec.compile(target.model, target.args, backend="reference", dynamic_shapes=target.dynamic_shapes).graph
+    console = Console(soft_wrap=True)
+    if ir:
+        console.print(print_graph(graph, locations=locations), markup=False, highlight=False)
+    if weights:
+        table = Table("weight", "type", "bytes")
+        table.columns[2].justify = "right"
+        for name, v in graph.weights.items():
+            table.add_row(name, str(v.type), f"{v.type.nbytes:,}")
+        console.print(table, soft_wrap=False)
+    table = Table("op", "nodes")
+    table.columns[1].justify = "right"
+    for op, count in graph.count_ops().items():
+        table.add_row(op, str(count))
+    console.print(table, soft_wrap=False)
+
+
+@app.command()
+def compare(
+    spec: Spec,
+    backends: Annotated[str, typer.Option(help="comma-separated; the first is the reference")] = (
+        "reference,onnxruntime"
+    ),
+    quantize: Quantize = None,
+    isolated: Annotated[bool | None, typer.Option(help="judge every node by itself; default: for FP8")] = None,
+    fallback: Annotated[str, typer.Option(help="error, or reference for nodes a backend lacks")] = "error",
+    batch: Batch = 2,
+    seq: Seq = 24,
+) -> None:
+    """Run a model on several backends and compare them; exit code 1 where they differ."""
+    import moec
+    from moec.specs import resolve
+
+    target = resolve(spec, batch, seq)
+    comparison = moec.compare(
+        target.model,
+        target.args,
+        backends=[b.strip() for b in backends.split(",") if b.strip()],
+        quantize=quantize,
+        isolated=isolated,
+        fallback=fallback,
+    )
+    print(str(comparison))
+    raise typer.Exit(0 if comparison.ok else 1)
+
+
+@app.command()
+def place(
+    load: Annotated[Path, typer.Argument(help="JSON: a list of layers, each a list of expert loads")],
+    slots: Annotated[int, typer.Option(min=1, help="experts per GPU and layer")],
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs per node")] = 8,
+    out: Annotated[Path | None, typer.Option(help="write the placement as JSON")] = None,
+) -> None:
+    """Place (and replicate) experts on GPUs by measured load."""
+    import torch
+
+    import moec
+
+    try:
+        data = json.loads(load.read_text("utf-8"))
+        loads = torch.tensor(data, dtype=torch.float64)
+    except (OSError, ValueError, TypeError) as e:
+        raise CompileError(f"{load} holds no list of layers of expert loads: {e}", code="arguments") from None
+    placement = moec.place_experts(loads, moec.Mesh(nodes=nodes, gpus_per_node=gpus, slots_per_gpu=slots))
+    table = Table("layer", "busiest GPU / mean", "lower bound")
+    for layer, (balance, bound) in enumerate(zip(placement.balance, placement.lower_bound, strict=True)):
+        table.add_row(str(layer), f"{balance:.3f}", f"{bound:.3f}")
+    Console().print(table)
+    if out is not None:
+        out.write_text(json.dumps(placement.to_dict()))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, backends, and a small program run on each backend."""
+    from moec.doctor import examine
+
+    checks = examine()
+    table = Table("what", "state")
+    for check in checks:
+        table.add_row(check.what, check.state if check.ok else f"[red]{check.state}[/red]")
+    Console().print(table)
+    raise typer.Exit(0 if all(c.ok for c in checks) else 1)
