@@ -22,6 +22,7 @@ class Sizes:
         self.emitter = emitter
         self._scopes: list[Mapping[str, int | Dim]] = []
         self._cache: dict[Any, onnx.Value] = {}
+        self._solving: set[sympy.Symbol] = set()
 
     @contextmanager
     def bound(self, binding: Mapping[str, int | Dim]) -> Iterator[None]:
@@ -106,10 +107,17 @@ class Sizes:
                 return self._axis(v, i)
         for v, i, s in axes:
             slope = s.expr.diff(symbol)
-            rest = s.expr - slope * symbol
-            if symbol in s.expr.free_symbols and not slope.free_symbols and s.expr.free_symbols == {symbol}:
-                total = self.emitter.op("Sub", self._axis(v, i), self._expression(rest))
-                return self.emitter.op("Div", total, self._expression(slope))
+            others = s.expr.free_symbols - {symbol}
+            if symbol not in s.expr.free_symbols or slope.free_symbols or others & self._solving:
+                continue
+            self._solving.add(symbol)
+            try:
+                rest = self._expression(s.expr - slope * symbol)
+            except CompileError:
+                continue
+            finally:
+                self._solving.remove(symbol)
+            return self.emitter.op("Div", self.emitter.op("Sub", self._axis(v, i), rest), self._expression(slope))
         raise CompileError(
             f"size {symbol} cannot be read from the shape of any input",
             code="dims",

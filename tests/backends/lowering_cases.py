@@ -7,26 +7,9 @@ from typing import Any
 
 import torch
 from moec.backends import Backend
-from moec.ir import Builder, DType, Graph, OpDef, TensorType, Value, Weight, all_ops
-from moec.ir.sampling import Sampler, cases
+from moec.ir import Builder, DType, Graph, OpDef, TensorType, Value, Weight
 
 SIZES = [(0, 1, 5), (1, 2, 3), (5, 3, 7)]
-
-
-def all_cases() -> list[Any]:
-    """(op, sizes, case number) of every sample of every op."""
-    import pytest
-
-    found = []
-    for opdef in all_ops():
-        for size in SIZES:
-            for i, _ in enumerate(cases(opdef, Sampler(*size))):
-                found.append(pytest.param(opdef, size, i, id=f"{opdef.name}-{'.'.join(map(str, size))}-{i}"))
-    return found
-
-
-def sample(opdef: OpDef, size: tuple[int, int, int], index: int) -> tuple[list[Any], dict[str, Any]]:
-    return list(cases(opdef, Sampler(*size)))[index]
 
 
 def single(opdef: OpDef, operands: Sequence[Any], attrs: dict[str, Any], constant: bool = False) -> Graph:
