@@ -46,7 +46,7 @@ def _pack(value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.dtype):
         return ["dtype", NAMES[value]]
     if isinstance(value, list | tuple):
-        return [type(value).__name__, [_pack(item, tensors) for item in value]]
+        return ["tuple" if isinstance(value, tuple) else "list", [_pack(item, tensors) for item in value]]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _pack(item, tensors) for key, item in value.items()}
     raise TypeError(f"cannot send a {type(value).__name__} to the interpreter worker")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,8 +14,7 @@ from moec.backends.triton.launch import cdiv, launch, next_pow2
 MAX_HEAD = 1024
 
 
-@dataclass(frozen=True)
-class AttentionTile:
+class AttentionTile(NamedTuple):
     """Query rows, keys and value columns of a tile, warps and pipeline stages."""
 
     m: int
@@ -150,7 +149,7 @@ def attention(
         return out.zero_()
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     rows = h // hkv * s
-    tile = tile or attention_tile(rows, d, dv, q.dtype)
+    tile = AttentionTile(*tile) if tile else attention_tile(rows, d, dv, q.dtype)
     block_dv = min(next_pow2(dv, 16), tile.v)
     d1 = max(16, 1 << (d.bit_length() - 1))
     launch(

@@ -150,9 +150,13 @@ def experts(
     slots = experts.numel()
     if slots == 0 or num_experts == 0 or d == 0:
         return torch.zeros((tokens, d), dtype=x.dtype, device=x.device)
-    up_tile, down_tile = tiles or (
-        experts_tile(slots / num_experts, f, d, x.dtype, gated=True),
-        experts_tile(slots / num_experts, d, f, x.dtype, gated=False),
+    up_tile, down_tile = (
+        (Tile(*tile) for tile in tiles)
+        if tiles
+        else (
+            experts_tile(slots / num_experts, f, d, x.dtype, gated=True),
+            experts_tile(slots / num_experts, d, f, x.dtype, gated=False),
+        )
     )
     require(up_tile.m == down_tile.m, f"the two tiles must have one m, got {up_tile.m} and {down_tile.m}")
     plan = sort_by_expert(experts, num_experts, up_tile.m)

@@ -194,9 +194,13 @@ def fp8_experts(
     slots = experts.numel()
     if slots == 0 or num_experts == 0 or d == 0:
         return torch.zeros((tokens, d), dtype=x.dtype, device=x.device)
-    up_tile, down_tile = tiles or (
-        fp8_experts_tile(slots / num_experts, f, k, gated=True, w8a8=group is not None),
-        fp8_experts_tile(slots / num_experts, d, k, gated=False, w8a8=group is not None),
+    up_tile, down_tile = (
+        (Tile(*tile) for tile in tiles)
+        if tiles
+        else (
+            fp8_experts_tile(slots / num_experts, f, k, gated=True, w8a8=group is not None),
+            fp8_experts_tile(slots / num_experts, d, k, gated=False, w8a8=group is not None),
+        )
     )
     require(up_tile.m == down_tile.m, f"the two tiles must have one m, got {up_tile.m} and {down_tile.m}")
     require(up_tile.k == down_tile.k == k, f"the tiles must have k={k}, got {up_tile.k} and {down_tile.k}")

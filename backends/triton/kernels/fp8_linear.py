@@ -106,7 +106,7 @@ def fp8_linear(
     out = torch.empty((*x.shape[:-1], n), dtype=out_dtype, device=x.device)
     if out.numel():
         m = out.numel() // n
-        tile = tile or fp8_linear_tile(m, n, block[1])
+        tile = Tile(*tile) if tile else fp8_linear_tile(m, n, block[1])
         require(tile.k == block[1], f"tile.k must be {block[1]}, got {tile.k}")
         launch(
             fp8_linear_kernel, (cdiv(m, tile.m) * cdiv(n, tile.n),),

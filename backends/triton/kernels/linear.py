@@ -83,7 +83,7 @@ def linear(
     out = torch.empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype, device=x.device)
     if out.numel():
         m = out.numel() // n
-        tile = tile or linear_tile(m, n, k, x.dtype)
+        tile = Tile(*tile) if tile else linear_tile(m, n, k, x.dtype)
         launch(
             linear_kernel, (cdiv(m, tile.m) * cdiv(n, tile.n),),
             x.contiguous(), weight.contiguous(), bias, out, m, n, k,

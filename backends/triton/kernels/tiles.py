@@ -7,14 +7,13 @@ iteration costs milliseconds whatever its size, so one tile covers as much as it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from moec.backends.triton.launch import interpreted, next_pow2, recording
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Rows, columns and reduction depth of a tile, warps, pipeline stages, and whether the operands are swapped."""
 
     m: int
