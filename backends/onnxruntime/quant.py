@@ -53,8 +53,8 @@ def _padded(shape: Shape, block: tuple[int, int]) -> tuple[int | Dim, ...]:
 def quantize_blocked(e: Emitter, x: onnx.Value) -> tuple[onnx.Value, onnx.Value]:
     """Blocked f32 → (its E4M3 values in f32, scales with the inner axes of each block kept as 1)."""
     amax = reduce_extreme(e, "ReduceMax", e.op("Abs", x), (-3, -1), True, DType.F32)
-    empty = e.op("Equal", amax, e.scalar(0, DType.F32))
-    scale = e.op("Where", empty, e.scalar(1, DType.F32), e.op("Div", amax, e.scalar(E4M3_MAX, DType.F32)))
+    scale = e.op("Div", amax, e.scalar(E4M3_MAX, DType.F32))
+    scale = e.op("Where", e.op("Equal", scale, e.scalar(0, DType.F32)), e.scalar(1, DType.F32), scale)
     return e.round_to(e.op("Div", x, scale), DType.F8E4M3), scale
 
 
