@@ -31,8 +31,7 @@ if TYPE_CHECKING:
         Quantization,
         parse,
     )
-    from moec.passes.explain import explain
-    from moec.passes.placement import place_experts
+    from moec.passes import explain, place_experts
     from moec.report import Report
 
 __version__ = "0.1.0"
@@ -68,9 +67,9 @@ _HOMES = {
     "Report": "moec.report",
     "compare": "moec.comparison",
     "compile": "moec.compiler",
-    "explain": "moec.passes.explain",
+    "explain": "moec.passes",
     "load": "moec.artifact",
-    "place_experts": "moec.passes.placement",
+    "place_experts": "moec.passes",
     "trace": "moec.compiler",
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -26,12 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moec.files import Manifest, digest_file, read_manifest, regular_file
+from moec.frontend import Signature
 from moec.generation import Generator, Stops
 from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, TensorType, Weight, parse
 from moec.ir.weight import digest as digest_tensor
 from moec.program import Program, Settings, legalise, lower
-from moec.signature import Constant, Leaf, Signature
-from moec.structure import dump_structure, load_structure
 
 if TYPE_CHECKING:
     from moec.compiled import CompiledModel
@@ -46,7 +46,9 @@ def save(compiled: CompiledModel, folder: Path) -> None:
     from moec.backends import BACKENDS
 
     if compiled.backend not in BACKENDS:
-        raise ArtifactError(f"a model on the custom backend {compiled.backend!r} cannot be loaded again", code="artifact")
+        raise ArtifactError(
+            f"a model on the custom backend {compiled.backend!r} cannot be loaded again", code="artifact"
+        )
     _check_target(folder)
     programs = _programs(compiled)
     try:
@@ -146,7 +148,7 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         "backend": compiled.backend,
         "threads": compiled.settings.threads,
         "fallback": compiled.settings.fallback,
-        "signature": None if compiled.signature is None else _signature_json(compiled.signature),
+        "signature": None if compiled.signature is None else compiled.signature.to_dict(),
         "stops": _stops_json(compiled),
         "programs": entries,
         "files": files,
@@ -171,19 +173,6 @@ def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
         return None
     stops = compiled.generator.stops
     return {"eos": list(stops.eos), "pad": stops.pad}
-
-
-def _signature_json(s: Signature) -> dict[str, Any]:
-    def leaves(items: tuple[Leaf, ...]) -> list[Any]:
-        return [{"constant": x.value} if isinstance(x, Constant) else x for x in items]
-
-    return {
-        "paths": list(s.paths),
-        "inputs": leaves(s.inputs),
-        "result": dump_structure(s.result),
-        "outputs": leaves(s.outputs),
-        "parameters": list(s.parameters),
-    }
 
 
 def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
@@ -308,32 +297,45 @@ def _stops(manifest: Manifest) -> Stops:
 
 
 def _signature(manifest: Manifest, graph: Graph) -> Signature:
-    def leaves(field: str, count: int) -> tuple[Leaf, ...]:
-        items = manifest.value("signature", field)
-        result: list[Leaf] = []
-        for x in items if isinstance(items, list) else [None]:
-            if type(x) is int and 0 <= x < count:
-                result.append(x)
-            elif isinstance(x, dict) and x.keys() == {"constant"} and not isinstance(x["constant"], list | dict):
-                result.append(Constant(x["constant"]))
-            else:
-                raise manifest.bad(f"signature.{field}", f"indices below {count} and constants", items)
-        return tuple(result)
+    data = manifest.mapping("signature")
+    try:
+        for spec in ("in_spec", "out_spec"):
+            for name in _types(manifest.value("signature", spec)[1]):
+                if name.startswith(_LIBRARIES):  # their import registers their result classes
+                    importlib.import_module(name.rpartition(".")[0])
+    except ImportError as e:
+        raise ArtifactError(f"{manifest.path}: field 'signature' needs {e.name}, which is not installed",
+                            code="artifact") from None  # fmt: skip
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise manifest.bad("signature", "pytree structures", data) from None
+    try:
+        signature = Signature.from_dict(data)
+    except ArtifactError as e:
+        raise ArtifactError(f"{manifest.path}: {e.message}", code="artifact") from None
+    if signature.tensor_names != tuple(v.name for v in graph.inputs):
+        raise manifest.bad("signature.input_names", f"the inputs {[v.name for v in graph.inputs]}", data["input_names"])
+    leaves = (
+        (signature.in_spec.num_leaves, len(signature.input_names)),
+        (
+            signature.out_spec.num_leaves,
+            len(signature.outputs),
+        ),
+    )
+    if any(a != b for a, b in leaves):
+        raise manifest.bad("signature", "as many leaves as names and outputs", leaves)
+    for kind, index in signature.outputs:
+        known = type(index) is int and 0 <= index < len(graph.outputs)
+        if kind not in ("tensor", "size", "constant") or (kind != "constant" and not known):
+            raise manifest.bad("signature.outputs", f"outputs of a graph with {len(graph.outputs)}", [kind, index])
+    return signature
 
-    def strings(field: str) -> tuple[str, ...]:
-        items = manifest.value("signature", field)
-        if not isinstance(items, list) or not all(isinstance(x, str) for x in items):
-            raise manifest.bad(f"signature.{field}", "a list of strings", items)
-        return tuple(items)
 
-    inputs, outputs = leaves("inputs", len(graph.inputs)), leaves("outputs", len(graph.outputs))
-    paths = strings("paths")
-    if len(paths) != len(inputs) or sorted(x for x in inputs if type(x) is int) != list(range(len(graph.inputs))):
-        raise manifest.bad("signature.inputs", f"each of the {len(graph.inputs)} graph inputs once", inputs)
-    result = load_structure(manifest.text("signature", "result"), manifest)
-    if result.num_leaves != len(outputs):
-        raise manifest.bad("signature.outputs", f"{result.num_leaves} leaves", len(outputs))
-    return Signature(paths, inputs, result, outputs, strings("parameters"))
+_LIBRARIES = ("transformers.",)
+
+
+def _types(node: Any) -> set[str]:
+    """Names of the classes in a serialised pytree."""
+    return {str(node["type"])}.union(*(_types(child) for child in node["children_spec"]))
 
 
 def _check_cached(root: Path, graph: Graph) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from moec.backends import Backend, Executable, get_backend
+from moec.backends import Backend, get_backend
 from moec.compiled import CompiledModel
-from moec.ir import ArgumentValueError, DType, Graph, Node, Placement, Quantization, Value, run
+from moec.ir import ArgumentValueError, Graph, Node, Placement, Quantization, Value, run
 from moec.ir.interpreter import bind_inputs
 from moec.isolated import NodeResult, compare_nodes
 from moec.matching import corresponding
@@ -121,7 +121,7 @@ def compare(
         step("trace")
         example, named = ((), None) if isinstance(model, Graph) else (args, kwargs)
         graph, signature = acquire(model, example, named, dynamic_shapes)
-        inputs = signature.flatten(graph, args, kwargs or {})
+        inputs = signature.flatten(args, kwargs)
         pipeline = build_pipeline(passes, quantize, placement)
         base = Settings(get_backend("reference"), pipeline, fallback, threads)
         after, _ = run_passes(graph, base, step)
@@ -148,7 +148,9 @@ def compare(
                 comparison.first_divergence = comparison.first_divergence or divergence
                 pinned = repinned if repinned is not None else expected
             for name, bound, e, g in zip(after.output_names, bounds, pinned, got, strict=True):
-                comparison.outputs.append(OutputResult(other.name, name, difference(e, g, bound, scale_of(e, None, {}))))
+                comparison.outputs.append(
+                    OutputResult(other.name, name, difference(e, g, bound, scale_of(e, None, {})))
+                )
     if comparison.first_divergence is None:
         comparison.first_divergence = _worst_node(comparison.nodes)
     return comparison
@@ -189,8 +191,9 @@ def _contender(
 def _eager(model: torch.nn.Module, call: tuple[Any, Any], leaves: Sequence[Any]) -> list[torch.Tensor]:
     with torch.no_grad():
         flat = pytree.tree_leaves(model(*call[0], **call[1]))
-    found = {leaf: value for leaf, value in zip(leaves, flat, strict=True) if isinstance(leaf, int)}
-    return [found[i] for i in range(len(found))]
+    found = {i: value for (kind, i), value in zip(leaves, flat, strict=True) if kind == "tensor"}
+    found |= {i: torch.tensor(value) for (kind, i), value in zip(leaves, flat, strict=True) if kind == "size"}
+    return [found[i] for i in sorted(found)]
 
 
 def _localise(

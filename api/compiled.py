@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from moec.frontend import Signature
 from moec.generation import UNSET, Generator, no_generation
 from moec.ir import CompileError, Graph
+from moec.ir.interpreter import bind_inputs
 from moec.program import Program, Settings
 from moec.report import Report
-from moec.signature import Signature
 
 
 class CompiledModel:
@@ -55,7 +56,8 @@ class CompiledModel:
                 code="arguments",
                 hint="moec.compile(model, args=(example, …)) makes it callable",
             )
-        inputs = self._signature.flatten(self._program.legal, args, kwargs)
+        inputs = self._signature.flatten(args, kwargs)
+        self._signature.check_bounds(bind_inputs(self._program.graph, inputs))
         with torch.no_grad():
             return self._signature.unflatten(self._program.executable.run(inputs))
 

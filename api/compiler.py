@@ -12,13 +12,13 @@ import torch
 from moec.backends import Backend, get_backend
 from moec.compiled import CompiledModel
 from moec.decoder import cached_decoder, example, generates
+from moec.frontend import Signature
 from moec.generation import Generator, Stops
 from moec.ir import Graph, Placement, Quantization
 from moec.passes.base import Pass
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Program, Settings, build
 from moec.progress import progress
-from moec.signature import Signature
 from moec.sources import acquire, describe
 
 

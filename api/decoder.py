@@ -33,7 +33,7 @@ class CachedDecoder(nn.Module):
         self.__dict__["step"] = step
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: Past) -> tuple[Tensor, Past]:
-        return self.step(input_ids, attention_mask, past)
+        return self.__dict__["step"](input_ids, attention_mask, past)
 
 
 def cached_decoder(model: nn.Module) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
@@ -125,9 +125,9 @@ def example(past_of: Callable[[int, int], Past]) -> tuple[tuple[Any, ...], dict[
     sizes at different batches and lengths tell apart. Raises CompileError where they do not grow with the past."""
     batch, past, length = 2, 5, 3
     cache = past_of(batch, past)
-    b = torch.export.Dim("B")
-    s = torch.export.Dim("S")
-    p = torch.export.Dim("P")
+    b = torch.export.Dim.AUTO
+    s = torch.export.Dim.AUTO
+    p = torch.export.Dim.AUTO
     axes = []
     for t, wider, longer in zip(cache, past_of(batch + 1, past), past_of(batch, past + 1), strict=True):
         grows_b = [i for i, (x, y) in enumerate(zip(t.shape, wider.shape, strict=True)) if x != y]

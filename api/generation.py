@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Dim
+from moec.ir.dims import evaluate
 from moec.program import Program
 
 
@@ -73,12 +74,8 @@ class Generator:
         ids, _, *past = self.program.legal.inputs
         b = ids.shape[0]
         assert isinstance(b, Dim)
-        sizes = {str(b): batch}
-        return [
-            torch.empty([s.evaluate(sizes | {n: 0 for n in s.symbols - {str(b)}}) if isinstance(s, Dim) else s
-                         for s in v.shape], dtype=v.dtype.torch)
-            for v in past
-        ]  # fmt: skip
+        sizes = dict.fromkeys(self.program.legal.symbols, 0) | {str(b): batch}
+        return [torch.empty([evaluate(n, sizes) for n in v.shape], dtype=v.dtype.torch) for v in past]
 
     def generate(
         self,

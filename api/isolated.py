@@ -102,7 +102,7 @@ def single_node(
     """A graph of one node with every size a number, and its operands; weights stay weights."""
     single = Graph("node")
     mapping: dict[Value, Value] = {}
-    fed = []
+    fed: list[torch.Tensor] = []
     for v in node.operands:
         if v is None or v in mapping:
             continue

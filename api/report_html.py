@@ -54,7 +54,9 @@ def _program(p: Mapping[str, Any]) -> Iterable[str]:
     yield "<h3>Backend</h3>"
     yield _pairs({**p["backend"], **{f"{k} (s)": f"{v:.2f}" for k, v in p["seconds"].items()}})
     yield "<h3>Weights</h3>"
-    yield _pairs({"tensors": p["weights"]["count"], **{f"bytes {k}": f"{v:,}" for k, v in p["weights"]["bytes"].items()}})
+    yield _pairs(
+        {"tensors": p["weights"]["count"], **{f"bytes {k}": f"{v:,}" for k, v in p["weights"]["bytes"].items()}}
+    )
     yield "<h3>Nodes by op</h3>"
     yield _table(["op", "nodes"], [[k, v] for k, v in p["ops"].items()], {1})
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from moec.frontend import Signature, Traced, trace
 from moec.ir import ArgumentTypeError, CompileError, Graph
-from moec.signature import Signature
 
 
 def describe(model: Any) -> str:
@@ -46,7 +46,7 @@ def acquire(
             raise ArgumentTypeError(
                 "a Graph is compiled as it is: args, kwargs and dynamic_shapes do not apply", code="arguments"
             )
-        return model, Signature.positional(model)
+        return model, positional(model)
     if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
         raise ArgumentTypeError(
             f"args must be a tuple of the model's positional arguments, got {type(args).__name__}",
@@ -58,19 +58,18 @@ def acquire(
             f"kwargs must be a dict of the model's keyword arguments, got {type(kwargs).__name__}", code="arguments"
         )
     if isinstance(model, nn.Module | torch.export.ExportedProgram):
-        return _trace(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+        traced: Traced = trace(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        return traced.graph, traced.signature
     raise refuse(model)
 
 
-def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> tuple[Graph, Signature]:
-    raise NotImplementedError
-
-
-def parameter_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of forward's positional parameters, in order."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return ()
-    return tuple(p.name for p in parameters if p.kind in kinds)
+def positional(graph: Graph) -> Signature:
+    """The call structure of a graph: tensors in the order of its inputs (or by their names); a tuple of outputs."""
+    names = tuple(str(v.name) for v in graph.inputs)
+    return Signature(
+        pytree.tree_structure((names, {})),
+        pytree.tree_structure(tuple(graph.output_names)),
+        names,
+        names,
+        outputs=tuple(("tensor", i) for i in range(len(graph.outputs))),
+    )

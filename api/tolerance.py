@@ -82,10 +82,9 @@ def one_node(node: Node, value: Value, binding: Mapping[str, int]) -> Bound:
 def end_to_end(graph: Graph, binding: Mapping[str, int]) -> dict[Value, Bound]:
     """The bounds of all node results and inputs when everything before them was computed by the backend too."""
     bounds = {v: _bound(v.type, 0, 0, "input") for v in graph.inputs}
-    work, roundings = 0, 0
-    for node in graph.nodes:
+    work = 0
+    for roundings, node in enumerate(graph.nodes, 1):
         work += _work(node, graph, binding)
-        roundings += 1
         for r in node.results:
             bounds[r] = _bound(r.type, work, roundings, f"ΣK = {work}")
     return bounds

@@ -113,9 +113,8 @@ def _segment(graph: Graph, nodes: list[Node], in_reference: bool) -> Segment:
     needed = _symbols(nodes)
     for v in graph.inputs:
         bound = {str(s) for i in part.inputs for s in i.shape if not isinstance(s, int) and s.is_symbol}
-        if (needed | part.symbols) - bound:
-            if v.type.symbols:
-                add_input(v)
+        if v.type.symbols and (needed | part.symbols) - bound:
+            add_input(v)
     for node in nodes:
         copy_node(node, part, mapping)
     outputs = []

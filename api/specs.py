@@ -1,0 +1,62 @@
+"""Models by name, for the command line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.ir import ArgumentValueError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model with example arguments and how they may vary."""
+
+    model: Any
+    args: tuple[Any, ...]
+    dynamic_shapes: Any
+
+
+def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
+    """`trained`, a named config of moec.models (random weights, seed 0), or `module:callable` returning a model or
+    (model, args). Raises ArgumentValueError."""
+    if ":" in spec:
+        return _call(spec)
+    from moec import models
+
+    if spec == "trained":
+        model = models.trained()
+    elif spec in models.CONFIGS:
+        model = models.build(spec)
+    else:
+        raise ArgumentValueError(
+            f"no model {spec!r}",
+            code="arguments",
+            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, or a saved folder where one is taken",
+        )
+    ids = torch.arange(batch * seq).reshape(batch, seq) % min(256, model.config.vocab_size)
+    return Target(model, (ids,), ({0: torch.export.Dim("B"), 1: torch.export.Dim("S")},))
+
+
+def _call(spec: str) -> Target:
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ArgumentValueError(f"cannot import {spec!r}: {e}", code="arguments") from None
+    finally:
+        sys.path.remove("")
+    result = function()
+    if isinstance(result, torch.nn.Module):
+        return Target(result, (), None)
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.nn.Module):
+        args = result[1] if isinstance(result[1], tuple) else (result[1],)
+        return Target(result[0], args, "auto")
+    raise ArgumentValueError(
+        f"{spec} must return a torch.nn.Module or (module, args), got {type(result).__name__}", code="arguments"
+    )
