@@ -10,6 +10,8 @@ from pathlib import Path
 
 import onnx_ir as onnx
 import onnxruntime
+
+from moec.backends.onnxruntime.errors import serialising
 from moec.backends.onnxruntime.lower import Lowered
 from moec.backends.onnxruntime.options import Options
 from moec.ir import ArgumentValueError, ArtifactError
@@ -19,7 +21,8 @@ MODEL, DATA, OPTIONS = "model.onnx", "model.onnx.data", "onnxruntime.json"
 
 def write_model(lowered: Lowered, folder: Path) -> Path:
     """model.onnx with its weights in model.onnx.data, which are read one after another."""
-    onnx.save(lowered.model, folder / MODEL, external_data=DATA, max_workers=1)
+    with serialising():
+        onnx.save(lowered.model, folder / MODEL, external_data=DATA, max_workers=1)
     lowered.forget_weights()
     return folder / MODEL
 
@@ -41,12 +44,15 @@ def check(folder: Path) -> tuple[Path, Options]:
     own, or refers to data outside model.onnx.data."""
     _plain_file(folder / MODEL)
     try:
-        options = Options.of(json.loads(_plain_file(folder / OPTIONS).read_text()))
+        found = json.loads(_plain_file(folder / OPTIONS).read_text())
+        options = Options.of(found if isinstance(found, dict) else {str(found): None})
     except (ValueError, TypeError) as error:
         reason = error.message if isinstance(error, ArgumentValueError) else str(error)
         raise ArtifactError(f"{folder / OPTIONS}: {reason}", code="artifact") from None
     try:
         model = onnx.load(folder / MODEL)
+        if not len(model.graph.outputs):
+            raise ValueError("it has no outputs")
     except Exception as error:  # protobuf and onnx_ir raise many kinds on a corrupt file
         raise ArtifactError(f"{folder / MODEL} is not an ONNX model: {error}", code="artifact") from None
     size = _plain_file(folder / DATA).stat().st_size if (folder / DATA).exists() else 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as onnx
+
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter, given
 from moec.backends.onnxruntime.types import FLOAT8, NARROW_INTEGERS, ONNX, carrier

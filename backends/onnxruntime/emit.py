@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as onnx
 import torch
+
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.sizes import Sizes
 from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, onnx_type

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import onnx_ir as onnx
 
 from moec.ir import CompileError, Node
 from moec.ir.printer import excerpt
@@ -21,6 +24,18 @@ def wrapped(error: Exception, sources: Mapping[str, Node], doing: str) -> Compil
         location=node.location if node is not None else None,
         excerpt=excerpt(node) if node is not None else None,
     )
+
+
+@contextmanager
+def serialising() -> Iterator[None]:
+    """Within: an error of reading a weight comes out as itself, not as onnx_ir's wrappings of it."""
+    try:
+        yield
+    except onnx.serde.SerdeError as error:
+        cause: BaseException = error
+        while isinstance(cause, onnx.serde.SerdeError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None
 
 
 def _paths(text: str) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 import onnx_ir as onnx
 import onnxruntime
 import torch
+
 from moec.backends.base import Executable
 from moec.backends.onnxruntime import artifact
-from moec.backends.onnxruntime.errors import wrapped
+from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Lowered, lower
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import carrier
@@ -134,7 +135,8 @@ class OnnxExecutable(Executable):
 def start(lowered: Lowered, threads: int | None) -> Session:
     """Load a lowered model into a session. Raises CompileError."""
     if lowered.weight_bytes <= IN_MEMORY:
-        data = onnx.to_proto(lowered.model).SerializeToString()
+        with serialising():
+            data = onnx.to_proto(lowered.model).SerializeToString()
         lowered.forget_weights()
         session = open_session(data, threads, lowered.sources)
         return Session(session, lowered.inputs, lowered.outputs, lowered.sources)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as onnx
 import torch
+
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.elementwise import gelu_of, silu_of
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter

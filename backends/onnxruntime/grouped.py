@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as onnx
 import torch
+
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.quant import dequantized, stored_blocks

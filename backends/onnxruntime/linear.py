@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as onnx
+
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.ir import Node, Value

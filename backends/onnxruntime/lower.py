@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as onnx
+
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import onnx_type
 from moec.backends.onnxruntime.weights import WeightReader
-from moec.ir import CompileError, Dim, Graph, Node, Value
+from moec.ir import CompileError, Graph, Node, Value
 
 OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention
 IR_VERSION = 11
@@ -39,9 +40,9 @@ def lower(graph: Graph, options: Options, extra: list[Value] | None = None) -> L
     e = Emitter(graph, options)
     inputs = []
     for v in graph.inputs:
-        shape = onnx.Shape([str(s) if isinstance(s, Dim) and s.is_symbol else s if isinstance(s, int) else None
-                            for s in v.shape])  # fmt: skip
-        emitted = onnx.Value(name=e.unique(str(v.name)), type=onnx.TensorType(onnx_type(v.dtype)), shape=shape)
+        emitted = onnx.Value(
+            name=e.unique(str(v.name)), type=onnx.TensorType(onnx_type(v.dtype)), shape=interface_shape(v)
+        )
         inputs.append(emitted)
         e.bind(v, emitted)
     # outputs are named before inner values so that they get the names of the graph where those are free
@@ -52,7 +53,7 @@ def lower(graph: Graph, options: Options, extra: list[Value] | None = None) -> L
     for v, name in zip([*graph.outputs, *(extra or [])], names, strict=True):
         out = e.op("Identity", e.value(v))
         out.name = name
-        out.type = onnx.TensorType(onnx_type(v.dtype))
+        out.type, out.shape = onnx.TensorType(onnx_type(v.dtype)), interface_shape(v)
         outputs.append(out)
     body = onnx.Graph(
         inputs,
@@ -68,6 +69,11 @@ def lower(graph: Graph, options: Options, extra: list[Value] | None = None) -> L
         body.opset_imports.pop(MICROSOFT, None)
     total = sum(v.const_value.nbytes for v in e.initializers.values() if v.const_value is not None)
     return Lowered(model, [str(v.name) for v in inputs], names, e.sources, e.choices, total, e.reader)
+
+
+def interface_shape(v: Value) -> onnx.Shape:
+    """Symbols by name; other symbolic sizes are left open."""
+    return onnx.Shape([s if isinstance(s, int) else str(s) if s.is_symbol else None for s in v.shape])
 
 
 def emit_nodes(e: Emitter, graph: Graph) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as onnx
+
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter, given
 from moec.backends.onnxruntime.types import carrier, numpy_type

@@ -20,6 +20,8 @@ class Options:
     experts: str = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.portable, bool):
+            raise ArgumentValueError(f"option portable={self.portable!r} is not True or False", code="options")
         if self.experts not in EXPERTS:
             raise ArgumentValueError(
                 f"option experts={self.experts!r}", code="options", hint=f"one of {', '.join(EXPERTS)}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as onnx
+
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.elementwise import nan_as_infinity
 from moec.backends.onnxruntime.emit import Emitter, given

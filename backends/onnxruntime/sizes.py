@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as onnx
 import sympy
+
 from moec.ir import CompileError, Dim
 
 if TYPE_CHECKING:

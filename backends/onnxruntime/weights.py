@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as onnx
 import torch
+
 from moec.backends.onnxruntime.types import FLOAT8, ONNX
 from moec.ir import DType, Weight
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from moec.backends import Backend
 from moec.ir import Builder, DType, Graph, OpDef, TensorType, Value, Weight
 

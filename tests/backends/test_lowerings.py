@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moec.backends import get_backend
 from moec.ir import OpDef, all_ops, run
 from moec.ir.sampling import Sampler, cases

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moec.backends import Executable, get_backend
 from moec.ir import Builder, Dim, DType, Graph, TensorType, Value, Weight, run
 from moec.ir.dims import parse_size

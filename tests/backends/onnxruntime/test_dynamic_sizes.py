@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moec.ir import CompileError, Dim
 from moec.ir.dims import ceil_div
 

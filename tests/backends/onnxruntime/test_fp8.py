@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+
 from moec.backends.onnxruntime.executable import session_options
 from moec.ir import Dim
 from moec.ir.ops.quant import quantize_blocks

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moec.backends.onnxruntime import experts as experts_lowering
 from moec.ir import ArgumentValueError, CompileError, Weight
 
