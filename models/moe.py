@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from moec.models.grouped import grouped_mm
 from moec.models.model_config import ModelConfig
 from moec.models.norm import at_least_float32
 from torch import Tensor, nn
@@ -95,19 +96,11 @@ class Experts(nn.Module):
         # histc takes no integers on the CPU; expert ids are exact in float32.
         counts = torch.histc(flat.to(torch.float32), bins=self.num_experts, min=0, max=self.num_experts - 1)
         ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
-        gate, up = self._matmul(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
-        y = self._matmul(F.silu(gate) * up, self.down_proj, ends)
+        gate, up = grouped_mm(rows, self.gate_up_proj.transpose(1, 2), ends).chunk(2, dim=-1)
+        y = grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), ends)
         y = y * weights.reshape(-1)[order].unsqueeze(-1).to(y.dtype)
         inverse = torch.argsort(order)
         return y[inverse].view(-1, top_k, x.shape[1]).sum(dim=1)
-
-    def _matmul(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """rows [R, a] sorted by expert × weight [E, b, a] → [R, b]; expert e owns the rows before ends[e]."""
-        if rows.dtype != torch.float64:
-            return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-        # grouped_mm refuses float64; this path serves float64 checks only and cannot be exported.
-        starts = [0, *ends.tolist()]
-        return torch.cat([rows[starts[e] : starts[e + 1]] @ weight[e].T for e in range(self.num_experts)])
 
 
 class MoE(nn.Module):

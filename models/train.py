@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +57,18 @@ def rate(progress: float, warmup: float = 0.02, decay: float = 0.45) -> float:
 
 
 class Sampler:
-    """Random windows; each row's domain alternates, so that every batch holds both halves."""
+    """Random windows; the rows of a batch take the domains in turn, in the order of `turns`."""
 
-    def __init__(self, domains: list[list[bytes]], seed: int) -> None:
+    def __init__(self, domains: list[list[bytes]], turns: list[int], seed: int) -> None:
         self.texts = [torch.frombuffer(bytearray(b"\n".join(d)), dtype=torch.uint8) for d in domains]
+        self.turns = turns
         self.generator = torch.Generator().manual_seed(seed)
 
-    def batch(self, rows: int, length: int) -> Tensor:
-        """i64[rows, length + 1]."""
+    def batch(self, rows: int, length: int, first: int = 0) -> Tensor:
+        """i64[rows, length + 1], starting with turn `first` (modulo their number)."""
         windows = []
-        for row in range(rows):
-            text = self.texts[row % len(self.texts)]
+        for row in range(first, first + rows):
+            text = self.texts[self.turns[row % len(self.turns)]]
             start = int(torch.randint(len(text) - length, (1,), generator=self.generator))
             windows.append(text[start : start + length + 1])
         return torch.stack(windows).to(torch.int64)
@@ -82,11 +85,12 @@ class Balancer:
         self.gates = [layer.mlp.gate for layer in self.model.model.layers if isinstance(layer.mlp, MoE)]
         self.counts = [torch.zeros(self.model.config.num_experts) for _ in self.gates]
         for gate, total in zip(self.gates, self.counts, strict=True):
-            gate.register_forward_hook(lambda _m, _a, result, total=total: self._count(result[1], total))
 
-    @staticmethod
-    def _count(experts: Tensor, total: Tensor) -> None:
-        total += torch.bincount(experts.flatten(), minlength=total.numel())
+            def count(module, _args, result, total=total) -> None:
+                if module.training:  # held-out text must not move the biases
+                    total += torch.bincount(result[1].flatten(), minlength=total.numel())
+
+            gate.register_forward_hook(count)
 
     @torch.no_grad()
     def step(self, speed: float) -> float:
@@ -120,12 +124,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=6, help="windows in a step")
     parser.add_argument("--length", type=int, default=512, help="bytes in a window")
-    parser.add_argument("--half-length-until", type=float, default=0.5, help="progress with windows twice as short")
-    parser.add_argument("--mtp-rows", type=int, default=2, help="windows that the MTP head learns from")
+    parser.add_argument("--half-length-until", type=float, default=0.6, help="progress with windows twice as short")
+    parser.add_argument("--mtp-rows", type=int, default=1, help="windows that the MTP head learns from")
+    parser.add_argument(
+        "--turns", type=int, nargs="+", default=[0, 1, 0], help="domains of successive windows (0 literature, 1 code)"
+    )
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.002)
-    parser.add_argument("--balance-speed", type=float, default=0.001)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--balance-speed", type=float, default=0.01)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the checkpoint")
     parser.add_argument("--resume", type=Path, default=Path("build/train.safetensors"), help="state to go on from")
     parser.add_argument("--snapshot-every", type=float, default=5.0, help="minutes between saved states")
@@ -147,7 +154,7 @@ def main() -> None:
     model.train()
     muon, adam = optimisers(model)
     balancer = Balancer(model)
-    sampler = Sampler([data[name][0] for name in DOMAINS], options.seed)
+    sampler = Sampler([data[name][0] for name in DOMAINS], options.turns, options.seed)
     step, spent = 0, 0.0
     if options.resume.exists():
         state = load_file(options.resume)
@@ -168,16 +175,18 @@ def main() -> None:
         partial.replace(options.resume)
         save(model, options.out)
 
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: stopped.set())
     started = time.monotonic() - spent
     last_saved = time.monotonic()
     mean_main = mean_mtp = float("nan")
     while True:
         spent = time.monotonic() - started
         progress = step / options.steps if options.steps else spent / 60 / options.minutes
-        if progress >= 1:
+        if progress >= 1 or stopped.is_set():
             break
         half = 2 if progress < options.half_length_until else 1
-        window = sampler.batch(options.rows * half, options.length // half)
+        window = sampler.batch(options.rows * half, options.length // half, first=step)
         main_loss, mtp_loss = losses(model, window, options.mtp_rows * half)
         mtp_weight = 0.3 if progress < 0.6 else 0.1
         (main_loss + mtp_weight * mtp_loss).backward()
@@ -185,7 +194,7 @@ def main() -> None:
         muon.step(options.muon_lr * factor)
         adam.step(options.adam_lr * factor)
         model.zero_grad(set_to_none=True)
-        worst = balancer.step(options.balance_speed if progress < 0.9 else 0.0)
+        worst = balancer.step(options.balance_speed * min(1.0, 2 * (1 - progress)))
         step += 1
         now_main, now_mtp = main_loss.item() / math.log(2), mtp_loss.item() / math.log(2)
         mean_main = now_main if math.isnan(mean_main) else 0.98 * mean_main + 0.02 * now_main
@@ -201,11 +210,18 @@ def main() -> None:
         if time.monotonic() - last_saved > 60 * options.snapshot_every:
             save_state()
             model.eval()
-            measured = {n: bits_per_byte(model, data[n][1][:16384], options.length) for n in DOMAINS}
+            measured = {n: bits_per_byte(model, data[n][1][:16384], options.length // half) for n in DOMAINS}
             model.train()
-            print("held-out: " + ", ".join(f"{n} {b:.3f}" for n, b in measured.items()), flush=True)
+            print(
+                f"held-out in windows of {options.length // half}: "
+                + ", ".join(f"{n} {b:.3f}" for n, b in measured.items()),
+                flush=True,
+            )
             last_saved = time.monotonic()
     save_state()
+    if stopped.is_set():
+        print(f"stopped at step {step}, resumable")
+        return
     final = trained(options.out)
     print(f"done: {step} steps, {step * options.rows * options.length} bytes, {spent / 60:.1f} minutes")
     for name in DOMAINS:

@@ -98,7 +98,8 @@ class MoETransformer(nn.Module):
         past: one cache per layer holding P positions (see `empty_cache`). Returns logits [B, S, vocab_size] and,
         when past is given, the caches extended to P+S positions.
         Positions count the tokens of a row, so that a left-padded row computes what it would alone; logits at padding
-        are finite and meaningless. Raises ValueError when past has the wrong number of layers.
+        are finite and meaningless. Raises ValueError when past has the wrong number of layers or
+        attention_mask another length than P+S.
         """
         hidden, caches = self._decode(input_ids, attention_mask, past)
         logits = self.lm_head(self.model.norm(hidden))
@@ -178,7 +179,11 @@ class MoETransformer(nn.Module):
         if attention_mask is None:
             positions = new.unsqueeze(0)
         else:
-            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past_length:]
+            if attention_mask.shape[1] != length + past_length:
+                raise ValueError(
+                    f"attention_mask covers {attention_mask.shape[1]} of {past_length} + {length} positions"
+                )
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0).narrow(1, past_length, length)
         tables = self.model.rotary_emb(positions, dtype)
         if attention_mask is None and not cached:
             return tables, None
