@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from moec.ir import CompileError, Graph, Node, Value, run
 
 EXPERT_OPS = ("moe.experts", "quant.scaled_experts")

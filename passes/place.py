@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from moec.ir import Builder, CompileError, ComputedSource, Graph, Node, Placement, Value, Weight
 from moec.passes.base import Pass, report
 from moec.passes.calibrate import expert_nodes

@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 import torch
+
 from moec.ir import Builder, CompileError, ComputedSource, DType, Graph, Node, Quantization, TensorType, Value, Weight
 from moec.ir.ops.quant import quantize_blocks, scale_type
 from moec.passes.base import Pass, report

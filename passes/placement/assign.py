@@ -19,8 +19,11 @@ def longest_first(
     and no replica of that expert (a second one only where nothing else is free).
 
     With `coactivation` [E, E], GPUs whose load is within `slack` of the least loaded one count as equal, and the
-    one wins whose node, then whose GPU, holds the experts most often chosen together with this one.
+    one wins whose node, then whose GPU, holds the experts most often chosen together with this one, against
+    what as many average experts would be.
     """
+    if coactivation is not None:
+        coactivation = coactivation - coactivation.mean()
     unit = load / count
     order = sorted(range(len(load)), key=lambda e: (-unit[e], e))
     placed: list[list[int]] = [[] for _ in slots]

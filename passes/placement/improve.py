@@ -81,9 +81,11 @@ def improve(
         left = None if budget is None else budget - layer.moves
         step = _best_swap(layer, loads, g, target, left, least)
         if recount and (step is None or step.cost > 1):
-            other = _best_recount(layer, loads, g, target, left, least)
+            other = _best_recount(layer, loads, g, target, left, least, double=False)
             if other is not None and (step is None or other.value > step.value):
                 step = other
+            if step is None:
+                step = _best_recount(layer, loads, g, target, left, least, double=True)
         if step is None:
             return
         for slot, e in step.changes:
@@ -123,30 +125,31 @@ def _best_swap(layer: Layer, loads: np.ndarray, g: int, target: float, left: int
 
 
 def _best_recount(
-    layer: Layer, loads: np.ndarray, g: int, target: float, left: int | None, least: float
+    layer: Layer, loads: np.ndarray, g: int, target: float, left: int | None, least: float, double: bool
 ) -> Step | None:
-    """Slot i, holding expert a (which has more), is given to expert b."""
-    spare = layer.count[layer.expert] > 1
+    """Slot i, holding expert a (which has more), is given to expert b; with `double` also where b is there already."""
+    load, count, held = layer.load, layer.count, layer.held
+    spare = count[layer.expert] > 1
     here = layer.gpu == g
     relief = np.unique(layer.expert[here])  # one more replica of these takes load off g
     away, own = np.flatnonzero(spare & ~here), np.flatnonzero(spare & here)
-    slot = np.concatenate([np.repeat(away, len(relief)), np.repeat(own, len(layer.load))])
-    b = np.concatenate([np.tile(relief, len(away)), np.tile(np.arange(len(layer.load)), len(own))])
+    slot = np.concatenate([np.repeat(away, len(relief)), np.repeat(own, len(load))])
+    b = np.concatenate([np.tile(relief, len(away)), np.tile(np.arange(len(load)), len(own))])
     a, at = layer.expert[slot], layer.gpu[slot]
-    load, count = layer.load, layer.count
-    # cheap tests first: few candidates leave both the remaining holders of a and the slot's own GPU low enough
-    pushed = load / np.maximum(count - 1, 1) - load / count
-    fullest = np.where(layer.held > 0, loads[:, None], 0.0).max(axis=0) + pushed
-    landed = loads[at] - (load / count)[a] + (load / (count + 1))[b]
-    keep = (a != b) & (layer.held[at, b] == 0) & (landed < loads[g] - least)
-    keep &= (fullest[a] < loads[g] - least) | (layer.held[g, a] > 0)
-    slot, b, a, at = slot[keep], b[keep], a[keep], at[keep]
+    more = load / np.maximum(count - 1, 1) - load / count  # what a's other replicas gain
+    less = load / count - load / (count + 1)  # what b's replicas lose
+    landed = loads[at] + held[at, a] * more[a] - (load / np.maximum(count - 1, 1))[a]
+    landed += (load / (count + 1))[b] - held[at, b] * less[b]
+    # cheap tests first: few candidates leave both the slot's own GPU and the other holders of a low enough
+    fullest = np.where(held > 0, loads[:, None], 0.0).max(axis=0) + more
+    low = loads[g] - least
+    keep = (a != b) & (landed < low) & ((fullest[a] < low) | (held[g, a] > 0))
+    keep &= (held[at, b] > 0) if double else (held[at, b] == 0)
+    slot, b, a, at, landed = slot[keep], b[keep], a[keep], at[keep], landed[keep]
     if not len(slot):
         return None
-    more_a = pushed[a]
-    less_b = load[b] / count[b] - load[b] / (count[b] + 1)
-    change = layer.held[:, a].T * more_a[:, None] - layer.held[:, b].T * less_b[:, None]
-    change[np.arange(len(slot)), at] += load[b] / (count[b] + 1) - load[a] / (count[a] - 1)
+    change = held[:, a].T * more[a][:, None] - held[:, b].T * less[b][:, None]
+    change[np.arange(len(slot)), at] = landed - loads[at]
     raised = np.where(change > 0, loads[None, :] + change, 0.0).max(axis=1)
     worst = np.maximum(loads[g] + change[:, g], raised)
     gain = loads[g] - np.maximum(worst, target)

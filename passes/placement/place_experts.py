@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from moec.ir import ArgumentTypeError, ArgumentValueError, Mesh, Placement
 from moec.passes.placement.align import align
 from moec.passes.placement.assign import longest_first
@@ -81,21 +82,24 @@ class _Problem:
         self, load: np.ndarray, pairs: np.ndarray | None, current: np.ndarray | None, max_moves: int | None
     ) -> tuple[np.ndarray, float, float, int]:
         """Experts per slot, balance, lower bound and moves of one layer."""
-        load = load / (load.max() or 1.0)  # before summing: finite loads may have an infinite sum
+        # experts are numbered by falling load meanwhile, so that their ids break no ties
+        order = np.argsort(-load, kind="stable")
+        load = load[order] / (load.max() or 1.0)  # before summing: finite loads may have an infinite sum
+        pairs = None if pairs is None else pairs[np.ix_(order, order)]
         total = float(load.sum())
-        unit_load = load * (len(self.slots) / total) if total > 0 else load
-        bound = lower_bound(unit_load, self.slots)
+        load = load * (len(self.slots) / total) if total > 0 else load
+        bound = lower_bound(load, self.slots)
         target = bound * (1 + self.tolerance)
         if current is None:
-            layer = Layer(unit_load, self._fresh(unit_load, pairs)[1], self.gpu)
-            self._improve(layer, target)
+            layer = self._best_fresh(load, pairs, target)
+            row = order[layer.expert]
             # numbering within a GPU is free: ascending ids read best
-            row = np.concatenate([np.sort(layer.expert[self.gpu == g]) for g in range(len(self.slots))])
-            layer = Layer(unit_load, row, self.gpu)
+            row = np.concatenate([np.sort(row[self.gpu == g]) for g in range(len(self.slots))])
         else:
-            layer = self._from_current(unit_load, pairs, current, target, max_moves)
+            layer = self._from_current(load, pairs, np.argsort(order)[current], target, max_moves)
+            row = order[layer.expert]
         balance = float(layer.gpu_load.max()) if total > 0 else 1.0
-        return layer.expert, balance, bound, layer.moves
+        return row, balance, bound, layer.moves
 
     def _from_current(
         self,
@@ -110,21 +114,33 @@ class _Problem:
         if layer.gpu_load.max() <= target or self.phase == "decode":
             return layer
         # small steps got stuck: a fresh start, laid over the current one, may do better for its moves
-        placed, _ = self._fresh(load, pairs)
+        placed = self._fresh(load, pairs, self.phase)
         fresh = Layer(load, align(placed, self.slots, current, len(load)), self.gpu, original=current)
         self._improve(fresh, target)
         within = max_moves is None or fresh.moves <= max_moves
         better = fresh.gpu_load.max() < layer.gpu_load.max() * (1 - self.tolerance)
         return fresh if within and better else layer
 
-    def _fresh(self, load: np.ndarray, pairs: np.ndarray | None) -> tuple[list[list[int]], np.ndarray]:
-        counts = water_fill if self.phase == "prefill" else spare_on_coldest
+    def _fresh(self, load: np.ndarray, pairs: np.ndarray | None, phase: str) -> list[list[int]]:
+        counts = water_fill if phase == "prefill" else spare_on_coldest
         count = counts(load, len(self.gpu), len(self.slots))
-        placed = longest_first(load, count, self.slots, self.node, pairs, slack=self.tolerance)
-        return placed, np.concatenate([np.array(p, dtype=np.int64) for p in placed])
+        return longest_first(load, count, self.slots, self.node, pairs, slack=self.tolerance)
+
+    def _best_fresh(self, load: np.ndarray, pairs: np.ndarray | None, target: float) -> Layer:
+        """From water-filled counts; where that stays above the target, the other extreme, spare slots on
+        the idlest experts, is a second start for the search."""
+        tried = []
+        for phase in ("prefill", "decode") if self.phase == "prefill" else ("decode",):
+            placed = self._fresh(load, pairs, phase)
+            layer = Layer(load, np.concatenate([np.array(p, dtype=np.int64) for p in placed]), self.gpu)
+            self._improve(layer, target)
+            tried.append(layer)
+            if layer.gpu_load.max() <= target or len(self.gpu) == len(load):
+                break
+        return min(tried, key=lambda x: float(x.gpu_load.max()))
 
     def _improve(self, layer: Layer, target: float, budget: int | None = None) -> None:
-        improve(layer, target, budget=budget, recount=self.phase == "prefill", least=1e-2 * self.tolerance)
+        improve(layer, target, budget=budget, recount=self.phase == "prefill", least=max(1e-2 * self.tolerance, 1e-9))
 
 
 def _floats(name: str, data: Any, rank: int) -> np.ndarray:
