@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from moec.backends import Backend, Executable
 from moec.backends.partition import Fallback, PartitionedExecutable, fallbacks
@@ -117,11 +116,3 @@ def lower(legal: Graph, settings: Settings, left: list[Fallback], folder: Path |
             code="lowering",
             hint="this is a fault of the backend's lowering; backend='reference' runs the program meanwhile",
         ) from e
-
-
-def figure(records: list[Record], name: str) -> Any:
-    """A figure that a pass reported, or None."""
-    for record in reversed(records):
-        if name in record.figures:
-            return record.figures[name]
-    return None

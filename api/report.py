@@ -90,7 +90,7 @@ def _program(program: Program) -> dict[str, Any]:
         by_dtype[str(t.dtype)] = by_dtype.get(str(t.dtype), 0) + size
     figures: dict[str, Any] = {}
     for record in program.records:
-        figures.update(record.figures)
+        figures.update({f"{record.name}.{key}": value for key, value in record.figures.items()})
     return {
         "passes": [r.to_dict() for r in program.records],
         "figures": figures,
