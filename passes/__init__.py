@@ -1,0 +1,25 @@
+"""Passes: graph in, graph out. Every pass and rule that ships, by name."""
+
+from moec.passes.base import Analysis, Pass, Record, Refusal
+from moec.passes.calibrate import expert_load
+from moec.passes.canonicalise import Canonicalise, DropBroadcasts, NormaliseAxes
+from moec.passes.cleanup import CommonSubexpressions, DeadCode, FoldConstants
+from moec.passes.explain import explain
+from moec.passes.fuse_attention import FuseAttention
+from moec.passes.fuse_mlp import FuseMLP, FuseSwiGLU
+from moec.passes.fuse_norm import FuseNorm
+from moec.passes.fuse_rope import FuseRoPE
+from moec.passes.legalise import Legalise
+from moec.passes.pipeline import Pipeline, build_pipeline, default_pipeline, run_pass
+from moec.passes.place import PlaceExperts
+from moec.passes.placement import place_experts
+from moec.passes.quantize import QuantizeFP8
+from moec.passes.raise_moe import RaiseMoE
+from moec.passes.rewrite import Match, Rewrite, RuleSet
+
+__all__ = [
+    "Analysis", "Canonicalise", "CommonSubexpressions", "DeadCode", "DropBroadcasts", "FoldConstants", "FuseAttention",
+    "FuseMLP", "FuseNorm", "FuseRoPE", "FuseSwiGLU", "Legalise", "Match", "NormaliseAxes", "Pass", "Pipeline",
+    "PlaceExperts", "QuantizeFP8", "RaiseMoE", "Record", "Refusal", "Rewrite", "RuleSet", "build_pipeline",
+    "default_pipeline", "expert_load", "explain", "place_experts", "run_pass",
+]  # fmt: skip

@@ -143,6 +143,31 @@ class NoOpShape(Rewrite):
 
 
 @dataclass(frozen=True)
+class SliceOfConcat(Rewrite):
+    """slice(concat(…)) that is exactly some of the parts → those parts"""
+
+    def pattern(self, p: Any) -> Any:
+        both = p.shared(p.concat(p.rest("parts"), axis=p.attr("axis")))
+        return p.slice(both, axis=p.attr("axis"), start=p.attr("start"), end=p.attr("end"))
+
+    def when(self, m: Match) -> Refused | None:
+        return None if self._parts(m) else m.no("it cuts through a part")
+
+    @staticmethod
+    def _parts(m: Match) -> tuple[Value, ...]:
+        edges: list[Any] = [0]
+        for part in m.parts:
+            edges.append(edges[-1] + part.shape[m.axis])
+        if m.start not in edges or m.end not in edges:
+            return ()
+        return tuple(m.parts[edges.index(m.start) : edges.index(m.end)])
+
+    def replace(self, b: Any, m: Match) -> Any:
+        parts = self._parts(m)
+        return parts[0] if len(parts) == 1 else b.concat(*parts, axis=m.axis)
+
+
+@dataclass(frozen=True)
 class TransposeOfTranspose(Rewrite):
     """transpose(transpose(x, p), q) → transpose(x, p∘q)"""
 
@@ -221,6 +246,20 @@ class NeutralElement(Rewrite):
 
 
 @dataclass(frozen=True)
+class AndTrue(Rewrite):
+    """x and true → x"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return p.and_(x, True)
+
+    def when(self, m: Match) -> Refused | None:
+        return m.no("it broadcasts") if m.x.type != m.root.type else None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
 class Silu(Rewrite):
     """x · sigmoid(x) → silu(x)"""
 
@@ -272,6 +311,7 @@ RULES: tuple[Rewrite, ...] = (
     CastThereAndBack(),
     ReshapeOfReshape(),
     *(NoOpShape(f"tensor.{op}") for op in ("reshape", "expand", "slice", "transpose", "concat", "split")),
+    SliceOfConcat(),
     TransposeOfTranspose(),
     Square(),
     PowRsqrt(),
@@ -281,6 +321,7 @@ RULES: tuple[Rewrite, ...] = (
     NeutralElement("math.div", 1.0),
     NeutralElement("math.add", 0.0),
     NeutralElement("math.sub", 0.0),
+    AndTrue(),
     Silu(),
     MatMulToLinear(),
     LinearBias(),

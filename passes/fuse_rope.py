@@ -34,14 +34,14 @@ class DoubledUnary(Rewrite):
 class DoubledScale(Rewrite):
     """concat(a, a) · scalar → concat(a · scalar, a · scalar)"""
 
-    def pattern(self, p: Any, a: Any, s: Any) -> Any:
-        return p.mul(p.shared(p.concat(a, a, axis=-1)), s)
+    def pattern(self, p: Any, a: Any) -> Any:
+        return p.mul(p.shared(p.concat(a, a, axis=-1)), p.const("factor"))
 
     def when(self, m: Match) -> Refused | None:
-        return m.no(f"{m.s.type} is not a scalar", at=m.s) if m.s.type.rank else None
+        return m.no(f"{m.root.type} broadcasts {m.a.type}") if m.root.type.rank != m.a.type.rank else None
 
     def replace(self, b: Any, m: Match) -> Any:
-        f = b.mul(m.a, m.s)
+        f = b.mul(m.a, m.factor)
         return b.concat(f, f, axis=-1)
 
 
@@ -111,6 +111,22 @@ class HalfRotated(Rewrite):
 
 
 @dataclass(frozen=True)
+class HalfRotatedParts(Rewrite):
+    """x · [c c] + [−b a] · [s s] with x = [a b] → rope(x, c, s)"""
+
+    def pattern(self, p: Any, a: Any, b: Any, c: Any, s: Any) -> Any:
+        x = p.bind("x", p.concat(a, b, axis=-1))
+        cos, sin = p.shared(p.concat(c, c, axis=-1)), p.shared(p.concat(s, s, axis=-1))
+        return p.add(p.mul(x, cos), p.mul(p.concat(p.neg(b), a, axis=-1), sin))
+
+    def when(self, m: Match) -> Refused | None:
+        return m.no(f"parts {m.a.type} and {m.b.type} differ", at=m.a) if m.a.type != m.b.type else None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return b.rope_apply(m.x, m.c, m.s)
+
+
+@dataclass(frozen=True)
 class DeinterleavedInput(Rewrite):
     """rope of pairs laid out side by side, [x₀ x₁ x₂ x₃ …] → [x₀ x₂ … x₁ x₃ …], as DeepSeek-V3 does"""
 
@@ -148,6 +164,37 @@ class SlicedInput(Rewrite):
 
 
 @dataclass(frozen=True)
+class RotatedPairs(Rewrite):
+    """concat(a·c − b·s, b·c + a·s), a and b being the halves or the even and odd elements of x → rope(x, c, s)"""
+
+    interleaved: bool = False
+
+    @property
+    def name(self) -> str:
+        return "rotated_pairs_interleaved" if self.interleaved else "rotated_pairs"
+
+    def pattern(self, p: Any, x: Any, c: Any, s: Any) -> Any:
+        if self.interleaved:
+            first = p.slice(x, axis=-1, start=0, end=p.attr("end"), step=2)
+            second = p.slice(x, axis=-1, start=1, end=p.attr("end"), step=2)
+        else:
+            first = p.slice(x, axis=-1, start=0, end=p.attr("half"))
+            second = p.slice(x, axis=-1, start=p.attr("half"), end=p.attr("end"))
+        one = p.sub(p.mul(first, c), p.mul(second, s))
+        return p.concat(one, p.add(p.mul(second, c), p.mul(first, s)), axis=-1)
+
+    def when(self, m: Match) -> Refused | None:
+        if m.end != m.x.shape[-1] or (not self.interleaved and m.half * 2 != m.end):
+            return m.no(f"slices of {m.x.type} that are not its pairs", at=m.x)
+        if m.root.type != m.x.type:
+            return m.no(f"{m.c.type} broadcasts {m.x.type}", at=m.c)
+        return None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return b.rope_apply(m.x, m.c, m.s, interleaved=self.interleaved, deinterleave=self.interleaved)
+
+
+@dataclass(frozen=True)
 class FuseRoPE(RuleSet):
     """Rotary embedding to `rope.apply`."""
 
@@ -159,6 +206,9 @@ class FuseRoPE(RuleSet):
         DoubledReshape(),
         DoubledTranspose(),
         HalfRotated(),
+        HalfRotatedParts(),
         DeinterleavedInput(),
         SlicedInput(),
+        RotatedPairs(False),
+        RotatedPairs(True),
     )

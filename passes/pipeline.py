@@ -114,13 +114,15 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
     passes: list[Pass] = [
         DeadCode(),
         Canonicalise(),
-        FoldConstants(),
+        # numbers only: a transposed or sliced weight is what the rules below look for
+        FoldConstants(limit=512),
         CommonSubexpressions(),
         FuseNorm(),
         FuseRoPE(),
         FuseAttention(),
         RaiseMoE(),
         FuseMLP(),
+        FoldConstants(),
         Canonicalise(),
         CommonSubexpressions(),
         DeadCode(),

@@ -80,10 +80,11 @@ class GroupedExperts(Rewrite):
     """sort by expert → gather rows → grouped matmul → gated → grouped matmul → weight → unsort → sum over k"""
 
     activation: str = "silu"
+    narrow: bool = False  # the weighted sum runs in wider floats and is cast back
 
     @property
     def name(self) -> str:
-        return f"grouped_experts_{self.activation}"
+        return f"grouped_experts_{self.activation}{'_narrow' if self.narrow else ''}"
 
     def pattern(self, p: Any, x: Any, weights: Any, experts: Any, gate_up: Any, down: Any, offsets: Any, k: Any) -> Any:
         _, order = p.sort(p.reshape(experts, shape=p.attr()), axis=-1)
@@ -92,9 +93,10 @@ class GroupedExperts(Rewrite):
         h = p.grouped_matmul(_cast(p, rows), p.transpose(gate_up, perm=(0, 2, 1)), offsets)
         y = p.grouped_matmul(_gated(p, h, self.activation), p.transpose(down, perm=(0, 2, 1)), offsets)
         factors = p.gather(p.reshape(weights, shape=p.attr()), perm, axis=0)
-        y = p.mul(y, _cast(p, p.reshape(factors, shape=p.attr())))
-        back = p.gather(y, p.any("inverse"), axis=0)
-        return p.sum(_cast(p, p.reshape(back, shape=p.attr("per_token"))), axes=(-2,))
+        y = p.mul(_cast(p, y), _cast(p, p.reshape(factors, shape=p.attr())))
+        back = p.gather(_cast(p, y), p.any("inverse"), axis=0)
+        total = p.sum(_cast(p, p.reshape(back, shape=p.attr("per_token"))), axes=(-2,))
+        return p.cast(total, dtype=p.attr()) if self.narrow else total
 
     def when(self, m: Match) -> Refused | None:
         reason = (
@@ -127,10 +129,11 @@ class BatchedExperts(Rewrite):
     """repeat rows k times → batched product with each row's own expert → gated → the same → weight → sum over k"""
 
     activation: str = "silu"
+    narrow: bool = False
 
     @property
     def name(self) -> str:
-        return f"batched_experts_{self.activation}"
+        return f"batched_experts_{self.activation}{'_narrow' if self.narrow else ''}"
 
     def pattern(self, p: Any, x: Any, weights: Any, experts: Any, gate_up: Any, down: Any) -> Any:
         flat = p.shared(p.reshape(experts, shape=p.attr()))
@@ -140,8 +143,9 @@ class BatchedExperts(Rewrite):
         h = p.reshape(p.matmul(p.gather(gate_up, flat, axis=0), column), shape=p.attr())
         act = p.reshape(_gated(p, h, self.activation), shape=p.attr())
         y = p.reshape(p.matmul(p.gather(down, flat, axis=0), act), shape=p.attr())
-        y = p.mul(y, _cast(p, p.reshape(weights, shape=p.attr())))
-        return p.sum(_cast(p, p.reshape(y, shape=p.attr("per_token"))), axes=(-2,))
+        y = p.mul(_cast(p, y), _cast(p, p.reshape(weights, shape=p.attr())))
+        total = p.sum(_cast(p, p.reshape(_cast(p, y), shape=p.attr("per_token"))), axes=(-2,))
+        return p.cast(total, dtype=p.attr()) if self.narrow else total
 
     def when(self, m: Match) -> Refused | None:
         t, k = m.experts.shape if m.experts.type.rank == 2 else (None, None)
@@ -165,6 +169,6 @@ class RaiseMoE(RuleSet):
 
     rules: tuple[Rewrite, ...] = (
         *ROUTE_RULES,
-        *(GroupedExperts(a) for a in ACTIVATIONS),
-        *(BatchedExperts(a) for a in ACTIVATIONS),
+        *(GroupedExperts(a, narrow) for a in ACTIVATIONS for narrow in (False, True)),
+        *(BatchedExperts(a, narrow) for a in ACTIVATIONS for narrow in (False, True)),
     )

@@ -114,7 +114,7 @@ class Experts:
 
     The first f rows of gate_up are the gate, the last f the up projection; with `interleaved` they
     alternate. `activation`: "silu" (SwiGLU), "gelu", "gelu_tanh", "relu"; with `limit` the clamped SwiGLU
-    of GPT-OSS with its `alpha`. The weighted sum runs over j in order, in the dtype of x.
+    of GPT-OSS with its `alpha`. The weighted sum runs over j in order, in the wider dtype of x and weights.
     """
 
     x: Operand
@@ -192,10 +192,10 @@ def combine_experts(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tenso
     for e in flat.unique().tolist():
         at = (flat == e).nonzero()[:, 0]
         rows[at] = mlp(e, x[at // k])
-    out = torch.zeros_like(x)
+    out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
     for j, part in enumerate(rows.reshape(tokens, k, x.shape[1]).unbind(1)):
-        out = out + part * weights[:, j, None].to(x.dtype)
-    return out
+        out = out + part * weights[:, j, None]
+    return out.to(x.dtype)
 
 
 @op("moe.remap")
