@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import triton
-from moec.backends.triton.launch import FP_FUSION, Launch, interpreted, record_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from moec.backends.triton.launch import FP_FUSION, Launch, interpreted, record_launches
 
 SHARED_LIMIT = 232_448
 """Bytes of shared memory a block may use on sm_90 (CUDA C++ Programming Guide, compute capability 9.0: 227 KiB)."""

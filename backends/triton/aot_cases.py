@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+
 from moec.backends.triton.aot import Case
 from moec.backends.triton.kernels.attention import attention
 from moec.backends.triton.kernels.experts import experts

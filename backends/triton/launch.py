@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from moec.backends.triton.interpreter import exact_interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import KernelInterface
+
+from moec.backends.triton.interpreter import exact_interpreter
 
 FP_FUSION = {"enable_fp_fusion": True}
 """Contract a · b + c to fused multiply-adds; given explicitly because Triton's default changes after 3.9."""

@@ -14,6 +14,7 @@ import weakref
 from typing import Any, BinaryIO, Literal
 
 import torch
+
 from moec.backends.triton import wire
 from moec.backends.triton.registry import resolve_kernel
 

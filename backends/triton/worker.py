@@ -12,6 +12,7 @@ import traceback
 from typing import Any
 
 import torch
+
 from moec.backends.triton import wire
 from moec.backends.triton.registry import KERNELS, resolve_kernel
 

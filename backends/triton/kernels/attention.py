@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from moec.backends.triton.kernels.checks import describe, require, require_float, require_same_device
 from moec.backends.triton.kernels.tiles import interpreter_tiles
 from moec.backends.triton.launch import cdiv, launch, next_pow2

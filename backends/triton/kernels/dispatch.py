@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from moec.backends.triton.kernels.checks import describe, require
 from moec.backends.triton.kernels.tiles import interpreter_tiles
 from moec.backends.triton.launch import cdiv, launch, next_pow2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from moec.backends.triton.kernels.checks import E4M3, GROUP, require, require_float, require_group, rows
 from moec.backends.triton.kernels.tiles import interpreter_tiles
 from moec.backends.triton.launch import cdiv, launch, next_pow2

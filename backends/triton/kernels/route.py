@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+
 from moec.backends.triton.kernels.checks import require, require_float, require_same_device, require_shape, rows
 from moec.backends.triton.kernels.tiles import interpreter_tiles
 from moec.backends.triton.launch import cdiv, launch, next_pow2

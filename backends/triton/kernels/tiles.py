@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
 from moec.backends.triton.launch import interpreted, next_pow2, recording
 
 

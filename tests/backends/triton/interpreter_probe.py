@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from moec.backends.triton import mode, run
 from moec.backends.triton.interpreter import exact_interpreter
 from moec.backends.triton.launch import launch

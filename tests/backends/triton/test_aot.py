@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from moec.backends.triton import KERNELS, aot
 from moec.backends.triton.aot_cases import production_cases
 from moec.backends.triton.kernels.linear import linear

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from moec.backends.triton import run
 from moec.backends.triton.kernels.dispatch import sort_by_expert
 from moec.backends.triton.kernels.tiles import Tile

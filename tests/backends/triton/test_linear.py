@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moec.backends.triton import run
 from moec.backends.triton.kernels.tiles import Tile
 

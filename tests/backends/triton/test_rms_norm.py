@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moec.backends.triton import run
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

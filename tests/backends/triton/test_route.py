@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moec.backends.triton import run
 
 
@@ -76,6 +77,13 @@ def test_ties_go_to_the_lower_number(close, name):
     check(close, torch.zeros(2, experts), None, config)
     check(close, torch.randn(50, experts).round(), torch.randn(experts).round(), config)
     check(close, torch.randn(50, experts).round().bfloat16(), None, config)
+
+
+def test_one_ulp_is_no_tie():
+    logits = torch.ones(1, 8)
+    logits[0, 5] = torch.nextafter(logits[0, 5], torch.tensor(2.0))
+    assert run("route", logits, k=3, scoring="topk_softmax")[1].tolist() == [[5, 0, 1]]
+    assert run("route", -logits, k=8, scoring="topk_softmax")[1].tolist() == [[0, 1, 2, 3, 4, 6, 7, 5]]
 
 
 def test_nan_ranks_first_and_poisons():

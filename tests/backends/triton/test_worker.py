@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+
 from moec.backends.triton import InterpreterWorker, KernelError, Resident, WorkerCrashed, mode, wire
 
 
