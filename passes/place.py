@@ -17,10 +17,11 @@ class PlaceExperts(Pass):
     """Put every grouped-experts node's weights in the slot order of `placement` (row i belongs to node i in
     graph order) and route through `moe.remap`.
 
-    Weights [E, …] become [slots, …] under "<name>.placed", built when they are first read; an operand that
-    is not a weight is gathered in the graph. Every slot's expert is the one it copies, so the outputs are the same
-    bit for bit. Raises CompileError where layers or experts differ in number, the graph is already placed, or the
-    fractions of the placement are unequal, which `moe.remap` does not do.
+    Weights [E, …] become [slots, …] under "<name>.placed", built when they are first read; an operand that is not a
+    weight is gathered in the graph. Every slot computes what the expert it copies does, so a permutation leaves the
+    outputs bit for bit; replicas split an expert's rows, and a matrix product may round differently for
+    another number of rows. Raises CompileError where layers or experts differ in number, the graph is already placed,
+    or the fractions of the placement are unequal, which `moe.remap` does not do.
     """
 
     placement: Placement

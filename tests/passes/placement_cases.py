@@ -54,21 +54,24 @@ def moe_graph(
     dtype: str = "f32",
     biases: bool = False,
     seed: int = 0,
+    exact: bool = False,
     **attrs: object,
 ) -> Graph:
     """x [T, d] through `layers` × (linear → router → experts → add), modules "layers.i.{proj,gate,experts}", then a
-    linear in module "lm_head"."""
+    linear in module "lm_head". `exact`: weights are −1, 0 and 1 and every layer reads x itself, so that with
+    relu and small whole inputs the experts' sums are exact in any order."""
     g = Graph()
     generator = torch.Generator().manual_seed(seed)
 
     def weight(name: str, *shape: int) -> Value:
-        data = torch.randn(shape, generator=generator) * 0.3
+        data = torch.randn(shape, generator=generator)
+        data = data.round().clamp(-1, 1) if exact else data * 0.3
         return g.add_weight(Weight.of(name, data.to(DType.of(dtype).torch)))
 
-    x = g.add_input("x", TensorType(DType.of(dtype), (Dim("T"), d)))
+    source = x = g.add_input("x", TensorType(DType.of(dtype), (Dim("T"), d)))
     for i in range(layers):
         path = f"layers.{i}"
-        h = builder(g, f"{path}.proj").linear(x, weight(f"{path}.proj.weight", d, d))
+        h = builder(g, f"{path}.proj").linear(source if exact else x, weight(f"{path}.proj.weight", d, d))
         logits = builder(g, f"{path}.gate").linear(h, weight(f"{path}.gate.weight", experts, d))
         b = builder(g, f"{path}.experts")
         routed = b.route(logits, k=k)
