@@ -10,10 +10,10 @@ import onnx_ir as onnx
 import torch
 
 from moec.backends.onnxruntime.backend import backend
+from moec.backends.onnxruntime.blocks import rounded
 from moec.backends.onnxruntime.elementwise import gelu_of, silu_of
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
 from moec.backends.onnxruntime.grouped import ExpertWeights, grouped_product
-from moec.backends.onnxruntime.quant import rounded
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.tensor import count_ids
 from moec.backends.onnxruntime.types import carrier

@@ -47,12 +47,12 @@ class ExpertWeights:
         num, n, k = self.value.shape
         if self.stored:
             return self._initializer(".all", None, (num, k, n) if transpose else (num, n, k), transpose)
-        memo = ("stack", self.value, self.rows is None, transpose)
+        if self.scale is None:
+            x = self.e.value(self.value)
+        else:
+            x = dequantized(self.e, self.value, self.scale, self.block)
+        memo = ("stack", x, self.rows is None, transpose)
         if memo not in self.e.memo:
-            if self.scale is None:
-                x = self.e.value(self.value)
-            else:
-                x = dequantized(self.e, self.value, self.scale, self.block)
             if self.rows is not None:
                 x = self.e.op("Gather", x, self.rows.numpy(), axis=1)
             self.e.memo[memo] = self.e.op("Transpose", x, perm=[0, 2, 1]) if transpose else x

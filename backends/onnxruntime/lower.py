@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as onnx
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
@@ -64,10 +65,10 @@ def lower(graph: Graph, options: Options, extra: list[Value] | None = None) -> L
         name=graph.name or "graph",
     )
     model = onnx.Model(body, ir_version=IR_VERSION, producer_name="moec")
-    used = {n.domain for n in e.nodes}
-    if MICROSOFT not in used:
+    RemoveUnusedNodesPass()(model)
+    if all(n.domain != MICROSOFT for n in body.all_nodes()):
         body.opset_imports.pop(MICROSOFT, None)
-    total = sum(v.const_value.nbytes for v in e.initializers.values() if v.const_value is not None)
+    total = sum(v.const_value.nbytes for v in body.initializers.values() if v.const_value is not None)
     return Lowered(model, [str(v.name) for v in inputs], names, e.sources, e.choices, total, e.reader)
 
 

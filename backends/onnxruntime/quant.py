@@ -8,78 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as onnx
 import torch
 
 from moec.backends.onnxruntime.backend import backend
+from moec.backends.onnxruntime.blocks import Blocks
 from moec.backends.onnxruntime.emit import Emitter, given
-from moec.backends.onnxruntime.reduction import reduce_extreme
-from moec.ir import Dim, DType, Node, Value
-from moec.ir.dims import ceil_div
-from moec.ir.ops.quant import E4M3_MAX
-
-Shape = Sequence[int | Dim]
-
-
-def blocked_shape(shape: Shape, block: tuple[int, int]) -> tuple[int | Dim, ...]:
-    """[..., R, C] → [..., R blocks, rows, C blocks, columns]."""
-    *lead, rows, columns = shape
-    return (*lead, ceil_div(rows, block[0]), block[0], ceil_div(columns, block[1]), block[1])
-
-
-def to_blocks(e: Emitter, x: onnx.Value, shape: Shape, block: tuple[int, int], dtype: DType) -> onnx.Value:
-    """x padded with zeros to whole blocks, in the blocked shape."""
-    whole = _padded(shape, block)
-    if whole != tuple(shape):
-        after = [w - s for w, s in zip(whole, shape, strict=True)]
-        x = e.op("Pad", x, e.sizes.vector((*[0] * len(shape), *after)), e.scalar(0, dtype))
-    return e.reshape(x, whole, blocked_shape(shape, block))
-
-
-def from_blocks(e: Emitter, x: onnx.Value, shape: Shape, block: tuple[int, int]) -> onnx.Value:
-    """The inverse of `to_blocks`."""
-    whole = _padded(shape, block)
-    x = e.reshape(x, blocked_shape(shape, block), whole)
-    if whole == tuple(shape):
-        return x
-    return e.op("Slice", x, np.array([0, 0]), e.sizes.vector(shape[-2:]), np.array([-2, -1]))
-
-
-def _padded(shape: Shape, block: tuple[int, int]) -> tuple[int | Dim, ...]:
-    *lead, rows, columns = shape
-    return (*lead, ceil_div(rows, block[0]) * block[0], ceil_div(columns, block[1]) * block[1])
-
-
-def quantize_blocked(e: Emitter, x: onnx.Value) -> tuple[onnx.Value, onnx.Value]:
-    """Blocked f32 → (its E4M3 values in f32, scales with the inner axes of each block kept as 1)."""
-    amax = reduce_extreme(e, "ReduceMax", e.op("Abs", x), (-3, -1), True, DType.F32)
-    scale = e.op("Div", amax, e.scalar(E4M3_MAX, DType.F32))
-    scale = e.op("Where", e.op("Equal", scale, e.scalar(0, DType.F32)), e.scalar(1, DType.F32), scale)
-    return e.round_to(e.op("Div", x, scale), DType.F8E4M3), scale
+from moec.ir import DType, Node, Value
 
 
 @backend.lowers("quant.quantize")
 def quantize(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
-    (x,), block, v = e.operands(node), node.attrs["block"], given(node)[0]
-    wide = e.cast(x, v.dtype, DType.F32)
-    codes, scale = quantize_blocked(e, to_blocks(e, wide, v.shape, block, DType.F32))
-    return from_blocks(e, codes, v.shape, block), e.op("Squeeze", scale, np.array([-3, -1]))
-
-
-def rounded(e: Emitter, x: onnx.Value, shape: Shape, group: int) -> onnx.Value:
-    """f32 rows quantised per (1, group) and dequantised at once."""
-    codes, scale = quantize_blocked(e, to_blocks(e, x, shape, (1, group), DType.F32))
-    return from_blocks(e, e.op("Mul", codes, scale), shape, (1, group))
+    (x,), v = e.operands(node), given(node)[0]
+    blocks = Blocks.of(v.shape, node.attrs["block"])
+    codes, scale = blocks.quantize(e, blocks.split(e, e.cast(x, v.dtype, DType.F32)))
+    results = blocks.join(e, codes), blocks.scales(e, scale)
+    # whoever dequantises both takes them before they are joined; unused nodes are removed
+    e.memo[("split", *results)] = blocks, codes, scale
+    return results
 
 
 def dequantized(e: Emitter, codes: Value, scale: Value, block: tuple[int, int]) -> onnx.Value:
     """codes [..., R, C] · scale in f32."""
     if codes.weight is not None and scale.weight is not None:
         return stored_blocks(e, codes, scale, block, codes.shape)
-    blocks = to_blocks(e, e.value(codes), codes.shape, block, DType.F32)
-    wide = e.op("Unsqueeze", e.value(scale), np.array([-3, -1]))
-    return from_blocks(e, e.op("Mul", blocks, wide), codes.shape, block)
+    blocks, c, s = Blocks.of(codes.shape, block), e.value(codes), e.value(scale)
+    memo = ("dequantized", c, s, blocks)
+    if memo not in e.memo:
+        known, split, spread = e.memo.get(("split", c, s), (None, None, None))
+        if known != blocks:
+            split, spread = blocks.split(e, c), blocks.spread(e, s)
+        e.memo[memo] = blocks.join(e, e.op("Mul", split, spread))
+    return e.memo[memo]
 
 
 def stored_blocks(

@@ -33,8 +33,8 @@ def reduce_extreme(
     y = reduce(e, kind, x, axes, keepdim)
     if not dtype.is_float:
         return y
-    nans = reduce(e, "ReduceSum", e.op("Cast", e.op("IsNaN", x), to=onnx_type(DType.F32).value), axes, keepdim)
-    found = e.op("Cast", nans, to=onnx_type(DType.BOOL).value)
+    # a sum of magnitudes is NaN where one of them is
+    found = e.op("IsNaN", reduce(e, "ReduceL1", x, axes, keepdim))
     return e.op("Where", found, e.scalar(np.nan, dtype), y)
 
 
