@@ -19,6 +19,10 @@ _STRUCTURAL = {
     )
 }  # fmt: skip
 _REAL = {DType.C64: DType.F32}
+COMPLEX_ONLY = {
+    f"aten::{n}"
+    for n in ("polar", "complex", "view_as_complex", "view_as_real", "real", "imag", "_conj", "conj_physical")
+}
 
 
 class Complex(NamedTuple):
@@ -29,7 +33,7 @@ class Complex(NamedTuple):
 
 
 def involves_complex(name: str, arguments: dict[str, Any]) -> bool:
-    if name in ("aten::polar", "aten::view_as_complex", "aten::complex"):
+    if name in COMPLEX_ONLY:
         return True
     flat = [x for v in arguments.values() for x in (v if isinstance(v, list | tuple) else (v,))]
     return any(isinstance(x, Complex) for x in [*arguments.values(), *flat])
@@ -38,7 +42,7 @@ def involves_complex(name: str, arguments: dict[str, Any]) -> bool:
 def lower_complex(c: Context, name: str, arguments: dict[str, Any]) -> Any:
     """The op on pairs. Raises CompileError for what has no rule here."""
     b, a = c.b, arguments
-    x = a.get("self", a.get("input"))
+    x: Any = a.get("self", a.get("input"))
     match name:
         case "aten::polar":
             return Complex(b.mul(a["abs"], b.cos(a["angle"])), b.mul(a["abs"], b.sin(a["angle"])))

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+
 from moec.frontend.symbols import Symbols
 from moec.ir import Builder, CompileError, Dim, DType, Graph, TensorType, Value
 
@@ -38,18 +39,12 @@ class Context:
     def value(self, x: Value | Number | Dim, dtype: DType | None = None) -> Value:
         """`x` as a Value of `dtype` (a number or size becomes a scalar)."""
         if isinstance(x, Dim):
-            x = self.b.dim(value=x)
+            return self.value(self.b.dim(value=x), dtype)
         if isinstance(x, Value):
             return x if dtype is None else self.cast(x, dtype)
         kind = DType.BOOL if isinstance(x, bool) else DType.I64 if isinstance(x, int) else DType.F32
         dtype = dtype or kind
-        if dtype.is_float:
-            x = float(x)
-        elif dtype is DType.BOOL:
-            x = bool(x)
-        else:
-            x = int(x)
-        return self.b.const(x, dtype)
+        return self.b.const(as_number(x, dtype), dtype)
 
     def cast(self, x: Value, dtype: DType) -> Value:
         return x if x.dtype is dtype else self.b.cast(x, dtype=dtype)
@@ -114,8 +109,7 @@ class Context:
         return self.transpose(x, [i for i in range(rank) if i != axis] + [axis])
 
     def full(self, shape: Sequence[Size], value: Number, dtype: DType) -> Value:
-        typed = float(value) if dtype.is_float else bool(value) if dtype is DType.BOOL else int(value)
-        return self.b.full(shape=tuple(shape), value=typed, dtype=dtype)
+        return self.b.full(shape=tuple(shape), value=as_number(value, dtype), dtype=dtype)
 
     def axis(self, axis: int, x: Value | int) -> int:
         """A non-negative axis (rank 0 counts as rank 1, as in torch)."""
@@ -133,6 +127,11 @@ class Context:
     def out_type(self) -> TensorType:
         assert isinstance(self.out, TensorType)
         return self.out
+
+
+def as_number(x: Number, dtype: DType) -> Number:
+    """The Python number of the kind that `dtype` holds."""
+    return float(x) if dtype.is_float else bool(x) if dtype is DType.BOOL else int(x)
 
 
 def _join(a: Any, b: Any) -> Any:

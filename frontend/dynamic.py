@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from moec.ir import ArgumentTypeError
 from torch.export import Dim
 from torch.utils import _pytree as pytree
+
+from moec import ir
+from moec.ir import ArgumentTypeError
 
 AxisSpecs = dict[int, Any]
 
@@ -55,7 +57,7 @@ def leaf_specs(
 
 def parameter_names(model: torch.nn.Module) -> list[str]:
     """Names of the forward's parameters; variadic ones with their stars."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     try:
         parameters = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
@@ -115,7 +117,8 @@ def _walk(value: Any, spec: Any, where: str) -> list[AxisSpecs]:
         entries = list(entries[0])
     if len(entries) != len(children):
         raise _bad(f"{where} has {len(children)} entries, its specification {len(entries)}")
-    return [leaf for i, (v, s) in enumerate(zip(children, entries, strict=True)) for leaf in _walk(v, s, f"{where}[{i}]")]
+    pairs = enumerate(zip(children, entries, strict=True))
+    return [leaf for i, (v, s) in pairs for leaf in _walk(v, s, f"{where}[{i}]")]
 
 
 def _axes(tensor: torch.Tensor, spec: Any, where: str) -> AxisSpecs:
@@ -140,19 +143,32 @@ def _axes(tensor: torch.Tensor, spec: Any, where: str) -> AxisSpecs:
     return result
 
 
-def axis_name(spec: Any) -> str | None:
-    """The user's name of a Dim("S"); None for AUTO, DYNAMIC, derived dims and ints."""
+def declared_size(spec: Any) -> ir.Dim | None:
+    """The named size of a Dim("S"), or 2*S of a derived one; None for AUTO, DYNAMIC and ints."""
+    if hasattr(spec, "root"):
+        root = spec.root
+        result = spec.fn(ir.Dim(root.__name__)) if hasattr(root, "__name__") else None
+        return result if isinstance(result, ir.Dim) else None
     name = getattr(spec, "__name__", None)
-    return name if isinstance(name, str) and name.isidentifier() and not hasattr(spec, "root") else None
+    return ir.Dim(name) if isinstance(name, str) else None
 
 
-def is_declared(spec: Any) -> bool:
+def declared_range(spec: Any) -> tuple[int, int | None]:
+    """Least and greatest size that the user declared (0, None: any)."""
+    least, greatest = getattr(spec, "min", None), getattr(spec, "max", None)
+    unbounded = greatest is None or not (isinstance(greatest, int) and greatest < 2**62)
+    return (least if isinstance(least, int) and least > 0 else 0), (None if unbounded else greatest)
+
+
+def must_be_dynamic(spec: Any) -> bool:
     """Whether the user insists on the axis being dynamic (AUTO leaves it open)."""
-    return spec is not None and not isinstance(spec, int) and not _is_auto(spec)
+    return spec is not None and not isinstance(spec, int) and getattr(spec, "type", None) != Dim.AUTO.type
 
 
-def _is_auto(spec: Any) -> bool:
-    return spec == Dim.AUTO or getattr(spec, "type", None) == Dim.AUTO.type
+def for_export(spec: Any) -> Any:
+    """What torch.export is told: AUTO for all dynamic axes. Of a named Dim torch demands a proof for every size,
+    which no model with a branch like `if length > 1` can give; here the program is run at other sizes instead."""
+    return spec if isinstance(spec, int) else Dim.AUTO
 
 
 def _bad(message: str) -> ArgumentTypeError:

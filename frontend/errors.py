@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
 from moec.frontend.locate import error_location
-from moec.ir import CompileError, Location
+from moec.ir import CompileError
 
 _BRANCH_HINT = (
     "replace loops and branches over tensor values by tensor ops (torch.where, masks, one-hot sums); for transformers' "
@@ -61,22 +62,7 @@ def translate(error: Exception, model: torch.nn.Module | None, doing: str) -> Co
             location=location,
             hint=_BRANCH_HINT,
         )
-    if "onstraints violated" in str(error) or "conflicts between user-specified ranges" in str(error):
-        return dynamic_error(str(error), location)
     return CompileError(f"{doing} failed: {type(error).__name__}: {text}", code="trace", location=location)
-
-
-def dynamic_error(text: str, location: Location) -> CompileError:
-    """A declared dynamic axis that the model fixes. Keeps torch's lines that name the axis and its reason."""
-    keep = [line.strip(" -") for line in text.splitlines() if line.strip().startswith("-") or "Eq(" in line]
-    shown = "; ".join(dict.fromkeys(keep)) or _first_lines(text)
-    return CompileError(
-        f"the model does not allow an axis that was declared dynamic: {_scrub(shown)[:1500]}",
-        code="dynamic-shape",
-        location=location,
-        hint="make that axis static in dynamic_shapes, give the Dim the range the model needs, or trace with "
-        "example sizes of at least 2",
-    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+
 from moec.ir import Location
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
@@ -35,7 +36,8 @@ def _module_names(count: int = 0) -> Mapping[str, str]:
     return {f: n for n, m in list(sys.modules.items()) if isinstance(f := getattr(m, "__file__", None), str)}
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a file is neither torch's nor part of this package."""
     return not file.startswith((_OURS, _TORCH, "<"))
 
 
@@ -46,7 +48,7 @@ def node_location(meta: Mapping[str, Any], prefix: str) -> Location:
     for path, _ in stack.values():
         module = strip_prefix(_clean(path), prefix)
     frames = [(m["file"], int(m["line"])) for m in _FRAME.finditer(meta.get("stack_trace") or "")]
-    users = [f for f in frames if _is_users(f[0])] or [f for f in frames if not f[0].startswith((_OURS, "<"))]
+    users = [f for f in frames if is_users(f[0])] or [f for f in frames if not f[0].startswith((_OURS, "<"))]
     file, line = users[-1] if users else ("", 0)
     return Location.at(module, import_path(file) if file else "", line)
 
@@ -83,6 +85,6 @@ def _innermost(tb: TracebackType | None, names: Mapping[int, str]) -> tuple[str,
     for frame, line in frames[start + 1 :]:
         owner = frame.f_locals.get("self")
         module = names.get(id(owner), module)
-        if _is_users(frame.f_code.co_filename):
+        if is_users(frame.f_code.co_filename):
             best = (module, frame.f_code.co_filename, line)
     return best

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, SymIntArgument
+
 from moec.frontend.aten import LOWERINGS
 from moec.frontend.aten.registry import PARAMETERS, op_name
-from moec.frontend.complex import Complex, involves_complex, lower_complex
+from moec.frontend.complex import COMPLEX_ONLY, Complex, involves_complex, lower_complex
 from moec.frontend.context import Context
 from moec.frontend.locate import node_location, strip_prefix
 from moec.frontend.symbols import Symbols
-from moec.ir import CompileError, DType, Graph, Location, TensorType, Value, Weight
+from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
 from moec.ir.ops.tensor import INLINE_LIMIT
-from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, SymIntArgument
 
 # statements about the trace, not about values
 _DROPPED = {
@@ -25,14 +26,15 @@ _DROPPED = {
     "aten::_functional_assert_scalar",
 }  # fmt: skip
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
 
 
 class Lowerer:
     """Builds `graph` from an exported program; `outputs` describes the flattened results, see Signature.outputs.
 
     `prefix` is the module path of the user's model inside the exported one, `input_names` the names of the tensor
-    inputs in order (torch's own where None), `user_dims` the names the user gave to axes.
+    inputs in order (torch's own where None), `user_dims` the sizes the user
+    declared for axes.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Lowerer:
         *,
         prefix: str = "",
         input_names: list[str] | None = None,
-        user_dims: list[dict[int, str]] | None = None,
+        user_dims: list[dict[int, Dim]] | None = None,
     ):
         self.program = program
         self.prefix = prefix
@@ -89,7 +91,7 @@ class Lowerer:
         dims = self._user_dims or [{} for _ in tensors]
         shapes = [n.meta["val"].shape for n in tensors]
         for shape, named in zip(shapes, dims, strict=True):
-            self.symbols.declare(shape, [named.get(i) for i in range(len(shape))])
+            self.symbols.declare(shape, named)
         for shape in shapes:
             self.symbols.declare_rest(shape)
         for node, name in zip(tensors, names, strict=True):
@@ -143,7 +145,7 @@ class Lowerer:
         if target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
             return
-        if isinstance(value, _SYMBOLIC) or isinstance(value, bool | int | float):
+        if isinstance(value, _NUMBERS):
             return  # read from the metadata where used
         name = getattr(target, "_name", "") if not hasattr(target, "_schema") else op_name(target)
         if name in _DROPPED:
@@ -296,20 +298,29 @@ def unsupported(name: str) -> CompileError:
     return CompileError(f"no lowering for the op {name}{also}", code="unsupported-op", hint=_OP_HINT)
 
 
-def missing_ops(program: torch.export.ExportedProgram) -> list[Any]:
-    """Ops of the program that have no lowering of their own."""
-    found: dict[Any, None] = {}
+def _ops(program: torch.export.ExportedProgram) -> Iterator[Any]:
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-                name = op_name(node.target)
-                if name not in LOWERINGS and name not in _DROPPED:
-                    found[node.target] = None
-    return list(found)
+                yield node.target
+
+
+def missing_ops(program: torch.export.ExportedProgram) -> list[Any]:
+    """Ops of the program that have no lowering of their own."""
+    names = {op: op_name(op) for op in _ops(program)}
+    return [op for op, name in names.items() if not has_lowering(name)]
+
+
+def has_lowering(name: str) -> bool:
+    return name in LOWERINGS or name in _DROPPED or name in COMPLEX_ONLY
+
+
+def mutates(program: torch.export.ExportedProgram) -> bool:
+    """Whether any op writes into its arguments, so that the program must be made functional first."""
+    return any(op._schema.is_mutable and op_name(op) not in LOWERINGS for op in _ops(program))
 
 
 def _identity(tensor: torch.Tensor) -> Any:
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
-    layout: Mapping[str, Any] = {"shape": tuple(tensor.shape), "stride": tensor.stride()}
-    return tensor.data_ptr(), tensor.dtype, *layout.values()
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()

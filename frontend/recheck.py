@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+
+from moec.frontend.guards import Guard
 from moec.frontend.signature import Signature
-from moec.ir import CompileError, Graph, run
+from moec.ir import CompileError, Graph, Location, run
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
-from torch.utils import _pytree as pytree
 
 Bounds = dict[str, tuple[int, int | None]]
 
@@ -20,17 +22,24 @@ _MAY_DIFFER = {torch.float64: 0.0, torch.float32: 0.02, torch.float16: 0.25, tor
 
 
 def recheck(
-    model: torch.nn.Module, graph: Graph, signature: Signature, example: Sequence[torch.Tensor]
+    model: torch.nn.Module,
+    graph: Graph,
+    signature: Signature,
+    example: Sequence[torch.Tensor],
+    declared: Bounds,
+    guards: Sequence[Guard],
 ) -> tuple[Bounds, tuple[str, ...]]:
-    """Run model and graph with every dynamic size 1, with small odd ones, and 0; sizes that the model itself
-    refuses are left out. Returns the bounds that remain (a lower bound disproved at size 1 is dropped) and the
-    sizes checked. Raises CompileError where the two disagree within the bounds."""
+    """Run model and graph with every dynamic size 1, with small odd ones, and 0. Sizes that the model itself
+    refuses, or that are outside the ranges the user `declared`, are left out. Returns the bounds that remain (a
+    lower bound disproved at size 1 is dropped) and the sizes checked. Raises CompileError where the two disagree
+    within the bounds."""
     bounds = dict(signature.bounds)
     traced = bind_inputs(graph, example)
     checked = []
-    for name, sizes in _size_sets(traced, bounds).items():
+    for name, sizes in _size_sets(traced, bounds, declared).items():
         outside = [s for s, n in sizes.items() if s in bounds and not _inside(n, bounds[s])]
-        inputs = [_resized(t, [evaluate(d, sizes) for d in v.shape]) for t, v in zip(example, graph.inputs, strict=True)]
+        shapes = [[evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
+        inputs = [_resized(t, shape) for t, shape in zip(example, shapes, strict=True)]
         with torch.no_grad():
             try:
                 want = _eager(model, signature, inputs)
@@ -43,9 +52,12 @@ def recheck(
             for s in outside:
                 bounds[s] = (0 if name == "zero" else min(sizes[s], bounds[s][0]), bounds[s][1])
         elif not outside and name != "zero":
+            broken = [g for g in guards if not g.holds(sizes)]
+            why = f"; tracing assumed {' and '.join(dict.fromkeys(map(str, broken)))}" if broken else ""
             raise CompileError(
-                f"the traced program does not hold for other sizes: at {shown} {problem}",
+                f"the traced program does not hold for other sizes: at {shown} {problem}{why}",
                 code="dynamic-shape",
+                location=Location.merge(*(g.location for g in broken)),
                 hint="the model fixed a size of the example arguments while tracing (a Python number taken from a "
                 "shape, a cached table); trace with static shapes, or make that part depend on the input",
             )
@@ -54,14 +66,16 @@ def recheck(
     return {s: b for s, b in bounds.items() if b != (0, None)}, tuple(checked)
 
 
-def _size_sets(traced: Mapping[str, int], bounds: Bounds) -> dict[str, dict[str, int]]:
+def _size_sets(traced: Mapping[str, int], bounds: Bounds, declared: Bounds) -> dict[str, dict[str, int]]:
     odd = {}
     for i, (s, n) in enumerate(traced.items()):
         least, greatest = bounds.get(s, (0, None))
         size = max(3 + 2 * i + (n == 3 + 2 * i), least)
         odd[s] = size if greatest is None else min(size, greatest)
     sets = {"odd": odd, "one": dict.fromkeys(traced, 1), "zero": dict.fromkeys(traced, 0)}
-    return {k: v for k, v in sets.items() if k != "zero" or not any(b[0] > 1 for b in bounds.values())}
+    if any(b[0] > 1 for b in bounds.values()):
+        del sets["zero"]
+    return {k: v for k, v in sets.items() if all(_inside(n, declared[s]) for s, n in v.items() if s in declared)}
 
 
 def _inside(n: int, bound: tuple[int, int | None]) -> bool:
@@ -115,11 +129,9 @@ def _differs(want: torch.Tensor, got: torch.Tensor) -> bool:
     tolerance = _TOLERANCE[want.dtype]
     finite = want[want.isfinite()].double().abs()
     scale = float(finite.square().mean().sqrt()) if finite.numel() else 1.0
-    close = torch.isclose(got.double(), want.double(), rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True)
+    absolute = tolerance * max(scale, 1e-6)
+    close = torch.isclose(got.double(), want.double(), rtol=tolerance, atol=absolute, equal_nan=True)
     return float((~close).double().mean()) > _MAY_DIFFER[want.dtype]
-
-
-_Distance = Callable[[torch.Tensor, torch.Tensor], float]
 
 
 def _distance(want: torch.Tensor, got: torch.Tensor) -> float:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError
 from torch.utils import _pytree as pytree
+
+from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError
 
 Constant = None | bool | int | float | str
 

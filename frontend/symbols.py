@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy import functions as torch_sympy
+
 from moec.ir import CompileError, Dim, DType, TensorType
 from moec.ir.dims import size
-from torch.utils._sympy import functions as torch_sympy
 
 _LETTERS = ("B", "S")
 
@@ -45,16 +46,16 @@ _FUNCTIONS: dict[type, Callable[..., sympy.Expr]] = {
 
 
 class Symbols:
-    """Names torch's symbols: the user's Dim names where given, else B for axis 0, S for axis 1, then s0, s1 …"""
+    """torch's symbols → the user's Dims where given, else B for axis 0, S for axis 1, then s0, s1 …"""
 
     def __init__(self) -> None:
-        self.names: dict[str, str] = {}
+        self.names: dict[str, Dim] = {}
 
-    def declare(self, shape: Sequence[Any], user_names: Sequence[str | None]) -> None:
+    def declare(self, shape: Sequence[Any], user_dims: Mapping[int, Dim]) -> None:
         """Name the symbols that are an axis of an input by themselves and that the user named."""
-        for s, name in zip(shape, user_names, strict=True):
-            if isinstance(s, torch.SymInt) and name and s.node.expr.is_Symbol:
-                self.names.setdefault(s.node.expr.name, name)
+        for axis, s in enumerate(shape):
+            if isinstance(s, torch.SymInt) and axis in user_dims and s.node.expr.is_Symbol:
+                self.names.setdefault(s.node.expr.name, user_dims[axis])
 
     def declare_rest(self, shape: Sequence[Any]) -> None:
         """Name all other symbols of an input's shape, in order of appearance."""
@@ -65,11 +66,11 @@ class Symbols:
                 if symbol.name not in self.names:
                     self.names[symbol.name] = self._fresh(axis if s.node.expr.is_Symbol else None)
 
-    def _fresh(self, axis: int | None) -> str:
-        taken = set(self.names.values())
+    def _fresh(self, axis: int | None) -> Dim:
+        taken = frozenset().union(*(d.symbols for d in self.names.values()))
         if axis is not None and axis < len(_LETTERS) and _LETTERS[axis] not in taken:
-            return _LETTERS[axis]
-        return next(n for i in itertools.count() if (n := f"s{i}") not in taken)
+            return Dim(_LETTERS[axis])
+        return Dim(next(n for i in itertools.count() if (n := f"s{i}") not in taken))
 
     def size(self, s: int | torch.SymInt) -> int | Dim:
         """A size. Raises CompileError for one that depends on tensor values."""
@@ -83,20 +84,17 @@ class Symbols:
     def type(self, tensor: torch.Tensor) -> TensorType:
         return TensorType(DType.of(tensor.dtype), self.shape(tensor.shape))
 
-    def expression(self, text: sympy.Expr) -> int | Dim:
-        return size(self._convert(text))
-
     def _convert(self, e: sympy.Expr) -> sympy.Expr:
         if e.is_Symbol:
-            name = self.names.get(e.name)
-            if name is None:
+            dim = self.names.get(e.name)
+            if dim is None:
                 raise CompileError(
                     f"a size ({e.name}) depends on the values of a tensor",
                     code="data-dependent",
                     hint="ops such as nonzero, masked_select or boolean indexing give no fixed shape; "
                     "use torch.where or a weighted sum over all elements",
                 )
-            return Dim(name).expr
+            return dim.expr
         if e.is_Integer or e.is_Rational:
             return e
         args = [self._convert(a) for a in e.args]

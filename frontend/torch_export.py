@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from moec.frontend.aten.registry import LOWERINGS, op_name
-from moec.frontend.dynamic import axis_name, is_declared, leaf_names, leaf_specs, parameter_names
+from torch.utils import _pytree as pytree
+
+from moec.frontend.aten.registry import op_name
+from moec.frontend.dynamic import (
+    declared_range,
+    declared_size,
+    for_export,
+    leaf_names,
+    leaf_specs,
+    must_be_dynamic,
+    parameter_names,
+)
 from moec.frontend.errors import translated
-from moec.frontend.lower import Lowerer, missing_ops
+from moec.frontend.grouped import GroupedMMMode
+from moec.frontend.guards import fixed_axes, guards
+from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
 from moec.frontend.recheck import recheck
 from moec.frontend.signature import Signature, as_constant
 from moec.ir import ArgumentTypeError, CompileError, Graph
 from moec.ir.interpreter import bind_inputs
-from torch.utils import _pytree as pytree
 
 Bounds = dict[str, tuple[int, int | None]]
 
@@ -130,37 +141,41 @@ def _from_module(
     if any(p.is_meta for p in model.parameters()):
         tensors = [t.to("meta") for t in tensors]
     program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
-    user_dims = [{axis: n for axis, d in s.items() if (n := axis_name(d))} for s in specs]
+    user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
     lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims)
     graph = lowerer.run()
-    specialised = _specialised(graph, specs)
-    bounds = _bounds(program, lowerer, {axis_name(d): d for s in specs for d in s.values()})
+    specialised = _specialised(graph, specs, program)
+    declared = _declared_bounds(specs)
+    bounds = _narrowed(_bounds(program, lowerer), declared)
     signature = Signature(
         in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds
     )
     checked: tuple[str, ...] = ()
     if check and graph.symbols and not any(t.is_meta for t in tensors):
-        bounds, checked = recheck(model, graph, signature, tensors)
-        signature = replace(signature, bounds=bounds)
+        assumptions = guards(program, lowerer.symbols.names)
+        bounds, checked = recheck(model, graph, signature, tensors, declared, assumptions)
+        signature = replace(signature, bounds=_narrowed(bounds, declared))
     return Traced(graph, signature, specialised, checked)
 
 
 def _export(
     wrapper: torch.nn.Module, model: torch.nn.Module, tensors: list[torch.Tensor], specs: list[dict[int, Any]]
 ) -> torch.export.ExportedProgram:
-    shapes = {"tensors": tuple(dict(s) for s in specs)} if any(specs) else None
+    axes = tuple({axis: for_export(d) for axis, d in s.items()} for s in specs)
+    shapes = {"tensors": axes} if any(axes) else None
     # backed_size_oblivious: sizes 0 and 1 stay open instead of being assumed away; a lower bound that torch
     # reports is then a branch of the model's own, and an example of size 1 can be dynamic
     with translated(model, "tracing"), torch.no_grad(), _export_settings():
-        exported = torch.export.export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        return decompose(exported)
+        return decompose(torch.export.export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False))
 
 
 def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Functional form, in ops that have lowerings as far as torch knows how to get there."""
+    if not missing_ops(program) and not mutates(program):
+        return program
     table = torch.export.default_decompositions()
     for op in list(table.keys()):
-        if isinstance(op, torch._ops.OpOverload) and op_name(op) in LOWERINGS:
+        if isinstance(op, torch._ops.OpOverload) and has_lowering(op_name(op)):
             table.pop(op)
     program = program.run_decompositions(table)
     rest = torch._decomp.get_decompositions(missing_ops(program))
@@ -169,8 +184,7 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
 
 @contextmanager
 def _export_settings() -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True), GroupedMMMode():  # type: ignore[attr-defined]
         yield
 
 
@@ -198,41 +212,60 @@ def _from_program(program: torch.export.ExportedProgram) -> Traced:
     constants = {i: lowerer.constant_inputs[n] for i, n in enumerate(names) if n in lowerer.constant_inputs}
     first, keys = in_spec.child(0).num_children, list(in_spec.child(1).context or ())
     parameters = [f"arg{i}" if i >= len(names) else names[i] for i in range(first)] + keys
-    bounds = {k: b for k, b in _bounds(functional, lowerer, {}).items() if b != (2, None)}  # torch's own default
-    call = Signature(
-        in_spec, out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds
-    )
+    bounds = {k: b for k, b in _bounds(functional, lowerer).items() if b != (2, None)}  # torch's own default
+    call = Signature(in_spec, out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds)
     return Traced(graph, call)
 
 
-def _specialised(graph: Graph, specs: list[dict[int, Any]]) -> tuple[str, ...]:
+def _specialised(graph: Graph, specs: list[dict[int, Any]], program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """Axes left open that became constants. Raises CompileError for one that the user declared dynamic."""
     notes = []
-    for value, spec in zip(graph.inputs, specs, strict=True):
+    lines = fixed_axes(program)
+    for i, (value, spec) in enumerate(zip(graph.inputs, specs, strict=True)):
         for axis, dim in spec.items():
             size = value.shape[axis]
             if isinstance(dim, int) or not isinstance(size, int):
                 continue
-            if is_declared(dim):
+            if must_be_dynamic(dim):
                 raise CompileError(
                     f"argument {value.name!r} axis {axis} was declared dynamic, but the model only works for the "
                     f"size {size} that it was traced with",
                     code="dynamic-shape",
+                    location=lines.get((i, axis)),
                     hint="make the axis static in dynamic_shapes, or remove what fixes its size in the model",
                 )
             notes.append(f"{value.name} axis {axis} = {size}")
     return tuple(notes)
 
 
-def _bounds(program: torch.export.ExportedProgram, lowerer: Lowerer, declared: Mapping[str | None, Any]) -> Bounds:
+def _bounds(program: torch.export.ExportedProgram, lowerer: Lowerer) -> Bounds:
     """Sizes that the trace holds for, by symbol name, where that is not every size ≥ 0."""
     result: Bounds = {}
     for symbol, r in program.range_constraints.items():
-        name = lowerer.symbols.names.get(str(symbol))
-        if name is None:
+        dim = lowerer.symbols.names.get(str(symbol))
+        if dim is None or not dim.is_symbol:
             continue
         least = int(r.lower) if r.lower.is_Integer else 0
         greatest = int(r.upper) if r.upper.is_Integer else None
         if least > 0 or greatest is not None:
-            result[name] = (least, greatest)
+            result[str(dim)] = (least, greatest)
     return result
+
+
+def _declared_bounds(specs: list[dict[int, Any]]) -> Bounds:
+    """The ranges of the user's own named Dims."""
+    result: Bounds = {}
+    for dim in (d for s in specs for d in s.values()):
+        size = declared_size(dim)
+        if size is not None and size.is_symbol and declared_range(dim) != (0, None):
+            result[str(size)] = declared_range(dim)
+    return result
+
+
+def _narrowed(a: Bounds, b: Bounds) -> Bounds:
+    """Sizes inside both."""
+    result = {}
+    for s in a.keys() | b.keys():
+        (low, high), (low2, high2) = a.get(s, (0, None)), b.get(s, (0, None))
+        result[s] = (max(low, low2), min((h for h in (high, high2) if h is not None), default=None))
+    return dict(sorted(result.items()))

@@ -130,9 +130,7 @@ def index(c: Context, self: Value, indices: Sequence[Value | None]) -> Value:
     return c.transpose(out, order)
 
 
-def _flatten_indexed(
-    c: Context, x: Value, picked: Sequence[tuple[int, Value]]
-) -> tuple[Value, Value, list[int]]:
+def _flatten_indexed(c: Context, x: Value, picked: Sequence[tuple[int, Value]]) -> tuple[Value, Value, list[int]]:
     """Merge the indexed axes into one in front: (x [product, …rest], one index into it, the other axes)."""
     axes = [a for a, _ in picked]
     rest = [i for i in range(x.type.rank) if i not in axes]

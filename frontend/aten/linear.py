@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context, Number
-from moec.ir import DType, TensorType, Value
+from moec.ir import TensorType, Value
 
 
 @lowers("linear")

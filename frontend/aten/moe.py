@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from moec.frontend.aten.linear import matmul
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context, Number
@@ -27,7 +28,7 @@ def grouped_mm_fallback(c: Context, input: Value, weight: Value, offs: Value) ->
     return c.b.grouped_matmul(input, weight, c.cast(offs, DType.I32))
 
 
-@lowers("moec::grouped_mm")
+@lowers("moec::grouped_mm", "moec_frontend::grouped_mm")
 def moec_grouped_mm(c: Context, rows: Value, weight: Value, ends: Value) -> Value:
     return c.b.grouped_matmul(rows, weight, c.cast(ends, DType.I32))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context
 from moec.ir import Value

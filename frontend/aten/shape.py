@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moec.frontend.aten.registry import lowers
-from moec.frontend.context import Context, Number, Size
+from moec.frontend.context import Context, Number, Size, as_number
 from moec.ir import Dim, DType, TensorType, Value
 
 
@@ -220,7 +220,8 @@ def _roll_axis(c: Context, x: Value, axis: int, shift: Size) -> Value:
 @lowers("constant_pad_nd")
 def constant_pad(c: Context, self: Value, pad: Sequence[Size], value: Number) -> Value:
     rank = self.type.rank
-    before, after = [0] * rank, [0] * rank
+    before: list[Size] = [0] * rank
+    after: list[Size] = [0] * rank
     x = self
     for i in range(len(pad) // 2):
         axis = rank - 1 - i
@@ -229,8 +230,7 @@ def constant_pad(c: Context, self: Value, pad: Sequence[Size], value: Number) ->
             x = c.slice(x, axis, max(-lo, 0), x.shape[axis] - max(-hi, 0))
             lo, hi = max(lo, 0), max(hi, 0)
         before[axis], after[axis] = lo, hi
-    typed = float(value) if x.dtype.is_float else bool(value) if x.dtype is DType.BOOL else int(value)
-    return c.b.pad(x, before=tuple(before), after=tuple(after), value=typed)
+    return c.b.pad(x, before=tuple(before), after=tuple(after), value=as_number(value, x.dtype))
 
 
 @lowers("tril")

@@ -1,0 +1,107 @@
+"""Hugging Face models with small random configs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moec.frontend import trace
+from moec.ir import CompileError
+
+transformers = pytest.importorskip("transformers")
+
+BASE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "num_hidden_layers": 1,
+}  # fmt: skip
+LATENT = BASE | {
+    "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
+    "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 0, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+CONFIGS = {
+    "mixtral": ("MixtralConfig", BASE | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", BASE | {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2,
+                                           "moe_intermediate_size": 16, "norm_topk_prob": True}),
+    "deepseek_v3": ("DeepseekV3Config", LATENT | {"num_hidden_layers": 2, "first_k_dense_replace": 1}),
+    "deepseek_v2": ("DeepseekV2Config", LATENT | {"topk_method": "group_limited_greedy"}),
+    "gpt_oss": ("GptOssConfig", BASE | {"head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2,
+                                        "sliding_window": 128, "num_hidden_layers": 2}),
+    "olmoe": ("OlmoeConfig", BASE | {"num_experts": 6, "num_experts_per_tok": 2}),
+    "llama": ("LlamaConfig", BASE),
+    "qwen3": ("Qwen3Config", BASE | {"head_dim": 8}),
+}  # fmt: skip
+
+
+def build(name: str, experts: str = "grouped_mm", attention: str = "sdpa", dtype=torch.float32):
+    cls, values = CONFIGS[name]
+    config = getattr(transformers, cls)(**values)
+    extra = {"experts_implementation": experts} if experts else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype, **extra)
+    return model.eval()
+
+
+def call(*shape: int) -> dict:
+    return {"input_ids": torch.randint(0, 97, shape), "use_cache": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "attention"),
+    [
+        ("mixtral", "grouped_mm", "sdpa"),
+        ("mixtral", "batched_mm", "eager"),
+        ("deepseek_v3", "grouped_mm", "sdpa"),
+        ("deepseek_v3", "batched_mm", "sdpa"),
+        ("qwen3_moe", "grouped_mm", "eager"),
+        ("deepseek_v2", "grouped_mm", "sdpa"),
+        ("gpt_oss", "grouped_mm", "eager"),
+        ("olmoe", "batched_mm", "sdpa"),
+        ("llama", "", "sdpa"),
+        ("qwen3", "", "eager"),
+    ],
+)
+def test_agrees_at_other_shapes(name, experts, attention, same, well_formed):
+    model = build(name, experts, attention)
+    traced = trace(model, (), call(2, 24), dynamic_shapes={"input_ids": {0: "B", 1: "S"}})
+    well_formed(traced)
+    assert str(traced.graph.inputs[0].type) == "i64[B, S]"
+    for shape in [(2, 24), (1, 1), (1, 17), (3, 40), (5, 100)]:
+        same(traced, model, (), call(*shape))
+    files = {f.file for n in traced.graph.nodes for f in n.location.frames}
+    assert f"transformers/models/{name}/modeling_{name}.py" in files
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_bfloat16(name, same, well_formed):
+    model = build(name, dtype=torch.bfloat16)
+    traced = trace(model, (), call(2, 6), dynamic_shapes="auto", check=False)
+    well_formed(traced)
+    assert traced.graph.find("linear.grouped_matmul")
+    same(traced, model, (), call(2, 6), tol=4e-2)
+    same(traced, model, (), call(1, 3), tol=4e-2)
+
+
+def test_model_output_and_cache_structure_come_back():
+    model = build("llama", "")
+    ids = torch.randint(0, 97, (2, 6))
+    traced = trace(model, (ids,), {"use_cache": True})
+    result = traced.unflatten([torch.zeros([int(s) for s in v.shape]) for v in traced.graph.outputs])
+    assert type(result).__name__ == "CausalLMOutputWithPast"
+    assert type(result.past_key_values).__name__ == "DynamicCache"
+    assert result.loss is None
+    assert traced.graph.output_names[0] == "logits"
+
+
+def test_interleaved_rope_leaves_no_uninitialised_memory_in_the_graph():
+    traced = trace(build("deepseek_v3"), (), call(2, 4))
+    assert not [n for n in traced.graph.find("tensor.full") if len(n.results[0].shape) == 4]
+
+
+def test_eager_experts_are_refused_with_their_line():
+    model = build("mixtral", "eager")
+    with pytest.raises(CompileError) as e:
+        trace(model, (), call(2, 4))
+    assert e.value.code == "data-dependent"
+    assert e.value.location.module == "model.layers.0.mlp.experts"
+    assert e.value.location.frames[0].file == "transformers/models/mixtral/modeling_mixtral.py"
+    assert "grouped_mm" in e.value.hint
