@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from moec.ir import Dim, Graph, Node, TensorType, Value, Weight
 from moec.ir.interpreter import evaluate_node
 from moec.ir.ops.tensor import INLINE_LIMIT

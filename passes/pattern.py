@@ -218,7 +218,7 @@ def _depth(p: Any) -> int:
 def build_pattern(method: Callable[..., Any]) -> Pattern:
     """Call a `pattern(self, p, x, …)` method with captures for its parameters."""
     p = PatternBuilder()
-    names = list(inspect.signature(method).parameters)[1:]
+    names = list(inspect.signature(method).parameters)[1:]  # the first is p
     built = method(p, *[Var(n) for n in names])
     if built is None:
         raise CompileError("pattern() returned nothing", code="pattern", hint="return the value(s) to replace")

@@ -18,6 +18,7 @@ from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rope import FuseRoPE
 from moec.passes.place import PlaceExperts
 from moec.passes.quantize import QuantizeFP8
+from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
 
 
@@ -121,6 +122,7 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
         FuseRoPE(),
         FuseAttention(),
         RaiseMoE(),
+        RaiseUnrolledExperts(),
         FuseMLP(),
         FoldConstants(),
         Canonicalise(),

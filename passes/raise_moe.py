@@ -6,36 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
+from moec.passes.raise_dense import DenseExperts
 from moec.passes.raise_route import ROUTE_RULES
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
-
-ACTIVATIONS = {
-    "silu": ("math.silu", {}),
-    "gelu": ("math.gelu", {}),
-    "gelu_tanh": ("math.gelu", {"approximate": "tanh"}),
-}
-
-
-def _gated(p: Any, h: Any, activation: str) -> Any:
-    """act(gate) · up of the two halves of h."""
-    op, attrs = ACTIVATIONS[activation]
-    gate, up = p.split(h, axis=-1, sizes=p.attr("halves"), results=2)
-    return p.mul(p.op(op, [gate], attrs), up)
+from moec.passes.structure import ACTIVATIONS, gated, producer, through
 
 
 def _cast(p: Any, v: Any) -> Any:
     return p.maybe(lambda inner: p.cast(inner, dtype=p.attr()), v)
-
-
-def through(v: Value | None, *ops: str) -> Value | None:
-    """The value below a chain of single-operand ops."""
-    while v is not None and v.producer is not None and v.producer.op in ops:
-        v = v.producer.operands[0]
-    return v
-
-
-def producer(v: Value | None, op: str) -> Any:
-    return v.producer if v is not None and v.producer is not None and v.producer.op == op else None
 
 
 def why_not_offsets(offsets: Value, experts: Value, num_experts: int) -> str | None:
@@ -91,7 +69,7 @@ class GroupedExperts(Rewrite):
         perm = p.bind("perm", p.shared(order))
         rows = p.gather(x, p.shared(p.floordiv(perm, k)), axis=0)
         h = p.grouped_matmul(_cast(p, rows), p.transpose(gate_up, perm=(0, 2, 1)), offsets)
-        y = p.grouped_matmul(_gated(p, h, self.activation), p.transpose(down, perm=(0, 2, 1)), offsets)
+        y = p.grouped_matmul(gated(p, h, self.activation), p.transpose(down, perm=(0, 2, 1)), offsets)
         factors = p.gather(p.reshape(weights, shape=p.attr()), perm, axis=0)
         y = p.mul(_cast(p, y), _cast(p, p.reshape(factors, shape=p.attr())))
         back = p.gather(_cast(p, y), p.any("inverse"), axis=0)
@@ -141,7 +119,7 @@ class BatchedExperts(Rewrite):
         rows = p.reshape(p.reshape(repeated, shape=p.attr()), shape=p.attr())
         column = p.either(rows, p.reshape(repeated, shape=p.attr()))
         h = p.reshape(p.matmul(p.gather(gate_up, flat, axis=0), column), shape=p.attr())
-        act = p.reshape(_gated(p, h, self.activation), shape=p.attr())
+        act = p.reshape(gated(p, h, self.activation), shape=p.attr())
         y = p.reshape(p.matmul(p.gather(down, flat, axis=0), act), shape=p.attr())
         y = p.mul(_cast(p, y), _cast(p, p.reshape(weights, shape=p.attr())))
         total = p.sum(_cast(p, p.reshape(_cast(p, y), shape=p.attr("per_token"))), axes=(-2,))
@@ -171,4 +149,5 @@ class RaiseMoE(RuleSet):
         *ROUTE_RULES,
         *(GroupedExperts(a, narrow) for a in ACTIVATIONS for narrow in (False, True)),
         *(BatchedExperts(a, narrow) for a in ACTIVATIONS for narrow in (False, True)),
+        *(DenseExperts(a) for a in ACTIVATIONS),
     )

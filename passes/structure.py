@@ -1,0 +1,31 @@
+"""What the raising rules share: walking up a value, and the gated activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moec.ir import Value
+
+ACTIVATIONS = {
+    "silu": ("math.silu", {}),
+    "gelu": ("math.gelu", {}),
+    "gelu_tanh": ("math.gelu", {"approximate": "tanh"}),
+}
+
+
+def gated(p: Any, h: Any, activation: str) -> Any:
+    """act(gate) · up of the two halves of h."""
+    op, attrs = ACTIVATIONS[activation]
+    gate, up = p.split(h, axis=-1, sizes=p.attr("halves"), results=2)
+    return p.mul(p.op(op, [gate], attrs), up)
+
+
+def through(v: Value | None, *ops: str) -> Value | None:
+    """The value below a chain of single-operand ops."""
+    while v is not None and v.producer is not None and v.producer.op in ops:
+        v = v.producer.operands[0]
+    return v
+
+
+def producer(v: Value | None, op: str) -> Any:
+    return v.producer if v is not None and v.producer is not None and v.producer.op == op else None
