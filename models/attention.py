@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from moec.models.model_config import ModelConfig
 from moec.models.norm import RMSNorm
 from moec.models.rope import rotate, softmax_scale
-from torch import Tensor, nn
 
 Cache = tuple[Tensor, Tensor]
 """One layer's past: (k, v). MHA/GQA [B, num_kv_heads, P, head_dim] twice;
@@ -45,9 +46,8 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, hidden: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, past: Cache | None
     ) -> tuple[Tensor, Cache]:
-        batch, length = hidden.shape[0], hidden.shape[1]
-        heads = (batch, length, -1, self.head_dim)
-        q, k, v = (project(hidden).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (-1, self.head_dim)
+        q, k, v = (project(hidden).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), *tables, self.interleaved)
@@ -56,7 +56,7 @@ class GroupedQueryAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, *cache, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=self.grouped
         )
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1)), cache
+        return self.o_proj(y.transpose(1, 2).flatten(2)), cache
 
 
 class LatentAttention(nn.Module):
@@ -91,12 +91,11 @@ class LatentAttention(nn.Module):
     def forward(
         self, hidden: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, past: Cache | None
     ) -> tuple[Tensor, Cache]:
-        batch, length = hidden.shape[0], hidden.shape[1]
         if self.low_rank_query:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
         else:
             q = self.q_proj(hidden)
-        q = q.view(batch, length, self.num_heads, self.nope + self.rope).transpose(1, 2)
+        q = q.unflatten(-1, (self.num_heads, self.nope + self.rope)).transpose(1, 2)
         q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
         q = torch.cat((q_nope, rotate(q_rope, *tables, self.interleaved)), dim=-1)
 
@@ -109,4 +108,4 @@ class LatentAttention(nn.Module):
         k_nope, v = keys_values.transpose(1, 2).split((self.nope, self.value), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1)), cache
+        return self.o_proj(y.transpose(1, 2).flatten(2)), cache

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from moec.models.model_config import ModelConfig
-from moec.models.transformer import MoETransformer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from moec.models.model_config import ModelConfig
+from moec.models.transformer import MoETransformer
 
 WEIGHTS = Path(__file__).parent / "weights"
 

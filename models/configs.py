@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+
 from moec.models.model_config import ModelConfig, Yarn
 from moec.models.transformer import MoETransformer
 

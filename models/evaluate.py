@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from moec.models.moe import MoE
 from moec.models.transformer import MoETransformer
-from torch import Tensor
 
 
 def byte_windows(text: bytes, window: int, batch: int) -> Iterator[Tensor]:

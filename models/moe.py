@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from moec.models.grouped import grouped_mm
 from moec.models.model_config import ModelConfig
 from moec.models.norm import at_least_float32
-from torch import Tensor, nn
 
 
 class SwiGLU(nn.Module):
@@ -64,14 +65,14 @@ class Router(nn.Module):
 
     def _limit_groups(self, choice: Tensor) -> Tensor:
         """choice [T, E] with -inf in every group but the best `topk_group`."""
-        grouped = choice.view(choice.shape[0], self.n_group, -1)
+        grouped = choice.unflatten(-1, (self.n_group, -1))
         if self.scoring == "sigmoid":
             group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
         else:
             group_scores = grouped.amax(dim=-1)
         chosen = group_scores.topk(self.topk_group, dim=-1).indices
         keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, chosen, True)
-        return grouped.masked_fill(~keep.unsqueeze(-1), float("-inf")).view_as(choice)
+        return grouped.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 class Experts(nn.Module):

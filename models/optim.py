@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from moec.models.transformer import MoETransformer
 from torch import Tensor
+
+from moec.models.transformer import MoETransformer
 
 # Polar Express (Amsel et al., arXiv:2505.16932): odd quintics a x + b x³ + c x⁵, one per iteration.
 _QUINTICS = (

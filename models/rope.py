@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from moec.models.model_config import ModelConfig, Yarn
 from torch import Tensor, nn
+
+from moec.models.model_config import ModelConfig, Yarn
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from moec.models.checkpoint import WEIGHTS, save, trained
 from moec.models.data import DOMAINS, HELDOUT, corpora
 from moec.models.evaluate import bits_per_byte
@@ -19,8 +22,6 @@ from moec.models.model_config import ModelConfig
 from moec.models.moe import MoE
 from moec.models.optim import optimisers
 from moec.models.transformer import MoETransformer
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 CONFIG = ModelConfig(
     vocab_size=256,

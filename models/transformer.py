@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from moec.models.attention import Cache, GroupedQueryAttention, LatentAttention
 from moec.models.model_config import ModelConfig
 from moec.models.moe import Experts, MoE, Router, SwiGLU
 from moec.models.norm import RMSNorm
 from moec.models.rope import RotaryEmbedding
-from torch import Tensor, nn
 
 Tables = tuple[Tensor, Tensor]
 
