@@ -56,13 +56,13 @@ def leaf_specs(
 
 
 def parameter_names(model: torch.nn.Module) -> list[str]:
-    """Names of the forward's parameters; variadic ones with their stars."""
+    """Names of the forward's parameters that can be passed by position; variadic ones with their stars."""
     stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     try:
         parameters = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
         return ["*args", "**kwargs"]
-    return [stars.get(p.kind, "") + n for n, p in parameters.items()]
+    return [stars.get(p.kind, "") + n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
 
 
 def _positional_names(parameters: Sequence[str], count: int) -> list[str]:

@@ -80,7 +80,9 @@ def _innermost(tb: TracebackType | None, names: Mapping[int, str]) -> tuple[str,
     while tb is not None:
         frames.append((tb.tb_frame, tb.tb_lineno))
         tb = tb.tb_next
-    start = max((i for i, (f, _) in enumerate(frames) if f.f_code.co_filename.startswith(_OURS)), default=-1)
+    # GroupedMMMode sees every torch call of the model and so stands below it
+    ours = [f.f_code.co_filename.startswith(_OURS) and f.f_code.co_name != "__torch_function__" for f, _ in frames]
+    start = max((i for i, mine in enumerate(ours) if mine), default=-1)
     module, best = "", None
     for frame, line in frames[start + 1 :]:
         owner = frame.f_locals.get("self")

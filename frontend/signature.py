@@ -99,18 +99,19 @@ class Signature:
         traced_args, traced_kwargs = self.in_spec.child(0), self.in_spec.child(1)
         plain = [p for p in self.parameters if not p.startswith("*")]
         count, keys = traced_args.num_children, list(traced_kwargs.context or ())
+        moved: list[str] = []
         if len(args) < count:
             moved = plain[len(args) : count]
             if not all(m in kwargs for m in moved):
                 missing = [m for m in moved if m not in kwargs]
                 raise ArgumentTypeError(f"missing arguments: {', '.join(missing)}", code="arguments")
             args = (*args, *(kwargs.pop(m) for m in moved))
-        for name in plain[count : len(args)]:
-            if name in kwargs:
+        for name in plain[: len(args)]:
+            if name in kwargs and name not in moved:
                 raise ArgumentTypeError(f"argument {name!r} is given twice", code="arguments")
-        kwargs.update(dict(zip(plain[count : len(args)], args[count:], strict=False)))
         if len(args) > max(count, len(plain)):
             raise ArgumentTypeError(f"expected {count} positional arguments, got {len(args)}", code="arguments")
+        kwargs.update(dict(zip(plain[count : len(args)], args[count:], strict=False)))
         args = args[:count]
         missing, unknown = [k for k in keys if k not in kwargs], [k for k in kwargs if k not in keys]
         if missing or unknown:

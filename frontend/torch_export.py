@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch.utils import _pytree as pytree
 
@@ -26,7 +27,7 @@ from moec.frontend.guards import fixed_axes, guards
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
 from moec.frontend.recheck import recheck
 from moec.frontend.signature import Signature, as_constant
-from moec.ir import ArgumentTypeError, CompileError, Graph
+from moec.ir import ArgumentTypeError, CompileError, Graph, Location
 from moec.ir.interpreter import bind_inputs
 
 Bounds = dict[str, tuple[int, int | None]]
@@ -143,7 +144,10 @@ def _from_module(
     program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
     user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
     lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims)
-    graph = lowerer.run()
+    try:
+        graph = lowerer.run()
+    except CompileError as e:
+        raise _explained(e, program, lowerer) from None
     specialised = _specialised(graph, specs, program)
     declared = _declared_bounds(specs)
     bounds = _narrowed(_bounds(program, lowerer), declared)
@@ -215,6 +219,20 @@ def _from_program(program: torch.export.ExportedProgram) -> Traced:
     bounds = {k: b for k, b in _bounds(functional, lowerer).items() if b != (2, None)}  # torch's own default
     call = Signature(in_spec, out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds)
     return Traced(graph, call)
+
+
+def _explained(error: CompileError, program: torch.export.ExportedProgram, lowerer: Lowerer) -> CompileError:
+    """A type error of the IR in a dynamic graph comes from sizes that torch took as equal after comparing them at
+    the example's: say which."""
+    assumed = [g for g in guards(program, lowerer.symbols.names) if isinstance(g.condition, sympy.Eq)]
+    if error.code != "type" or not assumed:
+        return error
+    return CompileError(
+        f"{error.message}; the model assumes {' and '.join(dict.fromkeys(map(str, assumed)))}",
+        code="dynamic-shape",
+        location=error.location or Location.merge(*(g.location for g in assumed)),
+        hint="make the axes it depends on static in dynamic_shapes",
+    )
 
 
 def _specialised(graph: Graph, specs: list[dict[int, Any]], program: torch.export.ExportedProgram) -> tuple[str, ...]:

@@ -1,0 +1,174 @@
+"""dynamic_shapes: its forms, names, bounds, and models that fix a size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.export import Dim
+
+from moec.frontend import trace
+from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError
+
+
+class Add(torch.nn.Module):
+    def forward(self, x, y):
+        return x * 2 + y.sum()
+
+
+class Branch(torch.nn.Module):
+    """Another formula for four columns."""
+
+    def forward(self, x):
+        if x.shape[1] == 4:
+            return x * 2
+        return x
+
+
+class AtLeast(torch.nn.Module):
+    def forward(self, x):
+        return x + 1 if x.shape[1] > 3 else x - 1
+
+
+class Frozen(torch.nn.Module):
+    """Takes a length from the shape as a plain number, as a cached table does."""
+
+    def forward(self, x):
+        return x * float(torch.arange(len(range(x.shape[1]))).shape[0])
+
+
+class Square(torch.nn.Module):
+    def forward(self, x):
+        n = int(x.shape[1] ** 0.5)
+        return x.reshape(-1, n, n)
+
+
+def types(traced) -> list[str]:
+    return [str(v.type) for v in traced.graph.inputs]
+
+
+EXAMPLE = (torch.ones(3, 4), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (None, ["f32[3, 4]", "f32[5]"]),
+        ("auto", ["f32[B, S]", "f32[s0]"]),
+        ({"x": {0: "rows"}}, ["f32[rows, 4]", "f32[5]"]),
+        ({"x": {0: Dim("a"), 1: Dim("b")}, "y": {0: Dim("a")}}, ["f32[a, b]", "f32[a]"]),
+        ({"x": {0: Dim("a")}, "y": {0: 2 * Dim("a")}}, ["f32[a, 4]", "f32[2*a]"]),
+        (({1: Dim.DYNAMIC}, None), ["f32[3, S]", "f32[5]"]),
+        (((Dim("a"), None), (Dim.AUTO,)), ["f32[a, 4]", "f32[B]"]),
+        ({"x": {-1: Dim.AUTO}, "y": {0: Dim.STATIC}}, ["f32[3, S]", "f32[5]"]),
+    ],
+)
+def test_forms(spec, expected):
+    assert types(trace(Add(), EXAMPLE, dynamic_shapes=spec, check=False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"z": {0: "a"}}, "names ['z']"),
+        (({0: "a"},), "1 entries for 2 arguments"),
+        ({"x": {7: "a"}}, "no axis 7"),
+        ({"x": ["a"]}, "rank 2"),
+        ("dynamic", "'dynamic'"),
+        ({"x": 3}, "must be a dict or a sequence"),
+    ],
+)
+def test_bad_forms_say_what_is_wrong(spec, words):
+    with pytest.raises(ArgumentTypeError) as e:
+        trace(Add(), EXAMPLE, dynamic_shapes=spec)
+    assert words in e.value.message
+
+
+def test_specialised_axis_is_an_error_where_declared_and_a_note_where_left_open():
+    with pytest.raises(CompileError) as e:
+        trace(Branch(), (torch.ones(3, 4),), dynamic_shapes={"x": {1: "S"}})
+    assert e.value.code == "dynamic-shape"
+    assert "'x' axis 1" in e.value.message
+    frame = e.value.location.frames[0]
+    assert frame.file.endswith("test_dynamic_shapes.py")
+    assert frame.line == Branch.forward.__code__.co_firstlineno + 1
+    traced = trace(Branch(), (torch.ones(3, 4),), dynamic_shapes="auto")
+    assert traced.specialised == ("x axis 1 = 4",)
+
+
+def test_range_guard_becomes_a_bound(same):
+    traced = trace(AtLeast(), (torch.ones(3, 5),), dynamic_shapes="auto")
+    assert traced.signature.bounds == {"S": (4, None)}
+    same(traced, AtLeast(), (torch.ones(1, 4),))
+    with pytest.raises(ArgumentValueError, match="S is 3; the program was traced for at least 4"):
+        traced.flatten((torch.ones(3, 3),))
+
+
+def test_declared_range_is_kept():
+    dim = Dim("n", min=2, max=8)
+    traced = trace(Add(), EXAMPLE, dynamic_shapes={"x": {0: dim}})
+    assert traced.signature.bounds == {"n": (2, 8)}
+    with pytest.raises(ArgumentValueError, match="n is 9"):
+        traced.flatten((torch.ones(9, 4), torch.ones(5)))
+
+
+def test_sizes_zero_and_one_are_open_from_any_example(same):
+    for rows in (1, 2):
+        traced = trace(Add(), (torch.ones(rows, 4), torch.ones(5)), dynamic_shapes={"x": {0: "n"}})
+        assert traced.checked == ("n=3", "n=1", "n=0")
+        for n in (0, 1, 2, 7):
+            same(traced, Add(), (torch.rand(n, 4), torch.ones(5)))
+
+
+def test_program_that_froze_a_size_is_refused():
+    class Cached(torch.nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "table"):
+                self.table = float(int(str(x.shape[1]).isdigit()) or 24)
+            return x * self.table
+
+    model = Cached().eval()
+    assert trace(model, (torch.ones(2, 24),), dynamic_shapes=None)
+
+    class Averaged(torch.nn.Module):
+        length = 0.0
+
+        def forward(self, x):
+            if not torch.compiler.is_exporting():
+                return x / x.shape[1]
+            return x / 24.0
+
+    with pytest.raises(CompileError) as e:
+        trace(Averaged(), (torch.ones(2, 24),), dynamic_shapes="auto")
+    assert e.value.code == "dynamic-shape"
+    assert "differs from the model's" in e.value.message
+    assert trace(Averaged(), (torch.ones(2, 24),), dynamic_shapes="auto", check=False).checked == ()
+
+
+def test_assumed_equation_is_named():
+    with pytest.raises(CompileError) as e:
+        trace(Square(), (torch.ones(3, 4),), dynamic_shapes={"x": {1: "n"}})
+    assert e.value.code == "dynamic-shape"
+    assert "the model assumes" in e.value.message
+    assert "n" in e.value.message
+
+
+def test_expression_shapes(same):
+    class Flat(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([x.flatten(0, 1), x[:, 0]])
+
+    traced = trace(Flat(), (torch.ones(3, 4, 2),), dynamic_shapes={"x": {0: "B", 1: "S"}})
+    assert str(traced.graph.outputs[0].type) == "f32[B*S + B, 2]"
+    same(traced, Flat(), (torch.rand(5, 7, 2),))
+
+
+@pytest.mark.parametrize("index", ["x[:, 1:] - x[:, :-1]", "x[:, -1:]", "x[:, -3:-1]", "x[:, :2]", "x[:, 1::2]",
+                                   "x[:, 2:100]", "x[:, -1]", "x[:, x.shape[1] // 2 :]"])  # fmt: skip
+def test_slices_of_a_dynamic_axis(index, same):
+    class Cut(torch.nn.Module):
+        def forward(self, x):
+            return eval(index, {"x": x})
+
+    traced = trace(Cut(), (torch.rand(2, 6),), dynamic_shapes={"x": {0: "B", 1: "S"}})
+    for length in (4, 5, 9):
+        same(traced, Cut(), (torch.rand(3, length),))
