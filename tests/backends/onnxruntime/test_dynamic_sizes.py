@@ -124,6 +124,16 @@ def test_attention_masks(kind: str, causal: bool, rng: torch.Generator):
         assert (out[0] == 0).all()
 
 
+def test_causal_queries_without_keys(rng: torch.Generator):
+    """More queries than keys: the first see none and give zeros."""
+    types = {"q": typed("f32", "B", 2, "S", 4), "k": typed("f32", "B", 1, "T", 4), "v": typed("f32", "B", 1, "T", 4)}
+    exe = compiled(graph_of(types, lambda b, q, k, v: b.sdpa(q, k, v, scale=0.5, causal=True)))
+    for s, t in ((5, 2), (3, 0), (1, 1), (2, 6)):
+        shapes = [(2, h, n, 4) for h, n in ((2, s), (1, t), (1, t))]
+        out = agrees(exe, [torch.randn(shape, generator=rng) for shape in shapes])[0]
+        assert (out[:, :, : max(s - t, 0)] == 0).all()
+
+
 def test_called_functions_are_inlined_with_their_own_sizes(rng: torch.Generator):
     """One function called twice, with different sizes for its symbol."""
     from moec.ir import Builder, Graph
