@@ -17,7 +17,11 @@ _QUINTICS = (
 
 
 def orthogonalise(stack: Tensor) -> Tensor:
-    """Pushes the singular values of each matrix in f32[N, rows, cols] towards 1 by a Newton-Schulz iteration."""
+    """Pushes the singular values of each matrix in f32[N, rows, cols] towards 1 by a Newton-Schulz iteration.
+
+    Four steps leave them between about 0.4 and 1.6, and those under a hundredth of the greatest smaller; more steps
+    would cost more than they bring.
+    """
     tall = stack.shape[1] > stack.shape[2]
     x = stack.transpose(1, 2) if tall else stack
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +49,22 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # Made on the CPU and moved, so that the values do not depend on the device; a meta model stays on meta.
-        inv_freq = inverse_frequencies(config.rope_dim, config.rope_theta, config.yarn)
-        self.register_buffer("inv_freq", inv_freq.to(torch.get_default_device()), persistent=False)
+        self._sizes = (config.rope_dim, config.rope_theta, config.yarn)
+        self.register_buffer(
+            "inv_freq", inverse_frequencies(*self._sizes).to(torch.get_default_device()), persistent=False
+        )
         self.scale = 1.0
         if (yarn := config.yarn) is not None:
             if yarn.mscale and yarn.mscale_all_dim:
                 self.scale = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
             else:
                 self.scale = yarn_mscale(yarn.factor, 1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        """Moves with the model, but stays float32 (a bfloat16 frequency is wrong by whole turns), also from meta."""
+        super()._apply(fn, recurse)
+        self.inv_freq = inverse_frequencies(*self._sizes).to(self.inv_freq.device)
+        return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions[:, None, :, None].to(self.inv_freq.dtype) * self.inv_freq

