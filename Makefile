@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -17,9 +17,6 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=typelinks $(BIN)/mypy -p moec
-
-bench: $(STAMP)
-	$(BIN)/python bench/generation.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moec needs Python 3.11 or later, this is " + sys.version)'

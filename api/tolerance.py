@@ -112,10 +112,22 @@ def _bound(type: TensorType, k: int, roundings: int, what: str) -> Bound:
 
 def scale_of(reference: torch.Tensor, node: Node | None, operands: Mapping[Value, torch.Tensor]) -> float:
     """Largest finite magnitude that the errors of a value are relative to."""
+    if node is not None and node.op == "attention.sdpa":
+        return _attention_scale(node, reference, operands)
     tensors = [reference]
     if node is not None and node.op in _ADDITIVE:
         tensors += [operands[v] for v in node.operands if v is not None and v in operands]
     return max((_largest(t) for t in tensors), default=0.0)
+
+
+def _attention_scale(node: Node, reference: torch.Tensor, operands: Mapping[Value, torch.Tensor]) -> float:
+    """An error of a score is a relative error of its exponential: errors grow with the largest possible score,
+    |q|·|k|·scale (Cauchy-Schwarz)."""
+    q, k = (operands.get(node.operand(name)) for name in ("q", "k"))
+    if q is None or k is None or not q.numel() or not k.numel():
+        return _largest(reference)
+    norms = [float(t.to(torch.float64).norm(dim=-1).nan_to_num(0.0, 0.0).max()) for t in (q, k)]
+    return _largest(reference) * (1.0 + norms[0] * norms[1] * abs(node.attrs["scale"]))
 
 
 def _largest(t: torch.Tensor) -> float:

@@ -1,0 +1,229 @@
+"""`moec.compare`: that it agrees where it should, and finds the node where it should not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec.backends.reference.backend import ReferenceBackend, ReferenceExecutable
+from moec.ir import ArgumentValueError, DType, run
+from moec.testing import assert_backends_agree
+
+from .samples import bind
+
+ROUTED = """
+graph(%x: f32[T, 16]) -> (%y: f32[T, 16], %experts: i64[T, 2]) {
+  weight @gate: f32[8, 16]
+  weight @bias: f32[8]
+  weight @gate_up: f32[8, 24, 16]
+  weight @down: f32[8, 16, 12]
+  %0: f32[T, 8] = linear.linear(%x, @gate) loc("gate" "m.py":1) origin("logits")
+  %1: f32[T, 2], %2: i64[T, 2] = moe.route(%0, @bias) {k=2, scoring="sigmoid", n_group=4, topk_group=2} loc("" "m.py":2)
+  %3: f32[T, 16] = moe.experts(%x, %1, %2, @gate_up, @down) loc("experts" "m.py":3) origin("experts")
+  %4: f32[T, 16] = math.add(%x, %3) loc("add" "m.py":4) origin("sum")
+  return %4, %2
+}
+"""
+
+
+@dataclasses.dataclass(eq=False)
+class FaultyExecutable(ReferenceExecutable):
+    """The reference with one op's first result changed."""
+
+    op: str = ""
+    change: object = None
+
+    def values(self, inputs):
+        seen = {}
+
+        def tap(value, tensor):
+            if value.producer is not None and value.producer.op == self.op:
+                tensor = self.change(value, tensor)
+            seen[value] = tensor
+            return tensor
+
+        return run(self.graph, inputs, tap=tap), seen
+
+    def run(self, inputs):
+        return self.values(inputs)[0]
+
+    def tap(self, inputs, values):
+        seen = self.values(inputs)[1]
+        return {v: seen[v] for v in values if v in seen}
+
+
+class FaultyBackend(ReferenceBackend):
+    def __init__(self, op, change):
+        super().__init__("faulty", dtypes=frozenset(DType))
+        self.op, self.change = op, change
+
+    def compile(self, graph, *, threads=None, options=None):
+        return FaultyExecutable(graph, self.op, self.change)
+
+
+def scaled(factor):
+    return lambda value, tensor: tensor * factor if value.index == 0 and tensor.is_floating_point() else tensor
+
+
+def test_backends_agree(mlp, mlp_args):
+    comparison = assert_backends_agree(mlp, mlp_args)
+    assert comparison.ok
+    assert comparison.first_divergence is None
+    assert [o.output for o in comparison.outputs] == ["y", "kept"]
+    text = str(comparison)
+    assert "onnxruntime" in text
+    assert "ΣK" in text
+    assert text.strip().endswith("ok")
+
+
+@pytest.mark.parametrize(("op", "module"), [("norm.rms", "norm"), ("linear.linear", "up"), ("math.silu", "act")])
+@pytest.mark.parametrize("factor", [1.01, 0.99, 1.0001])
+def test_the_first_faulty_node_is_named(mlp, mlp_args, op, module, factor):
+    faulty = FaultyBackend(op, scaled(factor))
+    comparison = moec.compare(mlp, mlp_args, backends=("reference", faulty))
+    assert not comparison.ok
+    found = comparison.first_divergence
+    assert found.node.op == op
+    assert found.location.startswith(module)
+    assert found.error > found.tolerance > 0
+    assert str(found) in str(comparison)
+    assert "NOT ok" in str(comparison)
+    with pytest.raises(AssertionError, match="backends disagree"):
+        assert_backends_agree(mlp, mlp_args, backends=("reference", faulty))
+
+
+def test_isolated_names_only_faulty_nodes(mlp, mlp_args):
+    faulty = FaultyBackend("math.silu", scaled(1.01))
+    comparison = moec.compare(mlp, mlp_args, backends=("reference", faulty), isolated=True)
+    assert {n.op for n in comparison.nodes if not n.ok} == {"math.silu"}
+    assert {n.op for n in comparison.nodes if n.ok} == {"norm.rms", "linear.linear"}
+    assert not comparison.ok
+    assert comparison.first_divergence.node.op == "math.silu"
+    assert "3" in str(comparison)
+
+
+def test_wrong_integers_are_seen(mlp, mlp_args):
+    graph = moec.parse("graph(%i: i64[T]) -> (%j: i64[T]) {\n  %0: i64[T] = math.neg(%i)\n  return %0\n}")
+    faulty = FaultyBackend("math.neg", lambda value, tensor: tensor + 1)
+    assert not moec.compare(graph, (torch.arange(3),), backends=("reference", faulty)).ok
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "fp8-weight-only"])
+def test_fp8_is_judged_node_by_node(mlp, mlp_args, quantize):
+    comparison = assert_backends_agree(mlp, mlp_args, quantize=quantize, isolated=True)
+    ops = {n.op for n in comparison.nodes}
+    assert ops >= ({"quant.quantize", "quant.scaled_linear"} if quantize == "fp8" else {"quant.dequantize"})
+    if quantize == "fp8":
+        assert moec.compare(mlp, mlp_args, quantize=quantize).isolated
+
+
+def test_a_faulty_fp8_linear_is_seen(mlp, mlp_args):
+    faulty = FaultyBackend("quant.scaled_linear", scaled(1.01))
+    comparison = moec.compare(mlp, mlp_args, backends=("reference", faulty), quantize="fp8")
+    assert {n.op for n in comparison.nodes if not n.ok} == {"quant.scaled_linear"}
+
+
+@pytest.fixture
+def routed():
+    graph = bind(moec.parse(ROUTED))
+    return graph, torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+
+
+def swap(value, tensor):
+    """Another choice of experts for token 2: its second expert becomes one that it does not have."""
+    tensor = tensor.clone()
+    if value.index == 1:
+        tensor[2, 1] = next(e for e in range(8) if e not in tensor[2].tolist())
+    return tensor
+
+
+def test_routing_agrees(routed):
+    graph, x = routed
+    assert_backends_agree(graph, (x,))
+    assert_backends_agree(graph, (x,), isolated=True)
+
+
+def test_a_routing_flip_without_a_tie_is_an_error(routed):
+    graph, x = routed
+    comparison = moec.compare(graph, (x,), backends=("reference", FaultyBackend("moe.route", swap)))
+    flip = comparison.routing_flips[0]
+    assert flip.token == 2
+    assert flip.margin > 0
+    assert not flip.near_tie
+    assert not comparison.ok
+    assert "NOT a near tie" in str(comparison)
+
+
+def test_a_near_tie_is_reported_and_the_comparison_goes_on(routed):
+    graph, x = routed
+    gate = graph.weights["gate"].weight.load().clone()
+    bias = torch.zeros(8)
+    gate[1] = gate[0]  # experts 0 and 1 tie for every token
+    bias[:2] = 9.0  # and are chosen with certainty, one of them second
+    graph.bind_weights({"gate": gate, "bias": bias})
+
+    def reorder(value, tensor):
+        return tensor.flip(1) if value.producer.op == "moe.route" else tensor
+
+    comparison = moec.compare(graph, (x,), backends=("reference", FaultyBackend("moe.route", reorder)))
+    assert comparison.routing_flips == []  # the same sets of experts, in another order
+    assert comparison.first_divergence is None
+    assert comparison.ok
+
+    node = graph.find("moe.route")[0]
+    tied = dict(node.attrs) | {"k": 1, "n_group": 1, "topk_group": 1}
+    graph = _with_one_expert(graph, tied)
+
+    def other(value, tensor):
+        if value.index != 1:
+            return tensor
+        return torch.where(tensor == 0, 1, tensor)
+
+    comparison = moec.compare(graph, (x,), backends=("reference", FaultyBackend("moe.route", other)))
+    assert len(comparison.routing_flips) == 6
+    assert all(f.near_tie and f.margin < 1e-6 for f in comparison.routing_flips)
+    assert comparison.first_divergence is None  # the reference was run again with the other's experts
+    assert comparison.ok
+
+
+def _with_one_expert(graph, attrs):
+    text = str(graph).replace('k=2, scoring="sigmoid", n_group=4, topk_group=2', 'k=1, scoring="sigmoid"')
+    text = text.replace("f32[T, 2]", "f32[T, 1]").replace("i64[T, 2]", "i64[T, 1]")
+    changed = moec.parse(text)
+    changed.bind_weights({n: v.weight.load() for n, v in graph.weights.items()})
+    return changed
+
+
+def test_eager_and_compiled_contenders(mlp, mlp_args):
+    model = nn.Sequential(nn.Linear(4, 3), nn.SiLU())
+    args = (torch.randn(2, 4),)
+    comparison = assert_backends_agree(model, args, backends=("eager", "reference", "onnxruntime"))
+    assert [o.backend for o in comparison.outputs] == ["reference", "onnxruntime"]
+    assert comparison.reference == "eager"
+    compiled = moec.compile(mlp, backend="onnxruntime", threads=1)
+    assert assert_backends_agree(mlp, mlp_args, backends=("reference", compiled)).outputs[0].backend.startswith("comp")
+
+
+def test_a_model_that_changed_since_is_seen():
+    model = nn.Linear(4, 3)
+    compiled = moec.compile(model, (torch.zeros(2, 4),), backend="onnxruntime", threads=1)
+    with torch.no_grad():
+        model.weight *= 1.01
+    assert not moec.compare(model, (torch.ones(2, 4),), backends=("reference", compiled)).ok
+
+
+def test_bad_arguments(mlp, mlp_args):
+    for backends in ("reference", ("reference",), ()):
+        with pytest.raises(ArgumentValueError, match="at least two"):
+            moec.compare(mlp, mlp_args, backends=backends)
+    with pytest.raises(ArgumentValueError, match="eager"):
+        moec.compare(mlp, mlp_args, backends=("reference", "eager"))
+    with pytest.raises(ArgumentValueError, match="axis 1"):
+        moec.compare(mlp, (torch.zeros(2, 5), torch.arange(2)))
+    other = moec.compile(nn.Linear(4, 3), (torch.zeros(2, 4),), backend="reference")
+    with pytest.raises(ArgumentValueError, match="compiled with inputs"):
+        moec.compare(mlp, mlp_args, backends=("reference", other))
