@@ -10,6 +10,7 @@ _PACKAGE = "moec.backends.triton.kernels"
 
 KERNELS = {
     "attention": f"{_PACKAGE}.attention",
+    "elementwise": f"{_PACKAGE}.elementwise",
     "experts": f"{_PACKAGE}.experts",
     "fp8_experts": f"{_PACKAGE}.fp8_experts",
     "fp8_linear": f"{_PACKAGE}.fp8_linear",

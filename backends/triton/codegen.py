@@ -1,0 +1,175 @@
+"""From elementwise IR nodes to Triton source text.
+
+A group of nodes becomes a *body*: one assignment per node over the loaded inputs x0, x1, … . `render` puts loads,
+stores and index arithmetic for a concrete memory layout around it. Narrow floats are computed in float32 and rounded
+to the node's dtype after every node, as the reference does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.ir import CompileError, DType, Node, Value
+
+_TL = {
+    DType.F64: "tl.float64", DType.F32: "tl.float32", DType.F16: "tl.float16", DType.BF16: "tl.bfloat16",
+    DType.F8E4M3: "tl.float8e4nv", DType.I64: "tl.int64", DType.I32: "tl.int32", DType.I16: "tl.int16",
+    DType.I8: "tl.int8", DType.U8: "tl.uint8", DType.BOOL: "tl.int1",
+}  # fmt: skip
+_NARROW = (DType.F16, DType.BF16, DType.F8E4M3)
+
+_UNARY = {
+    "neg": "-{0}", "abs": "tl.abs({0})", "sign": "sign({0})", "exp": "tl.exp({0})", "log": "tl.log({0})",
+    "log1p": "log1p({0})", "sqrt": "square_root({0})", "rsqrt": "reciprocal(square_root({0}))",
+    "reciprocal": "reciprocal({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})", "tanh": "tanh({0})",
+    "erf": "tl.erf({0})", "sigmoid": "sigmoid({0})", "silu": "silu({0})", "relu": "relu({0})",
+    "softplus": "softplus({0})", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "round": "round_even({0})",
+    "isnan": "{0} != {0}", "not": "~{0}",
+}  # fmt: skip
+_BINARY = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "divide({0}, {1})", "pow": "power({0}, {1})",
+    "max": "larger({0}, {1})", "min": "smaller({0}, {1})", "eq": "{0} == {1}", "ne": "{0} != {1}",
+    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
+    "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}",
+}  # fmt: skip
+
+
+def register(dtype: DType) -> str:
+    """The Triton type in which values of `dtype` are computed."""
+    return "tl.float32" if dtype in _NARROW else _TL[dtype]
+
+
+def literal(value: Any, dtype: DType) -> str:
+    """A block filled with `value`, rounded to `dtype` first."""
+    number = torch.tensor(value, dtype=dtype.torch).item()
+    text = f'float("{number}")' if isinstance(number, float) and not -1e308 < number < 1e308 else repr(number)
+    return f"tl.full((BLOCK,), {text}, {register(dtype)})"
+
+
+def _cast(x: str, source: DType, target: DType) -> str:
+    if target is DType.BOOL:
+        return f"{x} != 0"
+    return x if register(source) == register(target) else f"({x}).to({register(target)})"
+
+
+def _clamp(x: str, dtype: DType, low: Any, high: Any) -> str:
+    for bound, sign in ((low, "<"), (high, ">")):
+        if bound is not None:
+            x = f"tl.where({x} {sign} {literal(bound, dtype)}, {literal(bound, dtype)}, {x})"
+    return x
+
+
+def _rounded(x: str, dtype: DType) -> str:
+    return f"({x}).to({_TL[dtype]}).to(tl.float32)" if dtype in _NARROW else x
+
+
+def expression(node: Node, operands: Sequence[str]) -> str:
+    """Triton expression of an elementwise node over named operands, rounded to the node's dtype.
+
+    Raises CompileError on an op that has none.
+    """
+    family, name = node.op.split(".")
+    dtype = node.results[0].dtype
+    source = next(v.dtype for v in node.operands if v is not None)
+    integer = source.is_integer
+    if family != "math" or dtype not in _TL:
+        raise CompileError(f"no generated kernel for {node.op}", code="unsupported-op", location=node.location)
+    match name:
+        case "cast":
+            text = _cast(operands[0], source, dtype)
+        case "where":
+            text = "tl.where({}, {}, {})".format(*operands)
+        case "clamp":
+            text = _clamp(operands[0], source, node.attrs["low"], node.attrs["high"])
+        case "gelu":
+            text = f"gelu{'_tanh' if node.attrs['approximate'] == 'tanh' else ''}({operands[0]})"
+        case "swiglu":
+            text = f"{_rounded(f'silu({operands[0]})', dtype)} * {operands[1]}"
+        case "floordiv":
+            text = f"floor_divide{'_int' if integer else ''}({operands[0]}, {operands[1]})"
+        case "mod":
+            text = f"modulo{'_int' if integer else ''}({operands[0]}, {operands[1]})"
+        case _ if name in _UNARY:
+            text = _UNARY[name].format(*operands)
+        case _ if name in _BINARY:
+            text = _BINARY[name].format(*operands)
+        case _:
+            raise CompileError(f"no generated kernel for {node.op}", code="unsupported-op", location=node.location)
+    return _rounded(text, dtype)
+
+
+def expressible(node: Node) -> bool:
+    """Whether `expression` knows the op."""
+    try:
+        expression(node, ["x"] * len(node.operands))
+    except CompileError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Program:
+    """Body of a generated kernel over blocks x0, x1, …; `outputs`: (variable, dtype) pairs."""
+
+    body: str
+    outputs: tuple[tuple[str, torch.dtype], ...]
+
+
+def program(nodes: Sequence[Node], inputs: Sequence[Value], literals: Mapping[Value, str], outputs: Sequence[Value]):
+    """The program that computes `outputs` from `inputs` through `nodes` (in SSA order)."""
+    names = dict(literals) | {v: f"x{i}" for i, v in enumerate(inputs)}
+    lines = []
+    for i, node in enumerate(nodes):
+        operands = [names[v] for v in node.operands if v is not None]
+        # a name, so that a literal used twice is made once
+        lines += [f"c{i}_{k} = {text}" for k, text in enumerate(operands) if text.startswith("tl.full")]
+        operands = [f"c{i}_{k}" if text.startswith("tl.full") else text for k, text in enumerate(operands)]
+        lines.append(f"v{i} = {expression(node, operands)}")
+        names[node.results[0]] = f"v{i}"
+    return Program("\n".join(lines), tuple((names[v], v.dtype.torch) for v in outputs))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How inputs lie in memory against a shape of `rank` axes.
+
+    `inputs`: per input its dtype and the axes along which it moves, None where it is contiguous in the whole shape.
+    `wide`: offsets need 64 bits.
+    """
+
+    rank: int
+    inputs: tuple[tuple[torch.dtype, tuple[int, ...] | None], ...]
+    wide: bool
+
+
+def render(name: str, program: Program, layout: Layout) -> str:
+    """Source text of the kernel `name`.
+
+    Arguments: input pointers, output pointers, number of elements, sizes n1 … of all axes but the first, the strides
+    of each input that is not contiguous, BLOCK. Booleans are bytes in memory.
+    """
+    strided = [(i, axes) for i, (_, axes) in enumerate(layout.inputs) if axes is not None]
+    parameters = [f"x{i}_ptr" for i in range(len(layout.inputs))] + [f"y{i}_ptr" for i in range(len(program.outputs))]
+    parameters += ["numel", *(f"n{d}" for d in range(1, layout.rank))]
+    parameters += [f"x{i}_s{d}" for i, axes in strided for d in axes]
+    block = "tl.program_id(0).to(tl.int64)" if layout.wide else "tl.program_id(0)"
+    lines = [f"offset = {block} * BLOCK + tl.arange(0, BLOCK)", "inside = offset < numel"]
+    if any(axes for _, axes in strided):
+        lines.append("rest = offset")
+        for d in range(layout.rank - 1, 0, -1):
+            lines += [f"i{d} = rest % n{d}", f"rest = rest // n{d}"]
+        lines.append("i0 = rest")
+    for i, (dtype, axes) in enumerate(layout.inputs):
+        where = "offset" if axes is None else " + ".join(f"i{d} * x{i}_s{d}" for d in axes) or "offset * 0"
+        convert = " != 0" if dtype == torch.bool else f".to({register(DType.of(dtype))})"
+        lines.append(f"x{i} = tl.load(x{i}_ptr + {where}, mask=inside, other=0){convert}")
+    lines += program.body.split("\n")
+    for i, (variable, dtype) in enumerate(program.outputs):
+        stored = "tl.uint8" if dtype == torch.bool else f"y{i}_ptr.dtype.element_ty"
+        lines.append(f"tl.store(y{i}_ptr + offset, {variable}.to({stored}), mask=inside)")
+    head = f"def {name}({', '.join(parameters)}, BLOCK: tl.constexpr):\n"
+    return head + "".join(f"    {line}\n" for line in lines)

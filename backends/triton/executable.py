@@ -1,0 +1,162 @@
+"""A lowered graph as a schedule of kernel launches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from moec.backends.base import Executable
+from moec.backends.triton.backend import TORCH_OPS, backend
+from moec.backends.triton.fusion import Group, Unit, plan
+from moec.backends.triton.runner import KernelError, Resident, mode, run
+from moec.ir import CompileError, Graph, Node, TensorType, Value
+from moec.ir.dims import evaluate
+from moec.ir.interpreter import bind_inputs, evaluate_attr
+from moec.ir.printer import excerpt
+
+
+class Schedule:
+    """Units in running order, and which values die after each. `graph.outputs` and `keep` stay."""
+
+    def __init__(self, graph: Graph, keep: Sequence[Value] = ()):
+        self.units: list[Unit] = plan(graph, keep)
+        last: dict[Value, int] = {}
+        for i, unit in enumerate(self.units):
+            for v in (*reads(unit), *writes(unit)):
+                last[v] = i
+        self.dead: list[list[Value]] = [[] for _ in self.units]
+        for v, i in last.items():
+            if v.weight is None and not v.is_output and v not in keep:
+                self.dead[i].append(v)
+
+
+def reads(unit: Unit) -> list[Value]:
+    return unit.inputs if isinstance(unit, Group) else [v for v in unit.operands if v is not None]
+
+
+def writes(unit: Unit) -> Sequence[Value]:
+    return unit.outputs if isinstance(unit, Group) else unit.results
+
+
+class TritonExecutable(Executable):
+    """See moec.backends.base.Executable. Runs on the current CUDA device, else in Triton's interpreter on the CPU;
+    inputs may live on any device, and results come back to that of the first input."""
+
+    def __init__(self, graph: Graph, functions: dict[str, Executable] | None = None):
+        self.graph = graph
+        self._functions: dict[str, Executable] = {}
+        if functions is None:
+            for name, function in graph.functions.items():
+                self._functions[name] = TritonExecutable(function, self._functions)
+        else:  # a called graph: it may call others of the same table
+            self._functions = functions
+        self._schedule = Schedule(graph)
+        self._tapped: tuple[tuple[Value, ...], Schedule] | None = None
+        self._weights: dict[tuple[Value, torch.device], Resident] = {}
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self._run(self._schedule, inputs, self.graph.outputs)
+
+    def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
+        wanted = tuple(dict.fromkeys(values))
+        if self._tapped is None or self._tapped[0] != wanted:
+            known = {*self.graph.inputs, *self.graph.weights.values(), *(r for n in self.graph.nodes for r in n.results)}
+            for v in wanted:
+                if v not in known:
+                    raise CompileError(f"{v!r} is not a value of the lowered graph", code="tap", location=v.location)
+            self._tapped = wanted, Schedule(self.graph, wanted)
+        return dict(zip(wanted, self._run(self._tapped[1], inputs, wanted), strict=True))
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """`kernels`: launches by wrapper, generated ones under "elementwise"; `fused_nodes`: IR nodes in those;
+        `torch_ops`: nodes that torch runs (`TORCH_OPS` says why); `device`: where a run would take place."""
+        units = self._schedule.units
+        groups = [u for u in units if isinstance(u, Group)]
+        nodes = Counter(u.op for u in units if isinstance(u, Node))
+        kernels = {op: n for op, n in nodes.items() if op not in TORCH_OPS and op != "call.graph"}
+        return {
+            "kernels": {"elementwise": len(groups), **kernels} if groups else kernels,
+            "fused_nodes": sum(len(g.nodes) for g in groups),
+            "torch_ops": {op: n for op, n in nodes.items() if op in TORCH_OPS},
+            "device": f"{device()} ({mode(device())})",
+        }
+
+    def _run(self, schedule: Schedule, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
+        binding = bind_inputs(self.graph, inputs)
+        here = device()
+        home = inputs[0].device if inputs else torch.device("cpu")
+        env: dict[Value, Any] = {v: t.to(here) for v, t in zip(self.graph.inputs, inputs, strict=True)}
+        # references in torch make their constants on the current default device
+        with torch.no_grad(), here:
+            for unit, dead in zip(schedule.units, schedule.dead, strict=True):
+                for v in reads(unit):
+                    if v.weight is not None and v not in env:
+                        env[v] = self._weight(v, here)
+                with _located(unit if isinstance(unit, Node) else unit.nodes[0]):
+                    results = _fused(unit, env, binding) if isinstance(unit, Group) else self._node(unit, env, binding)
+                    _check(writes(unit), results, binding)
+                env.update(zip(writes(unit), results, strict=True))
+                for v in dead:
+                    env.pop(v, None)
+            found = [env[v] if v in env else self._weight(v, here) for v in values]
+        return [_plain(x).to(home) for x in found]
+
+    def _node(self, node: Node, env: Mapping[Value, Any], binding: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+        operands = [None if v is None else env[v] for v in node.operands]
+        if node.op in TORCH_OPS or node.op == "call.graph":
+            operands = [_plain(x) for x in operands]
+        instance = node.opdef.instance(operands, {k: evaluate_attr(v, binding) for k, v in node.attrs.items()})
+        if node.op == "call.graph":
+            instance.functions = self._functions
+        result = backend.lowerings[node.op](instance)
+        return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+    def _weight(self, value: Value, here: torch.device) -> Resident:
+        """The data of a weight on a device, loaded once."""
+        key = value, here
+        if key not in self._weights:
+            assert value.weight is not None
+            self._weights[key] = Resident(value.weight.load().to(here))
+        return self._weights[key]
+
+
+def device() -> torch.device:
+    """Where kernels run: the current CUDA device, or the CPU without one or where triton interprets."""
+    if torch.cuda.is_available() and mode("cuda") == "gpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _fused(group: Group, env: Mapping[Value, Any], binding: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+    shape = tuple(evaluate(s, binding) for s in group.shape)
+    made = group.program
+    return run("elementwise", made.body, made.outputs, shape, *(env[v] for v in group.inputs))
+
+
+def _plain(x: Any) -> Any:
+    return x.tensor if isinstance(x, Resident) else x
+
+
+def _check(values: Sequence[Value], results: Sequence[torch.Tensor], binding: Mapping[str, int]) -> None:
+    for v, r in zip(values, results, strict=True):
+        want = v.type.with_shape([evaluate(s, binding) for s in v.shape])
+        if TensorType.of(r) != want:
+            raise CompileError(f"gave {TensorType.of(r)}, its type says {want}", code="execution")
+
+
+@contextmanager
+def _located(node: Node) -> Iterator[None]:
+    """Errors of a kernel or of torch as CompileErrors that name the node."""
+    try:
+        yield
+    except CompileError as e:
+        raise e.located(node.location, excerpt(node)) from None
+    except (RuntimeError, KernelError, IndexError, ValueError, TypeError) as e:
+        raise CompileError(
+            f"{node.op} failed on triton: {e}", code="execution", location=node.location, excerpt=excerpt(node)
+        ) from e
