@@ -8,7 +8,7 @@ from typing import Any
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Node, Value
 from moec.ir.location import Location
-from moec.ir.opdef import OpDef, lookup
+from moec.ir.opdef import OpDef, known, lookup
 from moec.ir.types import DType, TensorType
 
 
@@ -38,12 +38,7 @@ class Builder:
     def _resolve(name: str) -> OpDef:
         # Python keywords and builtins that are op names take a trailing underscore: b.and_(x, y)
         stem = name.rstrip("_")
-        if "_" in stem:
-            try:
-                return lookup(stem.replace("_", ".", 1))
-            except CompileError:
-                pass
-        return lookup(stem)
+        return known(stem) or known(stem.replace("_", ".", 1)) or lookup(stem)
 
     def op(self, op: str | OpDef, operands: Sequence[Any] = (), fields: dict[str, Any] | None = None) -> Any:
         """Create one node by name. Raises CompileError on any misuse."""

@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import sympy
+
 from moec.ir.errors import ArgumentValueError, CompileError
 
 

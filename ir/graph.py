@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from moec.ir.errors import CompileError
 from moec.ir.location import Location
-from moec.ir.opdef import OpDef, infer_types, lookup
+from moec.ir.opdef import OpDef, infer_types, known, lookup
 from moec.ir.types import TensorType
 from moec.ir.weight import Weight
 
@@ -308,10 +309,10 @@ class Graph:
     def find(self, op: str, *, unique: bool = False) -> list[Node]:
         """Nodes of one op (full or unambiguous bare name), descending into called functions: one result
         per call path, or one per definition with `unique`. An unknown name gives an empty list."""
-        try:
-            name = lookup(op).name
-        except CompileError:
+        opdef = known(op)
+        if opdef is None:
             return []
+        name = opdef.name
         if unique:
             graphs = [self, *self.functions.values()]
             return [n for g in graphs for n in g.nodes if n.op == name]

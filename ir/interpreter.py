@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
 from moec.ir.dims import Dim, bind, evaluate
 from moec.ir.errors import ArgumentTypeError, CompileError
 from moec.ir.graph import Graph, Node, Value

@@ -202,15 +202,20 @@ def op(name: str, *, commutative: bool = False, elementwise: bool = False) -> Ca
     return declare
 
 
-def lookup(name: str) -> OpDef:
-    """The op of a full (`math.silu`) or unambiguous bare (`silu`) name. Raises CompileError with a hint."""
+def known(name: str) -> OpDef | None:
+    """The op of a full (`math.silu`) or unambiguous bare (`silu`) name, or None."""
     import moec.ir.ops  # noqa: F401  (declares the ops)
 
-    if name in _OPS:
-        return _OPS[name]
     full = _BARE.get(name, [])
-    if len(full) == 1:
-        return _OPS[full[0]]
+    return _OPS.get(name) or (_OPS[full[0]] if len(full) == 1 else None)
+
+
+def lookup(name: str) -> OpDef:
+    """The op of a full (`math.silu`) or unambiguous bare (`silu`) name. Raises CompileError with a hint."""
+    found = known(name)
+    if found is not None:
+        return found
+    full = _BARE.get(name, [])
     if full:
         raise CompileError(f"op name {name!r} is ambiguous: {', '.join(full)}", code="unknown-op")
     near = difflib.get_close_matches(name, [*_OPS, *_BARE], 3)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from moec.ir.opdef import OpDef
 from moec.ir.types import DType
 

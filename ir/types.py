@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from moec.ir.dims import Dim, product
 from moec.ir.errors import CompileError
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import safe_open
+
 from moec.ir.errors import CompileError
 from moec.ir.types import TensorType
-from safetensors import safe_open
 
 
 class WeightSource(Protocol):

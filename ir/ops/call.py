@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+
 from moec.ir.dims import Dim
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operands, op

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, op
 from moec.ir.types import DType, TensorType, broadcast

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
 from moec.ir.types import DType, TensorType

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, op
 from moec.ir.types import DType, TensorType

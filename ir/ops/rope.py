@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, op
 from moec.ir.types import TensorType, broadcast

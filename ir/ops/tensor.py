@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+
 from moec.ir.dims import Dim, product, size
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, Operands, op
