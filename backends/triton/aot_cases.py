@@ -8,6 +8,7 @@ import torch
 
 from moec.backends.triton.aot import Case
 from moec.backends.triton.kernels.attention import attention
+from moec.backends.triton.kernels.elementwise import elementwise
 from moec.backends.triton.kernels.experts import experts
 from moec.backends.triton.kernels.fp8_experts import fp8_experts
 from moec.backends.triton.kernels.fp8_linear import fp8_linear
@@ -70,6 +71,13 @@ def _fp8_experts(tokens: int, group: int | None) -> object:
     return fp8_experts(_meta(tokens, D), *_routed(tokens), gate_up, gate_up_scale, down, down_scale, group=group)
 
 
+def _elementwise() -> object:
+    """SwiGLU on gate and up halves that lie side by side, plus a bias: the reads are strided."""
+    gate, up = _meta(4096, 2 * F).chunk(2, dim=1)
+    body = "v0 = silu(x0).to(tl.bfloat16).to(tl.float32)\nv1 = v0 * x1\nv2 = v1 + x2\nv3 = v2 > x2"
+    return elementwise(body, (("v2", BF16), ("v3", torch.bool)), (4096, F), gate, up, _meta(F))
+
+
 def _attention(
     s: int, t: int, heads: int, kv_heads: int, head: int, value_head: int, dtype: torch.dtype = BF16
 ) -> object:
@@ -90,6 +98,7 @@ def production_cases() -> list[Case]:
     cases = [
         Case("rms_norm", _rms_norm, {}),
         Case("quantize", _quantize, {}),
+        Case("elementwise", _elementwise, {}),
         Case("route softmax", _route_softmax, {}),
         Case("route deepseek-v3", _route_deepseek, {}),
         Case("linear f32", partial(_linear, 4096, F32), {}),

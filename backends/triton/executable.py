@@ -64,7 +64,11 @@ class TritonExecutable(Executable):
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
         wanted = tuple(dict.fromkeys(values))
         if self._tapped is None or self._tapped[0] != wanted:
-            known = {*self.graph.inputs, *self.graph.weights.values(), *(r for n in self.graph.nodes for r in n.results)}
+            known = {
+                *self.graph.inputs,
+                *self.graph.weights.values(),
+                *(r for n in self.graph.nodes for r in n.results),
+            }
             for v in wanted:
                 if v not in known:
                     raise CompileError(f"{v!r} is not a value of the lowered graph", code="tap", location=v.location)

@@ -54,9 +54,7 @@ def plan(graph: Graph, keep: Collection[Value] = ()) -> list[Unit]:
             for v in node.operands:
                 if v is not None and v.producer is not None and v.producer.opdef.elementwise:
                     partition.try_merge(v.producer, node)
-    return [
-        _group(nodes, inlined, wanted) if nodes[0].opdef.elementwise else nodes[0] for nodes in partition.ordered()
-    ]
+    return [_group(nodes, inlined, wanted) if nodes[0].opdef.elementwise else nodes[0] for nodes in partition.ordered()]
 
 
 def _is_literal(node: Node) -> bool:

@@ -16,6 +16,7 @@ CASES = {case.name: case for case in production_cases()}
 TESTED = [
     "rms_norm",
     "quantize",
+    "elementwise",
     "route deepseek-v3",
     "linear bf16 decode",
     "linear bf16 prefill",
