@@ -26,7 +26,9 @@ class Context:
         self.b = Builder(graph)
         self.out: Any = None
         self.op = ""
-        self.phases: dict[Value, tuple[int, list[Value]]] = {}  # see aten/shape.py slice_scatter
+        # pieces that a value was put together from along an axis, see slice_scatter in aten/shape.py
+        self.phases: dict[Value, tuple[int, list[Value]]] = {}
+        self.segments: dict[Value, tuple[int, list[Value]]] = {}
 
     # -- refusing -----------------------------------------------------------------------------------
 

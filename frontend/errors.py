@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,13 +21,16 @@ _BRANCH_HINT = (
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Keep torch from logging errors that are raised, and reported by us, anyway."""
-    handlers = logging.getLogger("torch").handlers
+    """Keep torch from logging errors that are raised, and reported by us, anyway; and from warning of itself."""
+    names = [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "torch"]
+    handlers = list({h: None for n in ("torch", *names) for h in logging.getLogger(n).handlers})
     levels = [h.level for h in handlers]
     for h in handlers:
         h.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
+            yield
     finally:
         for h, level in zip(handlers, levels, strict=True):
             h.setLevel(level)

@@ -233,6 +233,7 @@ class Lowerer:
                         f"{name} became {r.type}, torch says {want}", code="lowering", hint="please report this model"
                     )
                 if r.producer is not None:
+                    r.producer.location = r.producer.location or self.context.b.location
                     r.origins |= {node.name if single else f"{node.name}.{i}"}
         return result
 

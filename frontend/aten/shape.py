@@ -151,20 +151,14 @@ def stack(c: Context, tensors: list[Value], dim: int) -> Value:
 
 @lowers("slice_scatter")
 def slice_scatter(c: Context, self: Value, src: Value, dim: int, start: Any, end: Any, step: int) -> Value:
-    """x with x[start:end:step] replaced. A step that divides the axis splits it into `step` phases; writing
-    one phase after the other into an empty tensor (interleaving) then leaves only the written ones."""
+    """x with x[start:end:step] replaced. A step that divides the axis splits it into `step` phases. The pieces of
+    earlier writes are remembered, so that filling an empty tensor piece by piece leaves only the written pieces."""
     axis = c.axis(dim, self)
     extent = self.shape[axis]
-    first, last = slice_bounds(c, extent, start, end)
+    first, _ = slice_bounds(c, extent, start, end)
     src = c.cast(src, self.dtype)
     if step == 1:
-        last = first + src.shape[axis]
-        parts = [src]
-        if first != 0:
-            parts.insert(0, c.slice(self, axis, 0, first))
-        if last != extent:
-            parts.append(c.slice(self, axis, last, extent))
-        return c.concat(parts, axis)
+        return _write_segment(c, self, src, axis, first)
     if not (isinstance(extent, int) and isinstance(first, int) and extent % step == 0 and first < step):
         raise c.refuse(f"a step of {step} from {start} over an axis of size {extent}")
     if src.shape[axis] != extent // step:
@@ -179,6 +173,43 @@ def slice_scatter(c: Context, self: Value, src: Value, dim: int, start: Any, end
     out = c.reshape(c.concat(phases, axis + 1), self.shape)
     c.phases[out] = (axis, phases)
     return out
+
+
+def _write_segment(c: Context, x: Value, src: Value, axis: int, first: Size) -> Value:
+    """x with src at `first` along `axis`."""
+    last = first + src.shape[axis]
+    known = c.segments.get(x)
+    parts = known[1] if known is not None and known[0] == axis else [x]
+    before: list[Value] = []
+    after: list[Value] = []
+    at: Size = 0
+    for p in parts:
+        end = at + p.shape[axis]
+        left, right = _precedes(at, first), _precedes(last, end)
+        inside, beyond = _precedes(first, end), _precedes(at, last)
+        if None in (left, right, inside, beyond):  # which piece the bounds fall into depends on the sizes
+            return c.concat([c.slice(x, axis, 0, first), src, c.slice(x, axis, last, x.shape[axis])], axis)
+        if left:
+            before.append(c.slice(p, axis, 0, (first if inside else end) - at))
+        if right:
+            after.append(c.slice(p, axis, (last if beyond else at) - at, end - at))
+        at = end
+    pieces = [*before, src, *after]
+    if len(pieces) == 1:
+        return src
+    out = c.concat(pieces, axis)
+    c.segments[out] = (axis, pieces)
+    return out
+
+
+def _precedes(a: Size, b: Size) -> bool | None:
+    """Whether a < b (≤ where symbolic: the piece between may be empty); None if that depends on the symbols."""
+    difference = b - a
+    if isinstance(difference, int):
+        return difference > 0
+    if difference.expr.is_nonnegative:
+        return True
+    return False if difference.expr.is_nonpositive else None
 
 
 @lowers("select_scatter")

@@ -172,3 +172,19 @@ def test_slices_of_a_dynamic_axis(index, same):
     traced = trace(Cut(), (torch.rand(2, 6),), dynamic_shapes={"x": {0: "B", 1: "S"}})
     for length in (4, 5, 9):
         same(traced, Cut(), (torch.rand(3, length),))
+
+
+def test_writes_into_a_dynamic_tensor(same):
+    class Fill(torch.nn.Module):
+        def forward(self, x, y):
+            z = torch.zeros(x.shape[0], x.shape[1] + 2, 3)
+            z[:, : x.shape[1]] = x
+            z[:, x.shape[1] :] = 7
+            z[:, 1:3] = 4
+            z[:, -1:, 1] = y
+            return z
+
+    spec = {"x": {0: "B", 1: "S"}, "y": {0: "B"}}
+    traced = trace(Fill(), (torch.rand(2, 4, 3), torch.rand(2, 1)), dynamic_shapes=spec)
+    for length in (1, 2, 6):
+        same(traced, Fill(), (torch.rand(3, length, 3), torch.rand(3, 1)))

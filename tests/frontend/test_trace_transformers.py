@@ -92,7 +92,7 @@ def test_model_output_and_cache_structure_come_back():
     assert traced.graph.output_names[0] == "logits"
 
 
-def test_interleaved_rope_leaves_no_uninitialised_memory_in_the_graph():
+def test_filling_an_empty_tensor_leaves_only_what_was_written():
     traced = trace(build("deepseek_v3"), (), call(2, 4))
     assert not [n for n in traced.graph.find("tensor.full") if len(n.results[0].shape) == 4]
 
