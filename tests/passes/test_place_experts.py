@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moec.ir import ArgumentTypeError, ArgumentValueError, Mesh, Placement
 from moec.passes.placement import place_experts
+from moec.passes.placement.align import align
 from moec.passes.placement.counts import lower_bound, spare_on_coldest, water_fill
 
 from .placement_cases import balance, every_placement, gpu_loads, lognormal, zipf
@@ -167,6 +168,18 @@ def test_a_stuck_start_is_replaced():
     load = np.array([[1.0, 1, 1, 1, 12]])
     q = place_experts(load, mesh, current=current)
     assert q.balance[0] <= place_experts(load, mesh).balance[0] * 1.011
+
+
+def test_a_fresh_start_is_laid_over_the_current_one():
+    slots = np.array([3, 3, 2])
+    current = np.array([4, 0, 1, 2, 5, 3, 1, 0])
+    # the same GPUs in another order, experts in another order, and 5 instead of 4
+    placed = [[5, 2, 3], [1, 5, 0], [0, 1]]
+    assert align(placed, slots, current, 6).tolist() == [5, 0, 1, 2, 5, 3, 1, 0]
+    # a GPU of another size cannot take them
+    assert align([[0, 1], [3, 2, 2]], np.array([2, 3]), np.array([3, 2, 1, 0, 0]), 4).tolist() == [0, 1, 3, 2, 2]
+    # no common expert: any order
+    assert sorted(align([[0, 1], [2, 3]], np.array([2, 2]), np.array([0, 0, 1, 1]), 4).tolist()) == [0, 1, 2, 3]
 
 
 def test_decoding_copies_the_idlest_experts():
