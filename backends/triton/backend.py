@@ -43,14 +43,20 @@ TORCH_OPS: dict[str, str] = {
 """Ops that run through their own reference in torch, on the device of their operands, and why."""
 
 
+def torch_reason(node: Node) -> str | None:
+    """Why torch runs this node, or None where kernels do."""
+    if node.op == "quant.quantize" and (_wrong_float(node) or not _per_token(node.attrs["block"])):
+        return "blocks of several rows, or of a width that no kernel takes: weights, which are quantised once"
+    return TORCH_OPS.get(node.op)
+
+
 class TritonBackend(Backend):
     """Triton kernels on CUDA, or in Triton's interpreter on the CPU where there is no GPU (slow: for checking)."""
 
     def check(self, node: Node) -> str | None:
-        if node.opdef.elementwise or node.op in TORCH_OPS or node.op == "call.graph":
+        if node.opdef.elementwise or torch_reason(node) or node.op == "call.graph":
             return None
-        reason = _wrong_float(node)
-        return reason or _limits(node)
+        return _wrong_float(node) or _limits(node)
 
     def compile(
         self, graph: Graph, *, threads: int | None = None, options: Mapping[str, Any] | None = None
@@ -80,9 +86,6 @@ def _limits(node: Node) -> str | None:
             sizes = shape[3], node.operand("v").shape[3]
             if not sizes[0] or not all(_at_most(s, _MAX_HEAD) for s in sizes):
                 return f"head sizes {sizes[0]} and {sizes[1]}, must be known and in 1 … {_MAX_HEAD}"
-        case "quant.quantize":
-            rows, width = node.attrs["block"]
-            return f"block {(rows, width)}, rows must be 1" if rows != 1 else _bad_width(width, 1)
         case "quant.scaled_linear" | "quant.scaled_experts":
             group, width = node.attrs["group"], node.attrs["block"][1]
             if group not in (None, width):
@@ -91,6 +94,10 @@ def _limits(node: Node) -> str | None:
                 return f"results in {node.attrs['dtype']}"
             return _bad_width(width, _GPU_GROUP if torch.cuda.is_available() and mode("cuda") == "gpu" else 1)
     return None
+
+
+def _per_token(block: tuple[int, int]) -> bool:
+    return block[0] == 1 and _bad_width(block[1], 1) is None
 
 
 def _at_most(size: Any, limit: int) -> bool:
@@ -167,7 +174,7 @@ def _attention(op: Any) -> Any:
 
 @backend.lowers(*TORCH_OPS)
 def by_reference(op: Any) -> Any:
-    """Run an op of `TORCH_OPS` as its definition says."""
+    """Run an op as its definition says."""
     return op.reference()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moec.backends.base import Executable
-from moec.backends.triton.backend import TORCH_OPS, backend
+from moec.backends.triton.backend import backend, by_reference, torch_reason
 from moec.backends.triton.fusion import Group, Unit, plan
 from moec.backends.triton.runner import KernelError, Resident, mode, run
 from moec.ir import CompileError, Graph, Node, TensorType, Value
@@ -78,15 +78,16 @@ class TritonExecutable(Executable):
     @property
     def stats(self) -> dict[str, Any]:
         """`kernels`: launches by wrapper, generated ones under "elementwise"; `fused_nodes`: IR nodes in those;
-        `torch_ops`: nodes that torch runs (`TORCH_OPS` says why); `device`: where a run would take place."""
+        `torch_ops`: nodes that torch runs (`torch_reason` says why); `device`: where a run would take place."""
         units = self._schedule.units
         groups = [u for u in units if isinstance(u, Group)]
-        nodes = Counter(u.op for u in units if isinstance(u, Node))
-        kernels = {op: n for op, n in nodes.items() if op not in TORCH_OPS and op != "call.graph"}
+        nodes = [u for u in units if isinstance(u, Node)]
+        by_torch = Counter(n.op for n in nodes if torch_reason(n))
+        kernels = Counter(n.op for n in nodes if not torch_reason(n) and n.op != "call.graph")
         return {
-            "kernels": {"elementwise": len(groups), **kernels} if groups else kernels,
+            "kernels": dict(kernels) | ({"elementwise": len(groups)} if groups else {}),
             "fused_nodes": sum(len(g.nodes) for g in groups),
-            "torch_ops": {op: n for op, n in nodes.items() if op in TORCH_OPS},
+            "torch_ops": dict(by_torch),
             "device": f"{device()} ({mode(device())})",
         }
 
@@ -112,12 +113,13 @@ class TritonExecutable(Executable):
 
     def _node(self, node: Node, env: Mapping[Value, Any], binding: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
         operands = [None if v is None else env[v] for v in node.operands]
-        if node.op in TORCH_OPS or node.op == "call.graph":
+        by_torch = torch_reason(node) is not None
+        if by_torch or node.op == "call.graph":
             operands = [_plain(x) for x in operands]
         instance = node.opdef.instance(operands, {k: evaluate_attr(v, binding) for k, v in node.attrs.items()})
         if node.op == "call.graph":
             instance.functions = self._functions
-        result = backend.lowerings[node.op](instance)
+        result = (by_reference if by_torch else backend.lowerings[node.op])(instance)
         return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
     def _weight(self, value: Value, here: torch.device) -> Resident:
