@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         Quantization,
         parse,
     )
-    from moec.passes import explain, place_experts
+    from moec.passes import place_experts
+    from moec.passes.explain import explain
     from moec.report import Report
 
 __version__ = "0.1.0"

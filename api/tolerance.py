@@ -121,13 +121,13 @@ def scale_of(reference: torch.Tensor, node: Node | None, operands: Mapping[Value
 
 
 def _attention_scale(node: Node, reference: torch.Tensor, operands: Mapping[Value, torch.Tensor]) -> float:
-    """An error of a score is a relative error of its exponential: errors grow with the largest possible score,
-    |q|·|k|·scale (Cauchy-Schwarz)."""
+    """An error of a score is a relative error of its exponential: errors grow with the largest score."""
     q, k = (operands.get(node.operand(name)) for name in ("q", "k"))
     if q is None or k is None or not q.numel() or not k.numel():
         return _largest(reference)
-    norms = [float(t.to(torch.float64).norm(dim=-1).nan_to_num(0.0, 0.0).max()) for t in (q, k)]
-    return _largest(reference) * (1.0 + norms[0] * norms[1] * abs(node.attrs["scale"]))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.to(torch.float32) @ k.to(torch.float32).transpose(-1, -2)
+    return _largest(reference) * (1.0 + _largest(scores) * abs(node.attrs["scale"]))
 
 
 def _largest(t: torch.Tensor) -> float:

@@ -113,7 +113,7 @@ def balance(placed: moec.Placement, row: int, load: torch.Tensor) -> float:
 
 def agreement(model: torch.nn.Module, graph: moec.Graph) -> None:
     with section("5. Agreement: float32 end to end (Triton in its interpreter)"):
-        ids = text_ids(12)
+        ids = text_ids(8)
         comparison = moec.compare(graph, (ids,), backends=("reference", "onnxruntime", "triton"))
         console.print(str(comparison), markup=False)
         assert comparison.ok

@@ -42,6 +42,20 @@ def test_integers_and_booleans_must_be_equal(mlp):
     assert not difference(torch.tensor([10**6]), torch.tensor([10**6 + 1]), bounds[keep], 1e6).ok
 
 
+def test_one_percent_of_attention_is_seen():
+    graph = moec.parse(
+        "graph(%q: f32[T, 4, 6, 16], %k: f32[T, 2, 6, 16], %v: f32[T, 2, 6, 16]) -> (%y: f32[T, 4, 6, 16]) {\n"
+        "  %0: f32[T, 4, 6, 16] = attention.sdpa(%q, %k, %v) {scale=0.25, causal=true}\n  return %0\n}"
+    )
+    q, k, v = torch.randn(5, 4, 6, 16), torch.randn(5, 2, 6, 16), torch.randn(5, 2, 6, 16)
+    node = next(graph.nodes)
+    (y,) = moec.ir.run(graph, [q, k, v])
+    values = dict(zip(graph.inputs, (q, k, v), strict=True))
+    bound, scale = one_node(node, node.result, BINDING), scale_of(y, node, values)
+    assert scale > y.abs().max()
+    assert not difference(y, y * 1.01, bound, scale).ok
+
+
 def test_special_values():
     nan, inf = torch.tensor([math.nan, 1.0]), torch.tensor([math.inf, 1.0])
     assert differ(nan, nan).ok
