@@ -102,6 +102,17 @@ class CastThereAndBack(Rewrite):
 
 
 @dataclass(frozen=True)
+class CastOfReshape(Rewrite):
+    """cast(reshape(x)) → reshape(cast(x)), so that a cast stands next to what it rounds"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return p.cast(p.reshape(x, shape=p.attr("shape")), dtype=p.attr("dtype"))
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return b.reshape(b.cast(m.x, dtype=m.dtype), shape=m.shape)
+
+
+@dataclass(frozen=True)
 class ReshapeOfReshape(Rewrite):
     """reshape(reshape(x)) → reshape(x)"""
 
@@ -309,6 +320,7 @@ def is_parameter(v: Value) -> bool:
 RULES: tuple[Rewrite, ...] = (
     CastToSame(),
     CastThereAndBack(),
+    CastOfReshape(),
     ReshapeOfReshape(),
     *(NoOpShape(f"tensor.{op}") for op in ("reshape", "expand", "slice", "transpose", "concat", "split")),
     SliceOfConcat(),

@@ -63,6 +63,8 @@ class RouteTopK(Rewrite):
         return p.topk(p.shared(scores), k=p.attr("k"), axis=-1)
 
     def when(self, m: Match) -> Refused | None:
+        if not m.roots[0].uses:
+            return m.no("only the indices are used; the weights may be gathered")
         return _check_logits(m)
 
     def replace(self, b: Any, m: Match) -> Any:
@@ -100,15 +102,10 @@ class RouteGathered(Rewrite):
             best, _ = p.topk(grouped, k=2, axis=-1)
             group = p.sum(best, axes=(-1,))
         _, chosen = p.topk(group, k=p.attr("topk_group"), axis=-1)
-        zeros = p.either(
-            p.full(shape=p.attr(), value=False, dtype="bool"), p.full(shape=p.attr(), value=0.0, dtype="f32")
-        )
-        zeros = p.either(zeros, p.full(shape=p.attr(), value=0, dtype="f32"), p.any("zeros"))
-        ones = p.either(p.any("ones"))
-        keep = p.scatter_elements(zeros, chosen, ones, axis=-1)
+        keep = p.scatter_elements(p.any("zeros"), chosen, p.any("ones"), axis=-1)
         keep = p.reshape(keep, shape=p.attr())
-        flat = p.reshape(p.maybe(lambda v: p.expand(v, shape=p.attr()), keep), shape=p.attr())
-        keep_flat = p.maybe(lambda v: p.cast(v, dtype="bool"), flat)
+        spread = p.maybe(lambda v: p.expand(v, shape=p.attr()), keep)
+        keep_flat = p.reshape(p.maybe(lambda v: p.cast(v, dtype="bool"), spread), shape=p.attr())
         masked_flat = p.where(p.not_(keep_flat), p.const("masked_score"), choice)
         masked_grouped = p.reshape(p.where(p.not_(keep), p.const("masked_score"), grouped), shape=p.attr())
         return p.either(masked_flat, masked_grouped)

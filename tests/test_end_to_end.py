@@ -94,7 +94,7 @@ def test_experts_are_raised_and_layers_are_small(family, compiled):
     for node in graph.find("moe.experts"):
         assert node.operand("gate_up").weight is not None  # stacked, not unrolled
     prefix = next(p for p in ("model.layers", "layers") if any(n.location.under(p) for n in graph.nodes))
-    limit = 15 if "mixtral" in name or "qwen" in name else 25
+    limit = 15 if "mixtral" in name else 17 if "qwen" in name else 25  # Qwen3 normalises queries and keys
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if node.op in COUNTED_OUT or not node.location.under(prefix):
