@@ -29,7 +29,7 @@ class Executable(ABC):
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
         """Intermediate values of the lowered graph (not of a differently fused one) for `inputs`."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:  # noqa: B027  (a hook)
         """Write backend artefacts (a model.onnx, say) beside the IR; nothing where there are none."""
 
     @property
