@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from moec.ir import (
     ArgumentTypeError,
     ArgumentValueError,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moec.ir import Builder, CompileError, Graph, TensorType, all_ops, parse, run
 from moec.ir.sampling import Sampler, cases
 

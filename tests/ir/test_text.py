@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moec.ir import Builder, CompileError, Dim, Graph, Location, TensorType, Weight, parse
 from moec.ir.dims import parse_size
 from moec.ir.location import Frame

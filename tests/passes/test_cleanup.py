@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moec.ir import Builder, CompileError, Dim, Graph, TensorType, Weight, run
 from moec.passes.base import Pass
 from moec.passes.canonicalise import Canonicalise

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moec.ir import Builder, CompileError, Dim, Graph, Location, TensorType, parse, run
 from moec.passes.base import Record, active_record
 from moec.passes.explain import explain
