@@ -10,7 +10,7 @@ import torch
 
 from moec.backends.triton import run
 from moec.backends.triton.codegen import expressible, literal, program
-from moec.ir import DType, Graph, TensorType, all_ops
+from moec.ir import CompileError, DType, Graph, TensorType, all_ops
 from moec.ir.interpreter import evaluate_node
 from moec.ir.sampling import Sampler, cases
 
@@ -146,3 +146,40 @@ def test_bad_inputs_are_refused():
 )
 def test_literals_are_rounded_to_their_dtype(value: float, dtype: DType, text: str):
     assert text in literal(value, DType.of(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "i64"])
+def test_every_op_compiles_for_sm_90(dtype: str):
+    """All ops of one dtype in one kernel, through Triton's real compiler, which is stricter than its interpreter.
+
+    So many live values spill (and sin and cos use local memory anyway): `test_aot.py` looks at a group of usual size.
+    """
+    from moec.backends.triton import aot
+    from moec.backends.triton.kernels.elementwise import elementwise
+    from moec.backends.triton.launch import interpreted
+
+    if interpreted():
+        pytest.skip("triton interprets in this process")
+    kind = DType.of(dtype)
+    g = Graph("all")
+    x, y = (g.add_input(n, TensorType(kind, (4096, 64))) for n in "xy")
+    condition = g.add_input("c", TensorType(DType.BOOL, (64,)))
+    nodes = []
+    for opdef in ELEMENTWISE:
+        names = [n for n, _ in opdef.operands]
+        values = {1: [x], 2: [x, y], 3: [condition, x, y]}[len(names)]
+        attrs = {"math.clamp": {"low": 0, "high": 1}, "math.cast": {"dtype": "f8e4m3fn"}}.get(opdef.name, {})
+        try:
+            nodes.append(g.create(opdef, values, attrs))
+        except CompileError:  # the op does not take this dtype
+            values = [condition, condition][: len(names)]
+            if opdef.name in ("math.and", "math.or", "math.xor", "math.not"):
+                nodes.append(g.create(opdef, values, attrs))
+    assert len(nodes) >= 20
+    made = program(nodes, [x, y, condition], {}, [n.result for n in nodes])
+    tensors = [torch.empty((4096, 64), dtype=kind.torch, device="meta") for _ in "xy"]
+    tensors.append(torch.empty(64, dtype=torch.bool, device="meta"))
+    (launch,) = aot.launches_of(lambda: elementwise(made.body, made.outputs, (4096, 64), *tensors))
+    report = aot.inspect_launch(launch)
+    assert report.shared_bytes <= aot.SHARED_LIMIT
+    assert report.registers > 0
