@@ -89,7 +89,7 @@ def router_projections(graph: Graph) -> set[Node]:
         seen.add(value)
         if node.op in ("linear.linear", "linear.matmul"):
             found.add(node)
-        elif node.opdef.elementwise or node.op == "math.cast" or node.op in _SHAPE_OPS:
+        elif node.opdef.elementwise or node.op in _SHAPE_OPS:
             todo += [v for v in node.operands if v is not None]
     return found
 

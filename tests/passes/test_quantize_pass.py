@@ -118,6 +118,17 @@ def test_one_quantisation_per_value():
     assert not only.find("quant.quantize")
 
 
+def test_a_weight_read_in_two_row_orders_is_stored_twice():
+    g = moe_graph()
+    first, second = g.find("moe.experts")
+    g.replace_operand(second, 3, first.operands[3])
+    second.attrs["interleaved"] = True
+    q = QuantizeFP8().run(g)
+    q.verify()
+    codes = [n.operand("gate_up").weight.load().float() for n in q.find("quant.scaled_experts")]
+    assert torch.equal(codes[1], torch.cat([codes[0][:, 0::2], codes[0][:, 1::2]], dim=1))
+
+
 def test_weight_only_rounds_nothing_but_weights():
     w, x = torch.randn(40, 130), torch.randn(6, 130)
     q = QuantizeFP8(WEIGHT_ONLY).run(linear_graph(w))
