@@ -68,7 +68,8 @@ class Context:
 
     def binary(self, op: str, a: Any, b: Any, dtype: DType | None = None) -> Value:
         """An arithmetic op with torch's promotion. Half-width operands meeting a number (or 0-d tensor) that
-        their dtype cannot hold are computed in f32 and rounded once, as torch's kernels do."""
+        their dtype cannot hold are computed in f32 and rounded once, as torch does on a GPU and, but for
+        subtraction, on a CPU."""
         dtype = dtype or self.promote(a, b)
         compute = DType.F32 if dtype in _HALF and not (_fits(a, dtype) and _fits(b, dtype)) else dtype
         return self.cast(self.b.op(f"math.{op}", (self.value(a, compute), self.value(b, compute))), dtype)

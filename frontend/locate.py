@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from moec.ir import Location
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 _OURS = str(Path(__file__).resolve().parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
+_STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 def import_path(file: str) -> str:
@@ -37,8 +39,9 @@ def _module_names(count: int = 0) -> Mapping[str, str]:
 
 
 def is_users(file: str) -> bool:
-    """Whether a file is neither torch's nor part of this package."""
-    return not file.startswith((_OURS, _TORCH, "<"))
+    """Whether a file is neither torch's, nor Python's, nor part of this package."""
+    pythons = file.startswith(_STDLIB) and "-packages" not in file
+    return not pythons and not file.startswith((_OURS, _TORCH, "<"))
 
 
 def node_location(meta: Mapping[str, Any], prefix: str) -> Location:

@@ -18,6 +18,7 @@ Bounds = dict[str, tuple[int, int | None]]
 
 # a wrong branch or a frozen size shows everywhere; a flipped near-tie of the routing in few rows
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+_CHEAP = 256  # upper bounds up to this size are tried beyond
 _MAY_DIFFER = {torch.float64: 0.0, torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
@@ -29,10 +30,12 @@ def recheck(
     declared: Bounds,
     guards: Sequence[Guard],
 ) -> tuple[Bounds, tuple[str, ...]]:
-    """Run model and graph with every dynamic size 1, with small odd ones, and 0. Sizes that the model itself
-    refuses, or that are outside the ranges the user `declared`, are left out. Returns the bounds that remain (a
-    lower bound disproved at size 1 is dropped) and the sizes checked. Raises CompileError where the two disagree
-    within the bounds."""
+    """Run model and graph with small odd sizes, 1, 0, and just above upper bounds.
+
+    Sizes that the model itself refuses, or that are outside the ranges the user `declared`, are left out. Returns
+    the bounds that remain (one beyond which the two agree is dropped: a branch that made no difference) and the
+    sizes checked. Raises CompileError where the two disagree within the bounds.
+    """
     bounds = dict(signature.bounds)
     traced = bind_inputs(graph, example)
     checked = []
@@ -50,7 +53,9 @@ def recheck(
         if problem is None:
             checked.append(shown)
             for s in outside:
-                bounds[s] = (0 if name == "zero" else min(sizes[s], bounds[s][0]), bounds[s][1])
+                least, greatest = bounds[s]
+                above = greatest is not None and sizes[s] > greatest
+                bounds[s] = (min(sizes[s], least), None if above else greatest)
         elif not outside and name != "zero":
             broken = [g for g in guards if not g.holds(sizes)]
             why = f"; tracing assumed {' and '.join(dict.fromkeys(map(str, broken)))}" if broken else ""
@@ -73,6 +78,9 @@ def _size_sets(traced: Mapping[str, int], bounds: Bounds, declared: Bounds) -> d
         size = max(3 + 2 * i + (n == 3 + 2 * i), least)
         odd[s] = size if greatest is None else min(size, greatest)
     sets = {"odd": odd, "one": dict.fromkeys(traced, 1), "zero": dict.fromkeys(traced, 0)}
+    above = {s: g + 1 for s, (_, g) in bounds.items() if g is not None and g < _CHEAP and s in traced}
+    if above:
+        sets["above"] = odd | above
     if any(b[0] > 1 for b in bounds.values()):
         del sets["zero"]
     return {k: v for k, v in sets.items() if all(_inside(n, declared[s]) for s, n in v.items() if s in declared)}

@@ -38,7 +38,8 @@ class Traced:
     """A traced model.
 
     `graph`: the program, its inputs the tensor arguments in order; `signature`: how calls map to it;
-    `specialised`: axes that dynamic_shapes left open (AUTO) and the model fixed, as "input_ids axis 1 = 24";
+    `specialised`: axes that dynamic_shapes left open (AUTO) and the model fixed, as "input_ids axis 1 = 24", and named
+    ones that it ties to others, as "mask axis 1 (T) = P + S";
     `checked`: the other sizes at which the program was compared with the model.
     """
 
@@ -120,6 +121,14 @@ def trace(
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentTypeError("a TorchScript module cannot be traced", code="arguments", hint="pass the nn.Module")
+    for name, module in model.named_modules():
+        if any(isinstance(v, torch.ScriptObject) for v in vars(module).values()):
+            raise CompileError(
+                f"module {name!r} ({type(module).__name__}) keeps its weights packed for a quantised kernel",
+                code="unsupported-model",
+                location=Location.at(name),
+                hint="trace the float model; moec.compile(..., quantize=...) quantises it",
+            )
     with evaluating(model):
         return _from_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes, check)
 
@@ -236,13 +245,15 @@ def _explained(error: CompileError, program: torch.export.ExportedProgram, lower
 
 
 def _specialised(graph: Graph, specs: list[dict[int, Any]], program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """Axes left open that became constants. Raises CompileError for one that the user declared dynamic."""
+    """Axes left open that became constants, and named ones that the model ties to others. Raises CompileError for one that the user declared dynamic."""
     notes = []
     lines = fixed_axes(program)
     for i, (value, spec) in enumerate(zip(graph.inputs, specs, strict=True)):
         for axis, dim in spec.items():
-            size = value.shape[axis]
+            size, named = value.shape[axis], declared_size(dim)
             if isinstance(dim, int) or not isinstance(size, int):
+                if named is not None and named != size:
+                    notes.append(f"{value.name} axis {axis} ({named}) = {size}")
                 continue
             if must_be_dynamic(dim):
                 raise CompileError(

@@ -174,6 +174,31 @@ def test_slices_of_a_dynamic_axis(index, same):
         same(traced, Cut(), (torch.rand(3, length),))
 
 
+def test_bound_of_a_branch_that_makes_no_difference_is_dropped(same):
+    class Join(torch.nn.Module):
+        def forward(self, x, past):
+            rows = torch.cat((past, x), 1)
+            return (rows @ x.mT).softmax(-1), rows
+
+    for past in (0, 1, 5):
+        example = (torch.rand(1, 1, 4), torch.rand(1, past, 4))
+        traced = trace(Join(), example, dynamic_shapes=({0: "B", 1: "S"}, {0: "B", 1: "P"}))
+        assert traced.signature.bounds == {}
+        assert str(traced.graph.outputs[1].type) == "f32[B, P + S, 4]"
+        same(traced, Join(), (torch.rand(3, 6, 4), torch.rand(3, 9, 4)))
+
+
+def test_regions_without_gradients_are_part_of_the_program(same):
+    class Regions(torch.nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                y = x * 2
+            with torch.autocast("cpu", enabled=False):
+                return y + x @ x.mT
+
+    same(trace(torch.export.export(Regions(), (torch.rand(3, 3),), strict=False)), Regions(), (torch.rand(3, 3),))
+
+
 def test_writes_into_a_dynamic_tensor(same):
     class Fill(torch.nn.Module):
         def forward(self, x, y):

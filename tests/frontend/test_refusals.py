@@ -127,6 +127,20 @@ def test_unsupported_dtype_names_the_argument():
     assert "complex128" in str(e.value)
 
 
+def test_quantised_modules_are_refused():
+    class Packed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = torch.classes.quantized.LinearPackedParamsBase.__new__(torch.ScriptObject)
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(CompileError, match=r"module 'inner\.1' \(Packed\)") as e:
+        trace(Outer(Packed()), (torch.ones(3),))
+    assert e.value.code == "unsupported-model"
+
+
 def test_model_state_is_left_as_it_was():
     model = Outer(torch.nn.Dropout(0.5)).train()
     model.inner[0].eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -14,10 +15,17 @@ from moec.ir import run
 MINIS = ["deepseek-v3-mini", "deepseek-v2-lite-mini", "mixtral-8x7b-mini", "qwen3-30b-a3b-mini"]
 
 
+@cache
+def traced_mini(name: str):
+    """(model, trace at (2, 24) with both axes dynamic), made once."""
+    model = moec.models.build(name)
+    ids = torch.randint(0, 256, (2, 24))
+    return model, trace(model, (ids,), dynamic_shapes={"input_ids": {0: "B", 1: "S"}})
+
+
 @pytest.mark.parametrize("name", MINIS)
 def test_mini_agrees_at_other_shapes(name, same, well_formed):
-    model = moec.models.build(name)
-    traced = trace(model, (torch.randint(0, 256, (2, 24)),), dynamic_shapes={"input_ids": {0: "B", 1: "S"}})
+    model, traced = traced_mini(name)
     well_formed(traced)
     assert str(traced.graph.inputs[0].type) == "i64[B, S]"
     assert traced.specialised == ()
@@ -27,8 +35,8 @@ def test_mini_agrees_at_other_shapes(name, same, well_formed):
 
 
 def test_experts_are_represented_as_grouped_products():
-    model = moec.models.build("mixtral-8x7b-mini")
-    graph = trace(model, (torch.randint(0, 256, (2, 8)),), dynamic_shapes="auto").graph
+    model, traced = traced_mini("mixtral-8x7b-mini")
+    graph = traced.graph
     layers = model.config.num_layers
     assert len(graph.find("linear.grouped_matmul")) == 2 * layers
     assert len(graph.find("attention.sdpa")) == layers
@@ -38,9 +46,8 @@ def test_experts_are_represented_as_grouped_products():
 
 
 def test_weights_are_shared_not_copied():
-    model = moec.models.build("mixtral-8x7b-mini")
-    graph = trace(model, (torch.randint(0, 256, (1, 4)),)).graph
-    held = graph.weights["lm_head.weight"].weight.load()
+    model, traced = traced_mini("mixtral-8x7b-mini")
+    held = traced.graph.weights["lm_head.weight"].weight.load()
     assert held.data_ptr() == model.lm_head.weight.data_ptr()
 
 
@@ -87,16 +94,16 @@ def test_bfloat16(same, well_formed):
 
 
 def test_meta_model_traces_without_data():
+    config = dataclasses.replace(moec.models.config("deepseek-v3-mini"), num_layers=1)
     with torch.device("meta"):
-        model = moec.models.build("deepseek-v3-mini")
+        model = moec.models.build(config)
     graph = trace(model, (torch.zeros(2, 4, dtype=torch.int64),), dynamic_shapes="auto").graph
     assert all(v.weight.source is None for v in graph.weights.values())
     assert "model.layers.0.self_attn.o_proj.weight" in graph.weights
 
 
 def test_locations_name_module_and_file():
-    model = moec.models.build("deepseek-v3-mini")
-    graph = trace(model, (torch.randint(0, 256, (2, 4)),)).graph
+    graph = traced_mini("deepseek-v3-mini")[1].graph
     where = {n.location.module: n.location.frames[0].file for n in graph.find("linear.grouped_matmul")}
     assert where == dict.fromkeys([f"model.layers.{i}.mlp.experts" for i in (1, 2)], "moec/models/moe.py")
     assert {n.location.frames[0].file for n in graph.find("attention.sdpa")} == {"moec/models/attention.py"}

@@ -23,13 +23,11 @@ CONFIGS = {
     "mixtral": ("MixtralConfig", BASE | {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeConfig", BASE | {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2,
                                            "moe_intermediate_size": 16, "norm_topk_prob": True}),
-    "deepseek_v3": ("DeepseekV3Config", LATENT | {"num_hidden_layers": 2, "first_k_dense_replace": 1}),
+    "deepseek_v3": ("DeepseekV3Config", LATENT),
     "deepseek_v2": ("DeepseekV2Config", LATENT | {"topk_method": "group_limited_greedy"}),
     "gpt_oss": ("GptOssConfig", BASE | {"head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2,
                                         "sliding_window": 128, "num_hidden_layers": 2}),
-    "olmoe": ("OlmoeConfig", BASE | {"num_experts": 6, "num_experts_per_tok": 2}),
     "llama": ("LlamaConfig", BASE),
-    "qwen3": ("Qwen3Config", BASE | {"head_dim": 8}),
 }  # fmt: skip
 
 
@@ -55,9 +53,6 @@ def call(*shape: int) -> dict:
         ("qwen3_moe", "grouped_mm", "eager"),
         ("deepseek_v2", "grouped_mm", "sdpa"),
         ("gpt_oss", "grouped_mm", "eager"),
-        ("olmoe", "batched_mm", "sdpa"),
-        ("llama", "", "sdpa"),
-        ("qwen3", "", "eager"),
     ],
 )
 def test_agrees_at_other_shapes(name, experts, attention, same, well_formed):
@@ -71,9 +66,8 @@ def test_agrees_at_other_shapes(name, experts, attention, same, well_formed):
     assert f"transformers/models/{name}/modeling_{name}.py" in files
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_bfloat16(name, same, well_formed):
-    model = build(name, dtype=torch.bfloat16)
+def test_bfloat16(same, well_formed):
+    model = build("mixtral", dtype=torch.bfloat16)
     traced = trace(model, (), call(2, 6), dynamic_shapes="auto", check=False)
     well_formed(traced)
     assert traced.graph.find("linear.grouped_matmul")
