@@ -10,8 +10,8 @@ import torch
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from moec import ir
 from moec.ir import ArgumentTypeError
+from moec.ir.dims import Dim as Size
 
 AxisSpecs = dict[int, Any]
 
@@ -143,14 +143,14 @@ def _axes(tensor: torch.Tensor, spec: Any, where: str) -> AxisSpecs:
     return result
 
 
-def declared_size(spec: Any) -> ir.Dim | None:
+def declared_size(spec: Any) -> Size | None:
     """The named size of a Dim("S"), or 2*S of a derived one; None for AUTO, DYNAMIC and ints."""
     if hasattr(spec, "root"):
         root = spec.root
-        result = spec.fn(ir.Dim(root.__name__)) if hasattr(root, "__name__") else None
-        return result if isinstance(result, ir.Dim) else None
+        result = spec.fn(Size(root.__name__)) if hasattr(root, "__name__") else None
+        return result if isinstance(result, Size) else None
     name = getattr(spec, "__name__", None)
-    return ir.Dim(name) if isinstance(name, str) else None
+    return Size(name) if isinstance(name, str) else None
 
 
 def declared_range(spec: Any) -> tuple[int, int | None]:

@@ -245,7 +245,10 @@ def _explained(error: CompileError, program: torch.export.ExportedProgram, lower
 
 
 def _specialised(graph: Graph, specs: list[dict[int, Any]], program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """Axes left open that became constants, and named ones that the model ties to others. Raises CompileError for one that the user declared dynamic."""
+    """Axes left open that became constants, and named ones that the model ties to others.
+
+    Raises CompileError for a constant axis that the user declared dynamic.
+    """
     notes = []
     lines = fixed_axes(program)
     for i, (value, spec) in enumerate(zip(graph.inputs, specs, strict=True)):

@@ -95,6 +95,16 @@ def test_specialised_axis_is_an_error_where_declared_and_a_note_where_left_open(
     assert traced.specialised == ("x axis 1 = 4",)
 
 
+def test_axis_tied_to_another_is_noted():
+    class Tie(torch.nn.Module):
+        def forward(self, x, y):
+            return x.sum(1) + y
+
+    traced = trace(Tie(), (torch.ones(3, 4), torch.ones(3)), dynamic_shapes={"x": {0: "a"}, "y": {0: "T"}})
+    assert types(traced) == ["f32[a, 4]", "f32[a]"]
+    assert traced.specialised == ("y axis 0 (T) = a",)
+
+
 def test_range_guard_becomes_a_bound(same):
     traced = trace(AtLeast(), (torch.ones(3, 5),), dynamic_shapes="auto")
     assert traced.signature.bounds == {"S": (4, None)}
