@@ -1,9 +1,10 @@
 """Passes: graph in, graph out. Every pass and rule that ships, by name."""
 
 from moec.passes.base import Analysis, Pass, Record, Refusal
-from moec.passes.calibrate import expert_load
+from moec.passes.calibrate import expert_coactivation, expert_load
 from moec.passes.canonicalise import Canonicalise, DropBroadcasts, NormaliseAxes
 from moec.passes.cleanup import CommonSubexpressions, DeadCode, FoldConstants
+from moec.passes.coverage import Coverage, quantized_coverage
 from moec.passes.explain import explain
 from moec.passes.fuse_attention import FuseAttention
 from moec.passes.fuse_mlp import FuseMLP, FuseSwiGLU
@@ -14,12 +15,13 @@ from moec.passes.pipeline import Pipeline, build_pipeline, default_pipeline, run
 from moec.passes.place import PlaceExperts
 from moec.passes.placement import place_experts
 from moec.passes.quantize import QuantizeFP8
+from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
 from moec.passes.rewrite import Match, Rewrite, RuleSet
 
 __all__ = [
-    "Analysis", "Canonicalise", "CommonSubexpressions", "DeadCode", "DropBroadcasts", "FoldConstants", "FuseAttention",
+    "Analysis", "Canonicalise", "CommonSubexpressions", "Coverage", "DeadCode", "DropBroadcasts", "FoldConstants", "FuseAttention",
     "FuseMLP", "FuseNorm", "FuseRoPE", "FuseSwiGLU", "Legalise", "Match", "NormaliseAxes", "Pass", "Pipeline",
-    "PlaceExperts", "QuantizeFP8", "RaiseMoE", "Record", "Refusal", "Rewrite", "RuleSet", "build_pipeline",
-    "default_pipeline", "expert_load", "explain", "place_experts", "run_pass",
+    "PlaceExperts", "QuantizeFP8", "RaiseMoE", "RaiseUnrolledExperts", "Record", "Refusal", "Rewrite", "RuleSet", "build_pipeline",
+    "default_pipeline", "expert_coactivation", "expert_load", "explain", "place_experts", "quantized_coverage", "run_pass",
 ]  # fmt: skip

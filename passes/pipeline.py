@@ -115,8 +115,8 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
     passes: list[Pass] = [
         DeadCode(),
         Canonicalise(),
-        # numbers only: a transposed or sliced weight is what the rules below look for
-        FoldConstants(limit=512),
+        # single numbers only: the rules below look for masks, tables and transposed weights as they were written
+        FoldConstants(limit=8),
         CommonSubexpressions(),
         FuseNorm(),
         FuseRoPE(),

@@ -17,7 +17,7 @@ from moec.passes.base import Pass, active_record
 from moec.passes.matcher import Matcher, scalar_constant
 from moec.passes.pattern import Pattern, build_pattern
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import ACTIVATIONS, gated, producer, through
+from moec.passes.structure import ACTIVATIONS, gated, is_filled, producer, through
 
 Routing = tuple[Value, Value]
 
@@ -28,10 +28,7 @@ def combine_matrix(v: Value | None) -> Routing | None:
     scatter = producer(v, "tensor.scatter_elements")
     if scatter is not None:
         zeros, experts, weights = scatter.operands
-        filled = producer(through(zeros, "tensor.expand", "math.cast"), "tensor.full")
-        if filled is not None and filled.attrs["value"] == 0 and scatter.attrs["axis"] == -1:
-            return weights, experts
-        return None
+        return (weights, experts) if is_filled(zeros, 0) and scatter.attrs["axis"] == -1 else None
     total = producer(v, "math.sum")
     if total is None or total.attrs["axes"] != (-2,) or total.attrs["keepdim"]:
         return None
@@ -182,7 +179,7 @@ def _sum_of(terms: set[Value]) -> tuple[Value | None, list[Value]]:
     while True:
         leaves = _leaves(root)
         if terms <= set(leaves):
-            return root, [v for v in leaves if v not in terms and not _is_zero(v)]
+            return root, [v for v in leaves if v not in terms and not is_filled(v, 0)]
         users = root.users
         if len(users) != 1 or users[0].op != "math.add" or root.is_output:
             return None, []
@@ -199,12 +196,6 @@ def _leaves(v: Value) -> list[Value]:
         else:
             stack += node.operands
     return leaves
-
-
-def _is_zero(v: Value) -> bool:
-    base = through(v, "tensor.expand", "tensor.reshape", "math.cast")
-    node = producer(base, "tensor.full")
-    return scalar_constant(base) == 0 or (node is not None and node.attrs["value"] == 0)
 
 
 def _stack(graph: Graph, rows: list[tuple[Value, ...]]) -> Value:

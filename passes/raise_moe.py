@@ -9,7 +9,7 @@ from moec.ir import Value
 from moec.passes.raise_dense import DenseExperts
 from moec.passes.raise_route import ROUTE_RULES
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
-from moec.passes.structure import ACTIVATIONS, gated, producer, through
+from moec.passes.structure import ACTIVATIONS, counts_up, gated, producer, through
 
 
 def _cast(p: Any, v: Any) -> Any:
@@ -38,9 +38,7 @@ def why_not_inverse(inverse: Value, perm: Value) -> str | None:
         return None
     put = producer(inverse, "tensor.index_put")
     if put is not None and put.operands[1] is perm and not put.attrs["accumulate"]:
-        rows = producer(put.operands[2], "tensor.arange")
-        if rows is not None and rows.attrs["start"] == 0 and rows.attrs["step"] == 1:
-            return None
+        return None if counts_up(put.operands[2]) else "the rows are put back in another order"
     return "the rows are not put back in their order"
 
 

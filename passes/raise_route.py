@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes.matcher import scalar_constant
 from moec.passes.rewrite import Match, Refused, Rewrite
+from moec.passes.structure import is_filled
 
 _ROUTE_ATTRS = (
     "k", "scoring", "normalize", "normalize_eps", "scale", "n_group", "topk_group", "group_score", "masked_score",
@@ -116,7 +116,7 @@ class RouteGathered(Rewrite):
                 return m.no(f"groups {m.grouped} of logits {m.logits.type}", at=m.logits)
             for name, want in (("zeros", 0), ("ones", 1)):
                 value = m.get(name)
-                if value is not None and not _is_filled(value, want):
+                if value is not None and not is_filled(value, want):
                     return m.no(f"the group mask is not built from {want}s", at=value)
         return _check_logits(m, m.get("bias"))
 
@@ -130,17 +130,6 @@ class RouteGathered(Rewrite):
                 "masked_score": float(m.masked_score),
             }
         return _flat_route(b, m, m.get("bias"), **attrs)
-
-
-def _is_filled(v: Value, want: int) -> bool:
-    """Whether every element is the constant `want`."""
-    while v.producer is not None and v.producer.op in ("tensor.expand", "tensor.reshape", "math.cast"):
-        inner = v.producer.operands[0]
-        assert inner is not None
-        v = inner
-    if v.producer is not None and v.producer.op == "tensor.full":
-        return v.producer.attrs["value"] == want
-    return scalar_constant(v) == want
 
 
 @dataclass(frozen=True)

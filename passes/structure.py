@@ -29,3 +29,20 @@ def through(v: Value | None, *ops: str) -> Value | None:
 
 def producer(v: Value | None, op: str) -> Any:
     return v.producer if v is not None and v.producer is not None and v.producer.op == op else None
+
+
+def is_filled(v: Value | None, want: float) -> bool:
+    """Whether every element is the constant `want`."""
+    v = through(v, "tensor.expand", "tensor.reshape", "math.cast")
+    full, constant = producer(v, "tensor.full"), producer(v, "tensor.constant")
+    if full is not None:
+        return full.attrs["value"] == want
+    return constant is not None and all(x == want for x in constant.attrs["value"])
+
+
+def counts_up(v: Value | None) -> bool:
+    """Whether v is 0, 1, 2, …"""
+    arange, constant = producer(v, "tensor.arange"), producer(v, "tensor.constant")
+    if arange is not None:
+        return arange.attrs["start"] == 0 and arange.attrs["step"] == 1
+    return constant is not None and constant.attrs["value"] == tuple(range(len(constant.attrs["value"])))

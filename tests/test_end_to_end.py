@@ -105,6 +105,17 @@ def test_experts_are_raised_and_layers_are_small(family, compiled):
     assert max(counts.values()) <= limit, counts
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=str)
+def test_static_shapes_fuse_alike(shape):
+    model = models.build("deepseek-v3-mini").eval()
+    c = moec.compile(model, (ids(shape),), backend="onnxruntime", threads=1)
+    ops = c.graph.count_ops()
+    assert ops["moe.route"] == ops["moe.experts"] == 2
+    assert ops["rope.apply"] == 6
+    with torch.no_grad():
+        torch.testing.assert_close(c(ids(shape)), model(ids(shape)), rtol=0, atol=1e-4)
+
+
 def test_fp8_stores_experts_in_fp8(family):
     _, _, graph = family
     c = moec.compile(graph, backend="reference", quantize=moec.Quantization(block=(16, 16), group=16))
