@@ -44,6 +44,7 @@ def save(model: MoETransformer, folder: Path | str) -> None:
         tensors[name] = tensor.detach().to(torch.float32 if keep else torch.bfloat16).contiguous()
     partial = root / "model.safetensors.partial"
     save_file(tensors, partial)
+    partial.chmod(0o644)  # the library writes for its owner only
     partial.replace(root / "model.safetensors")
     partial = root / "config.json.partial"
     partial.write_text(model.config.to_json(), "utf-8")

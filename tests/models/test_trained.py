@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,15 @@ def test_mtp_accept_rate_of_the_readme(model):
 def test_trained_beats_an_untrained_twin(model):
     text = heldout_text("code")[:2048]
     assert bits_per_byte(models.build(model.config), text) > 7 > bits_per_byte(model, text)
+
+
+def test_the_readme_example_runs():
+    block = re.search(r"\n\n((?:    .*\n|\n)+)", README.read_text("utf-8"))
+    assert block
+    names: dict[str, object] = {}
+    exec(textwrap.dedent(block[1]), names)
+    assert names["logits"].shape == (1, 1, 256)
+    assert names["past"][0][0].shape[2] == 65
 
 
 def test_save_and_load_again(model, tmp_path):
