@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,28 @@ def _unique(names: Sequence[str]) -> list[str]:
             fresh = f"{n}_{i}"
         result.append(fresh)
     return result
+
+
+def result_names(spec: pytree.TreeSpec) -> list[str]:
+    """A name per leaf of a result: `logits`, `past_key_values_key_cache_0`, `output_1`; `output` for a lone one."""
+
+    def walk(spec: pytree.TreeSpec, path: str) -> Iterator[str]:
+        if spec.is_leaf():
+            yield path
+        for i, key in enumerate(_child_keys(spec)):
+            yield from walk(spec.child(i), f"{path}_{_key(key)}" if path else _key(key))
+
+    names = list(walk(spec, ""))
+    return _unique([n if n[:1].isalpha() else f"output_{n}" if n else "output" for n in names])
+
+
+def _child_keys(spec: pytree.TreeSpec) -> list[Any]:
+    """Keys of a dict-like node (the context of its kind holds them), field names of a named tuple, else indices."""
+    context = spec.context
+    for keys in (context, context[0] if isinstance(context, list | tuple) and context else None):
+        if isinstance(keys, list | tuple) and len(keys) == spec.num_children and all(isinstance(k, str) for k in keys):
+            return list(keys)
+    return list(getattr(context, "_fields", range(spec.num_children)))
 
 
 def _walk(value: Any, spec: Any, where: str) -> list[AxisSpecs]:

@@ -14,6 +14,7 @@ from moec.frontend.aten import LOWERINGS
 from moec.frontend.aten.registry import PARAMETERS, op_name
 from moec.frontend.complex import COMPLEX_ONLY, Complex, involves_complex, lower_complex
 from moec.frontend.context import Context
+from moec.frontend.dynamic import result_names
 from moec.frontend.locate import node_location, strip_prefix
 from moec.frontend.symbols import Symbols
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
@@ -242,7 +243,7 @@ class Lowerer:
     def _results(self, node: torch.fx.Node) -> None:
         flat = list(node.args[0])  # type: ignore[arg-type]
         specs = self.program.graph_signature.output_specs
-        names = self._output_names()
+        names = result_names(self.program.call_spec.out_spec)
         for arg, spec in zip(flat, specs, strict=True):
             if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 what = "buffer" if spec.kind is OutputKind.BUFFER_MUTATION else "argument"
@@ -254,7 +255,7 @@ class Lowerer:
                 )
             if spec.kind is not OutputKind.USER_OUTPUT:
                 continue
-            name = names[len(self.outputs)] if len(self.outputs) < len(names) else None
+            name = names[len(self.outputs)]
             result = self._resolve(arg)
             if isinstance(result, Complex):
                 raise CompileError(f"output {name!r} is complex", code="dtype", hint="return torch.view_as_real(x)")
@@ -266,22 +267,6 @@ class Lowerer:
                 self.graph.add_output(self.context.b.dim(value=result), name)
             else:
                 self.outputs.append(("constant", result))
-
-    def _output_names(self) -> list[str]:
-        """`logits`, `past_key_values_0`; `output` for a lone tensor."""
-        from torch.utils import _pytree as pytree
-
-        from moec.frontend.dynamic import _key, _unique
-
-        spec = self.program.call_spec.out_spec
-        if spec is None:
-            return []
-        try:
-            paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))[0]
-        except Exception:  # a container that does not take plain integers
-            return []
-        names = ["_".join(_key(k) for k in path) for path, _ in paths]
-        return _unique([n if n[:1].isalpha() else f"output_{n}" if n else "output" for n in names])
 
     def _remove_dead(self) -> None:
         for node in reversed(list(self.graph.nodes)):

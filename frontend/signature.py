@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from moec.frontend.containers import import_classes
 from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError
 
 Constant = None | bool | int | float | str
@@ -151,6 +152,7 @@ class Signature:
         try:
             values: dict[str, Any] = {}
             for field_name in ("in_spec", "out_spec"):
+                import_classes(data[field_name])
                 values[field_name] = pytree.treespec_loads(json.dumps(data[field_name]))
             for field_name in ("parameters", "input_names"):
                 values[field_name] = tuple(str(n) for n in data[field_name])

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moec.frontend.aten.registry import op_name
+from moec.frontend.containers import register_caches
 from moec.frontend.dynamic import (
     declared_range,
     declared_size,
@@ -129,6 +130,7 @@ def trace(
                 location=Location.at(name),
                 hint="trace the float model; moec.compile(..., quantize=...) quantises it",
             )
+    register_caches()
     with evaluating(model):
         return _from_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes, check)
 

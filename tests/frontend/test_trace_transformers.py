@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from moec.frontend import trace
-from moec.ir import CompileError
+from moec.frontend import Signature, trace
+from moec.ir import CompileError, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,8 +70,9 @@ def test_agrees_at_other_shapes(name, experts, attention, same, well_formed):
 
 def test_bfloat16(same, well_formed):
     model = build("mixtral", dtype=torch.bfloat16)
-    traced = trace(model, (), call(2, 6), dynamic_shapes="auto", check=False)
+    traced = trace(model, (), call(2, 6), dynamic_shapes="auto")
     well_formed(traced)
+    assert traced.checked[:2] == ("B=3, S=5", "B=1, S=1")
     assert traced.graph.find("linear.grouped_matmul")
     same(traced, model, (), call(2, 6), tol=4e-2)
     same(traced, model, (), call(1, 3), tol=4e-2)
@@ -79,11 +82,14 @@ def test_model_output_and_cache_structure_come_back():
     model = build("llama", "")
     ids = torch.randint(0, 97, (2, 6))
     traced = trace(model, (ids,), {"use_cache": True})
-    result = traced.unflatten([torch.zeros([int(s) for s in v.shape]) for v in traced.graph.outputs])
+    saved = json.loads(json.dumps(traced.signature.to_dict()))
+    assert Signature.from_dict(saved) == traced.signature
+    result = Signature.from_dict(saved).unflatten(run(traced.graph, traced.flatten((ids,), {"use_cache": True})))
     assert type(result).__name__ == "CausalLMOutputWithPast"
     assert type(result.past_key_values).__name__ == "DynamicCache"
     assert result.loss is None
-    assert traced.graph.output_names[0] == "logits"
+    torch.testing.assert_close(result.past_key_values.layers[0].keys, model(ids).past_key_values.layers[0].keys)
+    assert traced.graph.output_names == ["logits", "past_key_values_key_cache_0", "past_key_values_value_cache_0"]
 
 
 def test_filling_an_empty_tensor_leaves_only_what_was_written():
