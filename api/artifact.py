@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from moec.generation import Generator, Stops
 from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, TensorType, Weight, parse
 from moec.ir.weight import digest as digest_tensor
 from moec.program import Program, Settings, legalise, lower
+from moec.transformers_types import import_class
 
 if TYPE_CHECKING:
     from moec.compiled import CompiledModel
@@ -301,8 +301,7 @@ def _signature(manifest: Manifest, graph: Graph) -> Signature:
     try:
         for spec in ("in_spec", "out_spec"):
             for name in _types(manifest.value("signature", spec)[1]):
-                if name.startswith(_LIBRARIES):  # their import registers their result classes
-                    importlib.import_module(name.rpartition(".")[0])
+                import_class(name)
     except ImportError as e:
         raise ArtifactError(f"{manifest.path}: field 'signature' needs {e.name}, which is not installed",
                             code="artifact") from None  # fmt: skip
@@ -328,9 +327,6 @@ def _signature(manifest: Manifest, graph: Graph) -> Signature:
         if kind not in ("tensor", "size", "constant") or (kind != "constant" and not known):
             raise manifest.bad("signature.outputs", f"outputs of a graph with {len(graph.outputs)}", [kind, index])
     return signature
-
-
-_LIBRARIES = ("transformers.",)
 
 
 def _types(node: Any) -> set[str]:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from moec.frontend import Signature, Traced, trace
 from moec.ir import ArgumentTypeError, CompileError, Graph
+from moec.transformers_types import traceable_caches
 
 
 def describe(model: Any) -> str:
@@ -58,7 +59,8 @@ def acquire(
             f"kwargs must be a dict of the model's keyword arguments, got {type(kwargs).__name__}", code="arguments"
         )
     if isinstance(model, nn.Module | torch.export.ExportedProgram):
-        traced: Traced = trace(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        with traceable_caches():
+            traced: Traced = trace(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
         return traced.graph, traced.signature
     raise refuse(model)
 

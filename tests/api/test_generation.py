@@ -156,9 +156,16 @@ def test_transformers_mixtral(tmp_path):
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, eos_token_id=2,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
-    compiled = moec.compile(model, backend="onnxruntime", threads=1)
     prompt = PROMPT + 3
+    compiled = moec.compile(model, (prompt,), backend="onnxruntime", threads=1)
+    result, eager = compiled(input_ids=prompt), model(prompt)
+    assert type(result) is type(eager)
+    torch.testing.assert_close(result.logits, eager.logits, rtol=1e-4, atol=1e-5)
+    keys = [cache.layers[0].keys for cache in (result.past_key_values, eager.past_key_values)]
+    torch.testing.assert_close(*keys, rtol=1e-4, atol=1e-5)
     want = model.generate(prompt, attention_mask=MASK, max_new_tokens=6, do_sample=False, pad_token_id=2)
     assert torch.equal(compiled.generate(prompt, MASK, max_new_tokens=6), want)
     compiled.save(tmp_path / "mixtral")
-    assert torch.equal(moec.load(tmp_path / "mixtral").generate(prompt, MASK, max_new_tokens=6), want)
+    loaded = moec.load(tmp_path / "mixtral")
+    assert torch.equal(loaded.generate(prompt, MASK, max_new_tokens=6), want)
+    assert torch.equal(loaded(prompt).past_key_values.layers[0].values, result.past_key_values.layers[0].values)
