@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import sympy
 import torch
 from torch.utils import _pytree as pytree
 
-from moec.frontend.aten.registry import op_name
+from moec.frontend.aten.registry import LOWERINGS, op_name
 from moec.frontend.containers import register_caches
 from moec.frontend.dynamic import (
     declared_range,
@@ -188,13 +189,17 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     """Functional form, in ops that have lowerings as far as torch knows how to get there."""
     if not missing_ops(program) and not mutates(program):
         return program
-    table = torch.export.default_decompositions()
-    for op in list(table.keys()):
-        if isinstance(op, torch._ops.OpOverload) and has_lowering(op_name(op)):
-            table.pop(op)
-    program = program.run_decompositions(table)
+    program = program.run_decompositions(dict(_decompositions(len(LOWERINGS))))
     rest = torch._decomp.get_decompositions(missing_ops(program))
     return program.run_decompositions(dict(rest)) if rest else program
+
+
+@cache
+def _decompositions(lowerings: int) -> dict[Any, Any]:
+    """torch's table without the ops that have a lowering (as many as there were when it was asked for)."""
+    table = torch.export.default_decompositions()
+    whole = {op for op in table.keys() if isinstance(op, torch._ops.OpOverload) and has_lowering(op_name(op))}  # noqa: SIM118
+    return {op: fn for op, fn in table.items() if op not in whole}
 
 
 @contextmanager

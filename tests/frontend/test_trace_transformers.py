@@ -28,7 +28,7 @@ CONFIGS = {
     "deepseek_v3": ("DeepseekV3Config", LATENT),
     "deepseek_v2": ("DeepseekV2Config", LATENT | {"topk_method": "group_limited_greedy"}),
     "gpt_oss": ("GptOssConfig", BASE | {"head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2,
-                                        "sliding_window": 128, "num_hidden_layers": 2}),
+                                        "sliding_window": 128}),
     "llama": ("LlamaConfig", BASE),
 }  # fmt: skip
 
