@@ -21,7 +21,7 @@ PROMPTS = (b"KING HENRY.\n", b"import os\nimport sys\n\ndef ")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, default=8, help="KiB of held-out text a domain to measure loss on")
+    parser.add_argument("--sample", type=int, default=6, help="KiB of held-out text a domain to measure loss on")
     parser.add_argument("--new-bytes", type=int, default=200, help="bytes to generate")
     options = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # torch.export's own
@@ -80,7 +80,7 @@ def placement(model: models.MoETransformer, graph: moec.Graph) -> None:
     slots = model.config.num_experts // gpus + spare
     with section(f"4. Expert placement: {gpus} GPUs with {slots} slots a layer ({gpus * spare} redundant)"):
         table = Table("layer", "domain", "hottest expert / mean", "plain", "placed", "lower bound")
-        texts = {d: models.heldout_text(d)[: 16 << 10] for d in ("literature", "code")}
+        texts = {d: models.heldout_text(d)[: 8 << 10] for d in ("literature", "code")}
         loads = {d: models.expert_load(model, text) for d, text in texts.items()}
         layers = sorted(next(iter(loads.values())))
         both = torch.stack([sum(loads[d][layer] for d in texts) for layer in layers])
