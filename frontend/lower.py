@@ -285,9 +285,11 @@ def unsupported(name: str) -> CompileError:
 
 
 def _ops(program: torch.export.ExportedProgram) -> Iterator[Any]:
+    """Every op that is lowered: those that give tensors (sizes are read from the metadata)."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            called = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+            if called and not isinstance(node.meta.get("val"), _NUMBERS):
                 yield node.target
 
 
