@@ -156,3 +156,14 @@ def test_outputs_that_are_inputs_weights_or_the_same_value():
 
     got = traced.unflatten(run(traced.graph, traced.flatten((torch.zeros(2),))))
     assert [g.tolist() for g in got] == [[0, 0], [1, 1], [1, 1], [1, 1]]
+
+
+def test_comparison_helper_sees_one_percent(same):
+    net = Mlp().eval()
+    traced = trace(net, (torch.randn(2, 8),))
+    x = torch.randn(2, 8)
+    same(traced, net, (x,))
+    other = Mlp().eval()
+    other.load_state_dict({k: v * 1.01 for k, v in net.state_dict().items()})
+    with pytest.raises(AssertionError):
+        same(traced, other, (x,))
