@@ -77,7 +77,7 @@ def test_strided_inputs(compiled, nested):
         (lambda x, a, b: ((), {}), ArgumentTypeError, ["x"]),
         (lambda x, a, b: ((x, (a, {"b": b})), {}), ArgumentTypeError, ["scale"]),
         (lambda x, a, b: ((x, (a, {"b": b})), {"scale": 0.5, "mask": x}), ArgumentTypeError, ["mask"]),
-        (lambda x, a, b: ((x, (a, {"b": b}), x), {"scale": 0.5}), ArgumentTypeError, ["scale", "twice"]),
+        (lambda x, a, b: ((x, (a, {"b": b}), x), {"scale": 0.5}), ArgumentTypeError, ["positional", "3"]),
         (lambda x, a, b: ((x, (a, {"c": b})), {"scale": 0.5}), ArgumentTypeError, ["'c'"]),
         (lambda x, a, b: (([1.0], (a, {"b": b})), {"scale": 0.5}), ArgumentTypeError, []),
         (lambda x, a, b: (("x", (a, {"b": b})), {"scale": 0.5}), ArgumentTypeError, ["x", "str"]),
