@@ -136,6 +136,8 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         program.executable.save(work / name)
         entries[name] = {"legal_sha256": program.legal_digest, "weights": names}
     save_file(tensors, work / WEIGHTS)
+    # the library makes it private; it is as readable as its neighbours
+    shutil.copymode(next(work.glob("*.ir")), work / WEIGHTS)
     files = {}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
         files[path.relative_to(work).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
