@@ -130,6 +130,11 @@ def test_folding_stops_at_its_limit_and_at_symbols():
     assert "neg" not in [n.op.split(".")[1] for n in FoldConstants().run(graph).nodes]
 
 
+def test_folding_does_not_build_large_results():
+    graph = graph_of(lambda b, x: b.neg(b.expand(b.const(1.0), shape=(1 << 10, 1 << 10))))
+    assert [n.op for n in FoldConstants().run(graph).nodes] == [n.op for n in graph.nodes]
+
+
 def test_folding_does_not_read_large_weights():
     class Exploding:
         def load(self):

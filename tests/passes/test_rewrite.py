@@ -84,6 +84,16 @@ def test_inner_value_with_another_use_stops_a_match():
     assert "a graph output" in explain(Swiglu(), graph)
 
 
+def test_inner_value_used_by_another_node_stops_a_match():
+    def body(b, x, y):
+        s = b.silu(x)
+        return b.add(b.mul(s, y), b.exp(s))
+
+    graph = graph_of(body)
+    assert RuleSet((Swiglu(),)).run(graph) == graph
+    assert "also used by math.exp" in explain(Swiglu(), graph)
+
+
 def test_shared_parts_match_and_stay():
     def pattern(self, p, x, y):
         return p.mul(p.shared(p.silu(x)), y)
