@@ -144,7 +144,7 @@ class Lowerer:
         target: Any = node.target
         value = node.meta.get("val")
         if target is operator.getitem:
-            self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+            self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]  # fx types arguments loosely
             return
         if isinstance(value, _NUMBERS):
             return  # read from the metadata where used
@@ -241,7 +241,7 @@ class Lowerer:
     # -- results ------------------------------------------------------------------------------------
 
     def _results(self, node: torch.fx.Node) -> None:
-        flat = list(node.args[0])  # type: ignore[arg-type]
+        flat = list(node.args[0])  # type: ignore[arg-type]  # fx types arguments loosely
         specs = self.program.graph_signature.output_specs
         names = result_names(self.program.call_spec.out_spec)
         for arg, spec in zip(flat, specs, strict=True):

@@ -189,5 +189,5 @@ def _shown(spec: pytree.TreeSpec) -> str:
     leaves = ["·"] * spec.num_leaves
     try:
         return repr(pytree.tree_unflatten(leaves, spec)).replace("'·'", "·")[:300]
-    except Exception:
+    except Exception:  # a user's class may check its fields; the text is for an error message only
         return f"{spec.num_leaves} leaves"

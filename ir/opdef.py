@@ -196,7 +196,7 @@ def op(name: str, *, commutative: bool = False, elementwise: bool = False) -> Ca
         if name not in _OPS:
             _BARE.setdefault(name.split(".")[1], []).append(name)
         _OPS[name] = opdef
-        cls.opdef = opdef  # type: ignore[attr-defined]
+        cls.opdef = opdef  # type: ignore[attr-defined]  # the decorator adds it
         return cls
 
     return declare

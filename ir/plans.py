@@ -102,6 +102,7 @@ class Placement:
 
     mesh: Mesh
     physical_to_logical: np.ndarray
+    # None stands for the default that __post_init__ fills in; afterwards all four are arrays
     balance: np.ndarray = None  # type: ignore[assignment]
     lower_bound: np.ndarray = None  # type: ignore[assignment]
     moves: np.ndarray = None  # type: ignore[assignment]

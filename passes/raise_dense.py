@@ -62,7 +62,10 @@ def combine_column(v: Value | None) -> tuple[Value, Value, int] | None:
 
 
 def _orders(node: Node | None) -> list[tuple[Any, Any]]:
-    return [] if node is None else [tuple(node.operands), tuple(node.operands[::-1])]  # type: ignore[list-item]
+    if node is None:
+        return []
+    a, b = node.operands
+    return [(a, b), (b, a)]
 
 
 def _rows(v: Value) -> Value | None:
@@ -109,7 +112,9 @@ class DenseExperts(Rewrite):
         return combine_matrix(flipped.operands[0])
 
     def replace(self, b: Any, m: Match) -> Any:
-        weights, experts = self._routing(m)  # type: ignore[misc]
+        routing = self._routing(m)
+        assert routing is not None  # when() saw it
+        weights, experts = routing
         return b.moe_experts(_rows(m.rows), weights, experts, m.gate_up, m.down, activation=self.activation)
 
 

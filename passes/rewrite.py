@@ -137,7 +137,7 @@ class _Engine:
             self.by_op.setdefault(pattern.roots[0].node.opdef.name, []).append((rule, pattern))
             self.depth = max(self.depth, pattern.depth)
         self.record = active_record.get()
-        self.refused: set[tuple[str, Node, str]] = set()
+        self.refused: set[tuple[str, Node | None, str]] = set()
         # every application of a terminating rule set shrinks or lowers something; far beyond that it loops
         self.limit = 50 * len(graph) + 1000
         self.fired: dict[str, int] = {}
@@ -179,7 +179,7 @@ class _Engine:
         if self.record is not None and not self.quiet and key not in self.refused:
             where = verdict.at.location if verdict.at is not None and verdict.at.location else m.location
             self.record.refused.append(Refusal(rule.name, verdict.reason, where))
-        self.refused.add(key)  # type: ignore[arg-type]
+        self.refused.add(key)
         return True
 
     def _apply(self, rule: Rewrite, m: Match) -> list[Node]:

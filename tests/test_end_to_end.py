@@ -23,7 +23,8 @@ def randomise(model):
 
 
 def mixtral(layers=2):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.MixtralConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, use_cache=False,
@@ -32,7 +33,8 @@ def mixtral(layers=2):
 
 
 def deepseek_v3(layers=2):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.DeepseekV3Config(
         vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3, n_group=4,

@@ -126,7 +126,9 @@ def _not_moe(e: Emitter, spec: Spec) -> str | None:
         return "the experts are empty"
     source: Value = spec.weights
     while source.producer is not None and source.producer.op == "math.cast":
-        source = source.producer.operands[0]  # type: ignore[assignment]
+        (inner,) = source.producer.operands
+        assert inner is not None
+        source = inner
     route = source.producer
     if route is None or route.op != "moe.route" or route.attrs["scale"] <= 0:
         return "it takes positive weights of distinct experts, known only behind moe.route"

@@ -74,7 +74,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def _read_exactly(stream: BinaryIO, buffer: memoryview) -> None:
     while len(buffer):
-        count = stream.readinto(buffer)  # type: ignore[attr-defined]
+        count = stream.readinto(buffer)  # type: ignore[attr-defined]  # typeshed lacks readinto on BinaryIO
         if not count:
             raise EOFError("the other side closed the connection")
         buffer = buffer[count:]

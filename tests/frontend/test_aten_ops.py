@@ -215,7 +215,6 @@ OP_DB = ["nn.functional.glu", "nn.functional.cosine_similarity", "nn.functional.
 
 @pytest.mark.parametrize("name", OP_DB)
 def test_sample_of_torch_op_database(name):
-    pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
     op = next(o for o in op_db if o.name == name)

@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from moec.frontend import Signature, trace
 from moec.ir import CompileError, run
-
-transformers = pytest.importorskip("transformers")
 
 BASE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,

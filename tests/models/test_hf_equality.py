@@ -5,8 +5,6 @@ import torch
 
 from moec.models import ModelConfig, MoETransformer, Yarn
 
-transformers = pytest.importorskip("transformers")
-
 VOCAB = 97
 
 

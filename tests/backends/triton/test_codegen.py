@@ -158,8 +158,7 @@ def test_every_op_compiles_for_sm_90(dtype: str):
     from moec.backends.triton.kernels.elementwise import elementwise
     from moec.backends.triton.launch import interpreted
 
-    if interpreted():
-        pytest.skip("triton interprets in this process")
+    assert not interpreted(), "nothing compiles where triton interprets: run the tests without TRITON_INTERPRET=1"
     kind = DType.of(dtype)
     g = Graph("all")
     x, y = (g.add_input(n, TensorType(kind, (4096, 64))) for n in "xy")
