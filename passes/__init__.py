@@ -18,6 +18,7 @@ from moec.passes.quantize import QuantizeFP8
 from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
 from moec.passes.rewrite import Match, Rewrite, RuleSet
+from moec.passes.spec import parse_pass, parse_passes, print_pass, print_passes
 
 __all__ = [
     "Analysis",
@@ -50,7 +51,11 @@ __all__ = [
     "expert_coactivation",
     "expert_load",
     "explain",
+    "parse_pass",
+    "parse_passes",
     "place_experts",
+    "print_pass",
+    "print_passes",
     "quantized_coverage",
     "run_pass",
 ]
