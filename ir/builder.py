@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Node, Value
 from moec.ir.location import Location
 from moec.ir.opdef import OpDef, known, lookup
 from moec.ir.types import DType, TensorType
+from moec.ir.weight import ComputedSource, Weight
 
 
 class Builder:
@@ -67,7 +70,23 @@ class Builder:
             return v
         if isinstance(v, bool | int | float):
             return self.constant_like(v, like)
-        raise CompileError(f"{opdef.name}: an operand must be a Value or number, got {type(v).__name__}", code="arity")
+        hint = "b.weight(name, tensor) makes it a weight of the graph" if isinstance(v, torch.Tensor) else None
+        raise CompileError(
+            f"{opdef.name}: an operand must be a Value or number, got {type(v).__name__}", code="arity", hint=hint
+        )
+
+    def weight(
+        self, name: str, data: torch.Tensor | Callable[[], torch.Tensor], type: TensorType | None = None
+    ) -> Value:
+        """A new weight named `name` (with a number after it where that is taken). `data` is a tensor, or with
+        `type` a function that computes it when it is first needed: `b.weight("w", lambda: f(m.w.weight.load()),
+        m.w.type)`."""
+        name = self.graph.fresh_weight_name(name)
+        if isinstance(data, torch.Tensor):
+            return self.graph.add_weight(Weight.of(name, data))
+        if type is None:
+            raise CompileError(f"weight {name!r}: a computed weight needs its type", code="weight")
+        return self.graph.add_weight(Weight(name, type, ComputedSource(data)))
 
     def constant_like(self, value: bool | int | float, like: Value | None) -> Value:
         """A scalar constant of `like`'s dtype (f32, i64 or bool without one)."""

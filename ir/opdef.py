@@ -6,7 +6,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from moec.ir.dims import Dim
@@ -47,7 +47,7 @@ class OpDef:
     elementwise: bool = False
     file: str = ""
     line: int = 0
-    _fields: frozenset[str] = field(default_factory=frozenset)
+    results: int | None = 1  # None: as many as `infer` says
 
     @property
     def family(self) -> str:
@@ -156,11 +156,14 @@ _OPS: dict[str, OpDef] = {}
 _BARE: dict[str, list[str]] = {}
 
 
-def op(name: str, *, commutative: bool = False, elementwise: bool = False) -> Callable[[type], type]:
+def op(
+    name: str, *, commutative: bool = False, elementwise: bool = False, results: int | None = 1
+) -> Callable[[type], type]:
     """Class decorator that declares an op.
 
     The class has operand and attribute fields, `infer(self)` returning one TensorType or a tuple,
     `reference(self)` returning one torch tensor or a tuple, and optionally `decompose(self, b)`.
+    `results` is their number, None where it depends on operands or attributes.
     """
     if name.count(".") != 1:
         raise CompileError(f"op name {name!r} must be family.op", code="name")
@@ -189,7 +192,7 @@ def op(name: str, *, commutative: bool = False, elementwise: bool = False) -> Ca
         except (OSError, TypeError):
             file, line = "", 0
         opdef = OpDef(
-            name, cls, tuple(operands), attrs, inspect.getdoc(cls) or "", commutative, elementwise, file, line
+            name, cls, tuple(operands), attrs, inspect.getdoc(cls) or "", commutative, elementwise, file, line, results
         )
         if name in _OPS and _OPS[name].file != file:
             raise CompileError(f"op {name} is already declared at {_OPS[name].file}:{_OPS[name].line}", code="name")
@@ -238,14 +241,21 @@ def infer_types(
     functions: Mapping[str, Graph] | None = None,
 ) -> tuple[TensorType, ...]:
     """Result types. Raises CompileError naming the op where its type rule fails."""
-    types = [None if v is None else v.type for v in operands]
-    instance = opdef.instance(types, attrs)
+    given = [None if v is None else v.type for v in operands]
+    instance = opdef.instance(given, attrs)
     instance.functions = functions or {}
     try:
         result = instance.infer()
     except CompileError as e:
-        shown = ", ".join("_" if t is None else str(t) for t in types)
+        shown = ", ".join("_" if t is None else str(t) for t in given)
         e.args = (f"{opdef.name}({shown}): {e.message}",)
         e.message = e.args[0]
         raise
-    return (result,) if isinstance(result, TensorType) else tuple(result)
+    types = (result,) if isinstance(result, TensorType) else tuple(result)
+    if opdef.results is not None and len(types) != opdef.results:
+        raise CompileError(
+            f"{opdef.name} is declared with {opdef.results} results, infer() gives {len(types)}",
+            code="op",
+            hint=f"@op({opdef.name!r}, results={len(types)}) at {opdef.file}:{opdef.line}",
+        )
+    return types

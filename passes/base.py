@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moec.ir import Graph, Location
@@ -14,11 +15,16 @@ from moec.ir import Graph, Location
 
 @dataclass(frozen=True)
 class Refusal:
-    """A rule that matched and declined in `when`."""
+    """A rule that matched and declined in `when`, or that only another use of an inner value stopped.
+    `source` is the rule's file:line."""
 
     rule: str
     reason: str
     location: Location
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"rule {self.rule} ({self.source}) refused at {self.location.describe()}: {self.reason}"
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         refused: dict[str, int] = {}
         for r in self.refused:
-            key = f"{r.rule}: {r.reason}"
+            key = f"{r.rule} ({Path(r.source).name}): {r.reason}"
             refused[key] = refused.get(key, 0) + 1
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "refused"}
         return {**plain, "refused": refused}

@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moec.ir import DType, Node, Value
-from moec.ir.compare import same_attrs
-from moec.passes.pattern import AttrCapture, Bind, Const, Either, Pattern, PNode, PResult, Rest, Shared, Var
-
-
-@dataclass(frozen=True)
-class Bindings:
-    """What is matched so far: captures by name, and the graph node of each pattern node."""
-
-    captures: Mapping[str, Any]
-    nodes: Mapping[PNode, Node]
-
-    def capture(self, name: str, value: Any) -> Bindings | None:
-        if name in self.captures:
-            known = self.captures[name]
-            same = known is value if isinstance(value, Value) or value is None else same_attrs({"": known}, {"": value})
-            return self if same else None
-        return Bindings({**self.captures, name: value}, self.nodes)
-
-    def place(self, p: PNode, node: Node) -> Bindings:
-        return Bindings(self.captures, {**self.nodes, p: node})
-
-
-@dataclass
-class Failure:
-    """The furthest point that an attempt reached."""
-
-    matched: int = -1
-    node: Node | None = None
-    value: Value | None = None
-    expected: str = ""
-    found: str = ""
-
-    def note(self, matched: int, node: Node | None, value: Value | None, expected: str, found: str) -> None:
-        if matched > self.matched:
-            self.matched, self.node, self.value = matched, node, value
-            self.expected, self.found = expected, found
-
+from moec.ir import Node, Value
+from moec.passes.bindings import Bindings, Escape, Failure
+from moec.passes.match_values import attribute, describe, same_constant, scalar_constant, shown, wanted
+from moec.passes.pattern_types import (
+    Bind,
+    Const,
+    Either,
+    Pattern,
+    PNode,
+    PResult,
+    Repeat,
+    Rest,
+    Shared,
+    Typed,
+    Var,
+)
 
 EMPTY = Bindings({}, {})
 
 
 class Matcher:
-    """Matches one pattern; `failure` is filled where matching does not succeed."""
+    """Matches one pattern. `failure` is filled where matching does not succeed; `escape` is the first match
+    that only another use of an inner value stopped."""
 
     def __init__(self, pattern: Pattern, failure: Failure | None = None):
         self.pattern = pattern
         self.failure = failure
+        self.escape: Escape | None = None
 
     def at(self, node: Node) -> Iterator[Bindings]:
         """Matches whose first root is (a result of) `node`, in order; escapes and use counts are checked."""
@@ -105,44 +83,112 @@ class Matcher:
         if node.opdef is not p.opdef:
             self._fail(b, node, None, p.opdef.name, node.op)
             return
+        if p.tree:
+            yield from self._tree(p, node, b)
+            return
         if len(node.results) != p.results:
             self._fail(b, node, None, f"{p.results} results", f"{len(node.results)} results")
             return
         for name, want in p.attrs.items():
-            got = node.attrs[name]
-            if isinstance(want, AttrCapture):
-                if want.name is not None:
-                    captured = b.capture(want.name, got)
-                    if captured is None:
-                        self._fail(b, node, None, f"{name}={b.captures[want.name]}", f"{name}={got}")
-                        return
-                    b = captured
-            elif not same_attrs({name: want}, {name: got}):
-                self._fail(b, node, None, f"{p.opdef.name} with {name}={want}", f"{name}={got}")
+            extended = attribute(want, node.attrs[name], b)
+            if extended is None:
+                if self.failure is not None:
+                    found = f"{name}={shown(node.attrs[name])}"
+                    self._fail(b, node, None, f"{p.opdef.name} with {name}={wanted(want, b)}", found)
                 return
+            b = extended
         orders = [p.operands]
         if p.opdef.commutative and len(p.operands) == 2:
             orders.append(p.operands[::-1])
         for operands in orders:
             yield from self._operands(operands, node, 0, b.place(p, node))
 
-    def _operands(self, operands: tuple[Any, ...], node: Node, i: int, b: Bindings) -> Iterator[Bindings]:
+    def _operands(
+        self, operands: tuple[Any, ...], node: Node, i: int, b: Bindings, at: int | None = None
+    ) -> Iterator[Bindings]:
+        """Pattern operands from the i-th against the node's from `at` (a Rest or Repeat shifts them)."""
+        at = i if at is None else at
         if i == len(operands):
-            if i == len(node.operands):
+            if at == len(node.operands):
                 yield b
             else:
                 self._fail(b, node, None, f"{i} operands", f"{len(node.operands)} operands")
             return
-        if isinstance(operands[i], Rest):
-            captured = b.capture(operands[i].name, node.operands[i:])
+        if isinstance(operands[i], Rest | Repeat):
+            # what follows takes the last operands
+            end = len(node.operands) - (len(operands) - i - 1)
+            many = node.operands[i:end] if end >= i else ()
+            for extended in self._many(operands[i], many, b, node):
+                yield from self._operands(operands, node, i + 1, extended, i + len(many))
+            return
+        if at >= len(node.operands):
+            self._fail(b, node, None, f"{len(operands)} operands", f"{len(node.operands)} operands")
+            return
+        for extended in self._value(operands[i], node.operands[at], b, node):
+            yield from self._operands(operands, node, i + 1, extended, at + 1)
+
+    def _many(self, p: Any, values: Sequence[Value | None], b: Bindings, node: Node) -> Iterator[Bindings]:
+        """Operands of a variadic op: all of them captured, or each a repetition."""
+        if isinstance(p, Rest):
+            captured = b.capture(p.name, tuple(values))
             if captured is not None:
                 yield captured
             return
-        if i >= len(node.operands):
-            self._fail(b, node, None, f"{len(operands)} operands", f"{len(node.operands)} operands")
+        if len(values) < p.least:
+            self._fail(b, node, None, f"at least {p.least} operands", f"{len(values)}")
             return
-        for extended in self._value(operands[i], node.operands[i], b, node):
-            yield from self._operands(operands, node, i + 1, extended)
+        found: list[dict[str, Any]] = []
+        for v in values:
+            repetition = next(self._repetition(p, v, b, node), None)
+            if repetition is None:
+                return
+            b, own = repetition
+            found.append(own)
+        yield _collected(p, found, b)
+
+    def _repetition(
+        self, p: Repeat, value: Value | None, b: Bindings, user: Node
+    ) -> Iterator[tuple[Bindings, dict[str, Any]]]:
+        """One repetition: the bindings outside it, and its own captures."""
+        for full in self._value(p.inner, value, b, user):
+            own = {n: full.captures[n] for n in p.names if n in full.captures}
+            outer = {n: v for n, v in full.captures.items() if n not in p.names}
+            nodes = {q: n for q, n in full.nodes.items() if q not in p.nodes}
+            mine = tuple(n for q, n in full.nodes.items() if q in p.nodes and q not in self.pattern.shared)
+            yield Bindings(outer, nodes, full.repeated + mine), own
+
+    def _tree(self, p: PNode, top: Node, b: Bindings) -> Iterator[Bindings]:
+        """The whole tree below `top`. The first leaf that matches decides the common captures."""
+        users = top.result.users
+        if len(users) == 1 and not top.result.is_output and _continues(top.result, users[0]):
+            self._fail(b, top, None, f"the whole tree of {top.op}", "a part of one")
+            return
+        repeat, rest = p.operands[0], p.operands[1] if len(p.operands) > 1 else None
+        inside, leaves = _flatten(top)
+        tried: set[int] = set()
+        for start in range(len(leaves)):
+            if start in tried:
+                continue
+            for state, own in self._repetition(repeat, leaves[start], b, top):
+                found = {start: own}
+                for i, leaf in enumerate(leaves):
+                    repetition = None if i == start else next(self._repetition(repeat, leaf, state, top), None)
+                    if repetition is not None:
+                        state, found[i] = repetition
+                tried |= found.keys()
+                if len(found) < repeat.least or (rest is None and len(found) < len(leaves)):
+                    if self.failure is not None:
+                        found_text = f"{len(found)} that match among {len(leaves)} operands"
+                        self._fail(state, top, None, f"at least {repeat.least}, and no others", found_text)
+                    continue
+                complete = _collected(repeat, [found[i] for i in sorted(found)], state)
+                if rest is not None:
+                    others = tuple(v for i, v in enumerate(leaves) if i not in found)
+                    captured = complete.capture(rest.name, others)
+                    if captured is None:
+                        continue
+                    complete = captured
+                yield complete.place(p, top, inside)
 
     def _value(self, p: Any, value: Value | None, b: Bindings, user: Node) -> Iterator[Bindings]:
         match p:
@@ -150,14 +196,14 @@ class Matcher:
                 if value is None:
                     yield b
                 else:
-                    self._fail(b, user, value, "an absent operand", _describe(value))
+                    self._fail(b, user, value, "an absent operand", value)
             case Var():
                 if value is None and not p.optional:
                     self._fail(b, user, None, f"an operand for {p.name!r}", "an absent one")
                     return
                 captured = b.capture(p.name, value)
                 if captured is None:
-                    self._fail(b, user, value, f"the same value as {p.name!r}", _describe(value))
+                    self._fail(b, user, value, f"the same value as {p.name!r}", value)
                 else:
                     yield captured
             case Const():
@@ -172,19 +218,32 @@ class Matcher:
             case Either():
                 for option in p.options:
                     yield from self._value(option, value, b, user)
+            case Typed():
+                typed = None if value is None else self._typed(p, value, b, user)
+                if typed is not None:
+                    yield from self._value(p.inner, value, typed, user)
             case PResult():
                 if value is None or value.producer is None:
-                    self._fail(b, user, value, p.node.opdef.name, _describe(value))
+                    self._fail(b, user, value, p.node.opdef.name, value)
                 elif value.index != p.index:
                     self._fail(b, user, value, f"result {p.index} of {p.node.opdef.name}", f"result {value.index}")
                 else:
                     yield from self._node(p.node, value.producer, b)
 
+    def _typed(self, p: Typed, value: Value, b: Bindings, user: Node) -> Bindings | None:
+        if p.dtypes and value.dtype not in p.dtypes:
+            self._fail(b, user, value, f"dtype {' or '.join(p.dtypes)}", value.dtype)
+            return None
+        extended = b if p.shape is None else attribute(p.shape, value.shape, b)
+        if extended is None and self.failure is not None:
+            self._fail(b, user, value, f"shape {wanted(p.shape, b)}", shown(value.shape))
+        return extended
+
     def _const(self, p: Const, value: Value | None, b: Bindings, user: Node) -> Iterator[Bindings]:
         number = scalar_constant(value)
         if number is None or value is None:
             want = f"the constant {p.value}" if p.value is not None else "a scalar constant"
-            self._fail(b, user, value, want, _describe(value))
+            self._fail(b, user, value, want, value)
         elif p.name is not None:
             captured = b.capture(p.name, number)
             if captured is not None:
@@ -198,66 +257,59 @@ class Matcher:
 
     def _closed(self, b: Bindings) -> bool:
         """Inner results are used inside the match only, results of roots that are not replaced not at all."""
-        matched = {n for p, n in b.nodes.items() if p not in self.pattern.shared}
+        matched = {n for p, n in b.nodes.items() if p not in self.pattern.shared}.union(b.repeated)
         replaced = {b.nodes[r.node].results[r.index] for r in self.pattern.roots}
         for node in matched:
             for result in node.results:
                 if result in replaced:
                     continue
                 outside = [u for u in result.users if u not in matched]
-                if result.is_output:
-                    self._fail(b, node, result, f"{node.op} used inside the match only", "a graph output", closed=True)
-                    return False
-                if outside:
-                    where = f"{outside[0].op} at {outside[0].location.describe()}"
-                    self._fail(
-                        b, node, result, f"{node.op} used inside the match only", f"also used by {where}", closed=True
-                    )
-                    return False
+                if not result.is_output and not outside:
+                    continue
+                where = f"also used by {outside[0].op} at {outside[0].location.describe()}" if outside else ""
+                found = "a graph output" if result.is_output else where
+                self._fail(b, node, result, f"{node.op} used inside the match only", found, closed=True)
+                if self.escape is None:
+                    root = b.nodes[self.pattern.roots[0].node]
+                    self.escape = Escape(root, result, f"{node.op} inside the match is {found}")
+                return False
         return True
 
     def _fail(
-        self, b: Bindings, node: Node | None, value: Value | None, expected: str, found: str, closed: bool = False
+        self, b: Bindings, node: Node | None, value: Value | None, expected: str, found: Any, closed: bool = False
     ) -> None:
         if self.failure is not None:
-            self.failure.note(len(b.nodes) + closed, node, value, expected, found)
+            text = found if isinstance(found, str) else describe(found)
+            matched = len(b.nodes) + len(b.repeated) + closed
+            self.failure.note(matched, node, value, expected, text)
 
 
-def _describe(value: Value | None) -> str:
-    if value is None:
-        return "an absent operand"
-    if value.weight is not None:
-        return f"weight @{value.weight.name}"
-    number = scalar_constant(value)
-    if number is not None:
-        return f"the constant {number}"
-    return value.producer.op if value.producer else f"input %{value.name}"
+def _collected(p: Repeat, found: Sequence[Mapping[str, Any]], b: Bindings) -> Bindings:
+    """Bindings with one tuple for each capture of the repetitions."""
+    own = {n: tuple(f.get(n) for f in found) for n in p.names}
+    return Bindings({**b.captures, **own}, b.nodes, b.repeated)
 
 
-def scalar_constant(value: Value | None) -> float | int | bool | None:
-    """The number in a one-element `tensor.constant` of rank ≤ 1, else None."""
-    if value is None or value.producer is None or value.producer.op != "tensor.constant":
-        return None
-    return value.producer.attrs["value"][0] if value.type.numel == 1 and value.type.rank <= 1 else None
+def _continues(v: Value, user: Node) -> bool:
+    """Whether `user` is the same op on whole operands of the same type, so that v is inside its tree."""
+    node = v.producer
+    return node is not None and user.opdef is node.opdef and user.result.type == v.type and len(v.uses) == 1
 
 
-def same_constant(a: float, b: float, dtype: DType, rtol: float = 0.0) -> bool:
-    """Equality after rounding to `dtype` (1e-6 written in Python equals the f32 nearest to it)."""
-    if dtype.is_float:
-        fa, fb = _rounded(float(a), dtype), _rounded(float(b), dtype)
-        return fa == fb or (fa != fa and fb != fb) or (rtol > 0 and abs(fa - fb) <= rtol * abs(fb))
-    return a == b
-
-
-def _rounded(x: float, dtype: DType) -> float:
-    if dtype is DType.F64:
-        return x
-    try:
-        narrow = struct.unpack("f", struct.pack("f", x))[0]
-    except OverflowError:
-        return x
-    if dtype is DType.F32:
-        return narrow
-    import torch
-
-    return float(torch.tensor(x, dtype=dtype.torch))
+def _flatten(top: Node) -> tuple[tuple[Node, ...], list[Value]]:
+    """The nodes of a tree below its top, and its leaves from left to right."""
+    inside: list[Node] = []
+    leaves: list[Value] = []
+    stack = [v for v in reversed(top.operands) if v is not None]
+    users = [top] * len(stack)
+    while stack:
+        v, user = stack.pop(), users.pop()
+        node = v.producer
+        if node is not None and node.opdef is top.opdef and not v.is_output and _continues(v, user):
+            inside.append(node)
+            below = [o for o in reversed(node.operands) if o is not None]
+            stack += below
+            users += [node] * len(below)
+        else:
+            leaves.append(v)
+    return tuple(inside), leaves

@@ -8,85 +8,29 @@ Attributes match exactly, an omitted one its default, unless captured with `p.at
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moec.ir import Builder, CompileError, OpDef, lookup
+from moec.ir import Builder, CompileError, Dim, DType, OpDef, lookup
 from moec.ir.opdef import REQUIRED, normalise_attr
-
-# results of ops that have several; `tensor.split` and unknown ops take `results=` in the pattern
-_RESULTS = {"math.topk": 2, "math.sort": 2, "moe.route": 2, "norm.add_rms": 2, "quant.quantize": 2}
-
-
-@dataclass(frozen=True, eq=False)
-class Var:
-    """Captures any value; the same capture twice must be the same value. `optional` also takes absence."""
-
-    name: str
-    optional: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Const:
-    """A scalar constant: of a given `value` (exact in its dtype, or within `rtol`), or captured by `name`
-    as a Python number."""
-
-    name: str | None = None
-    value: float | int | bool | None = None
-    rtol: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class AttrCapture:
-    """Captures an attribute under `name` (None: matches anything); equal captures must agree."""
-
-    name: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Either:
-    """The first alternative that matches."""
-
-    options: tuple[Any, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Bind:
-    """Captures the value that an inner pattern matched."""
-
-    name: str
-    inner: Any
-
-
-@dataclass(frozen=True, eq=False)
-class Shared:
-    """Matches like its inner pattern, whose nodes may have other uses and stay in the graph."""
-
-    inner: Any
-
-
-@dataclass(frozen=True, eq=False)
-class Rest:
-    """Captures any number of further operands as a tuple."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
-class PNode:
-    """One node of the pattern; `PResult` picks one of its results."""
-
-    opdef: OpDef
-    operands: tuple[Any, ...]
-    attrs: dict[str, Any]
-    results: int = 1
-
-
-@dataclass(frozen=True, eq=False)
-class PResult:
-    node: PNode
-    index: int = 0
+from moec.passes.pattern_types import (
+    AttrCapture,
+    Bind,
+    Const,
+    DimCapture,
+    Either,
+    Pattern,
+    PNode,
+    PResult,
+    Repeat,
+    Rest,
+    Shared,
+    Sizes,
+    Typed,
+    Var,
+    walk,
+)
 
 
 @dataclass
@@ -106,7 +50,8 @@ class PatternBuilder:
         return build
 
     def op(self, op: str | OpDef, operands: Any = (), fields: dict[str, Any] | None = None, results: Any = None) -> Any:
-        """A node of the pattern by op name. Raises CompileError on unknown ops or attributes, wrong arity."""
+        """A node of the pattern by op name; a tuple where the op has several results (`results=` says how many
+        where that depends on the node). Raises CompileError on unknown ops or attributes, wrong arity."""
         opdef = op if isinstance(op, OpDef) else lookup(op)
         attrs = dict(fields or {})
         values = [_operand(v) for v in operands]
@@ -114,7 +59,7 @@ class PatternBuilder:
             if name in attrs:
                 values += [None] * (i + 1 - len(values))
                 values[i] = _operand(attrs.pop(name))
-        if not any(isinstance(v, Rest) for v in values):
+        if not any(isinstance(v, Rest | Repeat) for v in values):
             values = list(opdef.pad_operands(values))
         for name in attrs:
             if name not in opdef.attrs:
@@ -128,42 +73,69 @@ class PatternBuilder:
                     code="pattern",
                     hint=f"give its value, or {name}=p.attr({name!r}) to capture it",
                 )
-            full[name] = value if isinstance(value, AttrCapture) else normalise_attr(value, spec, opdef.name)
-        count = results or (
-            len(full["sizes"]) if opdef.name == "tensor.split" and isinstance(full["sizes"], tuple) else 0
-        )
-        node = PNode(opdef, tuple(values), full, count or _RESULTS.get(opdef.name, 1))
+            if isinstance(value, AttrCapture):
+                full[name] = value
+            elif isinstance(value, list | tuple) and any(v is ... or isinstance(v, AttrCapture) for v in value):
+                full[name] = _sizes(value)
+            else:
+                full[name] = normalise_attr(value, spec, opdef.name)
+        count = results or opdef.results
+        if count is None:
+            sizes = full.get("sizes")
+            count = len(sizes.entries if isinstance(sizes, Sizes) else sizes) if isinstance(sizes, Sizes | tuple) else 1
+        return self._created(PNode(opdef, tuple(values), full, count))
+
+    def _created(self, node: PNode) -> Any:
         self.created.append(node)
         if node.results == 1:
             return PResult(node)
         return tuple(PResult(node, i) for i in range(node.results))
 
-    def attr(self, name: str | None = None) -> AttrCapture:
-        """Captures an attribute (nameless: any value)."""
-        return AttrCapture(name)
-
-    def const(self, name: str) -> Const:
-        """Captures a scalar constant as a Python number."""
-        return Const(name=name)
-
-    def approx(self, value: float, rtol: float = 1e-5) -> Const:
-        """A scalar constant within a relative tolerance."""
-        return Const(value=value, rtol=rtol)
-
-    def optional(self, name: str) -> Var:
-        """Captures an operand that may be absent (then None)."""
-        return Var(name, optional=True)
+    # -- captures ----------------------------------------------------------------------------------
 
     def any(self, name: str) -> Var:
         """Captures a value under `name`, as the parameters of `pattern` do."""
         return Var(name)
 
+    def optional(self, name: str) -> Var:
+        """Captures an operand that may be absent (then None)."""
+        return Var(name, optional=True)
+
     def rest(self, name: str) -> Rest:
-        """Captures all further operands of a variadic op."""
+        """Captures any number of further operands of a variadic op, or the other leaves of a tree."""
         return Rest(name)
 
+    def bind(self, name: str | Var, inner: Any) -> Bind:
+        """Captures the value that `inner` matches."""
+        return Bind(_name(name), _operand(inner))
+
+    def const(self, name: str | Var) -> Const:
+        """Captures a scalar constant as a Python number."""
+        return Const(name=_name(name))
+
+    def approx(self, value: float, rtol: float = 1e-5) -> Const:
+        """A scalar constant within a relative tolerance."""
+        return Const(value=value, rtol=rtol)
+
+    def attr(self, name: str | Var | None = None) -> AttrCapture:
+        """Captures an attribute (nameless: any value)."""
+        return AttrCapture(None if name is None else _name(name))
+
+    def dim(self, name: str | Var | None = None) -> DimCapture:
+        """Captures one size, an int or a Dim, in a tuple attribute or in the shape of `typed`; nameless: any.
+        A size captured twice must be the same: `p.reshape(x, shape=(p.dim("T"), 8))`."""
+        return DimCapture(None if name is None else _name(name))
+
+    def typed(self, inner: Any, dtype: Any = None, shape: Any = None) -> Typed:
+        """`inner`, where its value has `dtype` (or one of several) and `shape`, whose entries are numbers,
+        `p.dim(…)`, and once `...` for any: `p.typed(x, "f32", (..., p.dim("T"), 64))`."""
+        names = dtype if isinstance(dtype, list | tuple) else () if dtype is None else (dtype,)
+        return Typed(_operand(inner), tuple(map(DType.of, names)), None if shape is None else _sizes(shape))
+
+    # -- combinations ------------------------------------------------------------------------------
+
     def either(self, *options: Any) -> Either:
-        """Alternatives, tried in order."""
+        """Alternatives, tried in order; also as what `pattern` returns."""
         return Either(tuple(map(_operand, options)))
 
     def maybe(self, wrap: Callable[[Any], Any], inner: Any) -> Either:
@@ -174,13 +146,37 @@ class PatternBuilder:
         """A part that others may use too: it is matched, but neither replaced nor removed."""
         return Shared(_operand(inner))
 
-    def bind(self, name: str, inner: Any) -> Bind:
-        """Captures the value that `inner` matches."""
-        return Bind(name, _operand(inner))
+    def repeat(self, inner: Callable[..., Any], least: int = 1) -> Repeat:
+        """A sub-pattern that occurs `least` times or more, as operands of a variadic op or leaves of a `tree`.
+
+        The parameters of `inner` are captures of each repetition: in the match they are tuples, in order. They
+        also name what `p.bind(h, …)`, `p.const(c)` and `p.attr(a)` capture. All other captures are common to the
+        repetitions: `p.repeat(lambda w: p.linear_linear(x, w))` finds linear layers on one x.
+        """
+        names = list(inspect.signature(inner).parameters)
+        first = len(self.created)
+        built = _operand(inner(*map(Var, names)))
+        nodes = frozenset(self.created[first:])
+        if not any(isinstance(q, PResult) and q.node in nodes for q in walk([built])):
+            raise CompileError("what p.repeat repeats must be built in it from ops", code="pattern")
+        _check_used(names, [built], "p.repeat")
+        return Repeat(built, frozenset(names), nodes, least)
+
+    def tree(self, op: str, repeat: Repeat, rest: Rest | None = None) -> PResult:
+        """All of a tree of additions, say, in any order and nesting: leaves that match `repeat`, and with `rest`
+        others too. `op` is commutative and associative ("add", "mul", "and_", …)."""
+        opdef = Builder._resolve(op)
+        if not opdef.commutative:
+            raise CompileError(f"{opdef.name} is not commutative, its operands are no tree", code="pattern")
+        if not isinstance(repeat, Repeat) or not isinstance(rest, Rest | None):
+            raise CompileError("p.tree takes an op, a p.repeat(…), and perhaps a p.rest(…)", code="pattern")
+        operands = (repeat,) if rest is None else (repeat, rest)
+        result: PResult = self._created(PNode(opdef, operands, tree=True))
+        return result
 
 
 def _operand(v: Any) -> Any:
-    if v is None or isinstance(v, Var | Const | Either | Bind | Shared | Rest | PResult):
+    if v is None or isinstance(v, Var | Const | Either | Bind | Shared | Typed | Rest | Repeat | PResult):
         return v
     if isinstance(v, bool | int | float):
         return Const(value=v)
@@ -189,67 +185,74 @@ def _operand(v: Any) -> Any:
     raise CompileError(f"a pattern operand cannot be {type(v).__name__} {v!r}", code="pattern")
 
 
-@dataclass(frozen=True, eq=False)
-class Pattern:
-    """A built pattern: its roots (the values to replace) and the captures' names."""
-
-    roots: tuple[PResult, ...]
-    nodes: tuple[PNode, ...]
-    captures: tuple[str, ...]
-    shared: frozenset[PNode] = frozenset()
-
-    @property
-    def depth(self) -> int:
-        """Longest chain of nodes from a root."""
-        return max(_depth(r) for r in self.roots)
+def _sizes(entries: Any) -> Sizes:
+    for e in entries:
+        if not (e is ... or isinstance(e, AttrCapture | Dim) or (isinstance(e, int) and not isinstance(e, bool))):
+            hint = f"p.dim({e!r}) captures it" if isinstance(e, str) else None
+            raise CompileError(f"an entry of a shape cannot be {type(e).__name__} {e!r}", code="pattern", hint=hint)
+    if list(entries).count(...) > 1:
+        raise CompileError("a shape has at most one '...'", code="pattern")
+    return Sizes(tuple(entries))
 
 
-def _depth(p: Any) -> int:
-    match p:
+def _name(name: str | Var) -> str:
+    """A capture's name, given itself or as a parameter of `pattern` or of what `p.repeat` repeats."""
+    if not isinstance(name, str | Var):
+        raise CompileError(f"a capture is named by a str, got {type(name).__name__} {name!r}", code="pattern")
+    return name.name if isinstance(name, Var) else name
+
+
+def _captures(q: Any) -> Iterator[str | None]:
+    match q:
+        case Var() | Const() | Bind() | Rest() | AttrCapture():
+            yield q.name
         case PResult():
-            return 1 + max((_depth(o) for o in p.node.operands), default=0)
-        case Either():
-            return max(map(_depth, p.options))
-        case Bind() | Shared():
-            return _depth(p.inner)
-    return 0
+            for value in q.node.attrs.values():
+                yield from _captures(value)
+        case Sizes():
+            for entry in q.entries:
+                yield from _captures(entry)
+        case Typed() if q.shape is not None:
+            yield from _captures(q.shape)
 
 
-def build_pattern(method: Callable[..., Any]) -> Pattern:
-    """Call a `pattern(self, p, x, …)` method with captures for its parameters."""
+def _check_used(names: Sequence[str], roots: Any, what: str) -> None:
+    seen = {name for q in walk(roots) for name in _captures(q)}
+    for n in names:
+        if n not in seen:
+            raise CompileError(f"capture {n!r} of {what} is not used in it", code="pattern")
+
+
+def build_patterns(method: Callable[..., Any]) -> tuple[Pattern, ...]:
+    """Call a `pattern(self, p, x, …)` method with captures for its parameters. One pattern for each
+    alternative at the root. Raises CompileError where it is malformed."""
     p = PatternBuilder()
     names = list(inspect.signature(method).parameters)[1:]  # the first is p
-    built = method(p, *[Var(n) for n in names])
+    built = method(p, *map(Var, names))
     if built is None:
         raise CompileError("pattern() returned nothing", code="pattern", hint="return the value(s) to replace")
-    roots = built if isinstance(built, tuple) else (built,)
+    _check_used(names, built if isinstance(built, tuple) else (built,), "pattern()")
+    options = _alternatives(built)
+    return tuple(_pattern(root if isinstance(root, tuple) else (root,), tuple(names)) for root in options)
+
+
+def _alternatives(built: Any) -> tuple[Any, ...]:
+    if isinstance(built, Either):
+        return tuple(a for option in built.options for a in _alternatives(option))
+    return (built,)
+
+
+def _pattern(roots: tuple[Any, ...], names: tuple[str, ...]) -> Pattern:
     for r in roots:
         if not isinstance(r, PResult):
             raise CompileError(
                 f"pattern() must return the result of an op, got {type(r).__name__}",
                 code="pattern",
-                hint="alternatives at the root are separate rules",
+                hint="alternatives at one of several roots are separate rules" if len(roots) > 1 else None,
             )
-    used = set(walk(roots))
-    for n in names:
-        if not any(isinstance(u, Var) and u.name == n for u in used):
-            raise CompileError(f"capture {n!r} of pattern() is not used in it", code="pattern")
+    used = list(walk(roots))
+    nodes = dict.fromkeys(q.node for q in used if isinstance(q, PResult))
     shared = {q.node for s in used if isinstance(s, Shared) for q in walk([s]) if isinstance(q, PResult)}
     if shared & {r.node for r in roots}:
         raise CompileError("a root of the pattern cannot be shared", code="pattern")
-    return Pattern(roots, tuple(p.created), tuple(names), frozenset(shared))
-
-
-def walk(patterns: Any) -> Iterator[Any]:
-    """All parts of patterns, operands included."""
-    stack = list(patterns)
-    while stack:
-        q = stack.pop()
-        yield q
-        match q:
-            case PResult():
-                stack += q.node.operands
-            case Either():
-                stack += q.options
-            case Bind() | Shared():
-                stack.append(q.inner)
+    return Pattern(roots, tuple(nodes), names, frozenset(shared))

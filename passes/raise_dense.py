@@ -15,7 +15,8 @@ import torch
 from moec.ir import Builder, ComputedSource, Graph, Node, TensorType, Value, Weight
 from moec.passes.base import Pass, active_record
 from moec.passes.matcher import Matcher, scalar_constant
-from moec.passes.pattern import Pattern, build_pattern
+from moec.passes.pattern import build_patterns
+from moec.passes.pattern_types import Pattern
 from moec.passes.rewrite import Match, Refused, Rewrite
 from moec.passes.structure import ACTIVATIONS, gated, is_filled, producer, through
 
@@ -125,7 +126,7 @@ def _expert_pattern(activation: str) -> Pattern:
         hidden = p.mul(p.op(op, [p.linear_linear(x, gate)], attrs), p.linear_linear(x, up))
         return p.mul(p.linear_linear(hidden, down), factor)
 
-    return build_pattern(pattern)
+    return build_patterns(pattern)[0]
 
 
 @dataclass(frozen=True)

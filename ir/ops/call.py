@@ -14,7 +14,7 @@ from moec.ir.opdef import Attr, Operands, op
 from moec.ir.types import TensorType
 
 
-@op("call.graph")
+@op("call.graph", results=None)
 class CallGraph:
     """Results of running the function `callee` on the operands. `dims` binds the function's dimension
     symbols: pairs of (name, size in the caller)."""

@@ -11,21 +11,23 @@ from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
 from moec.ir.types import DType, TensorType
 
-SCORINGS = ("softmax", "sigmoid", "topk_softmax")
+SCORINGS = ("softmax", "sigmoid", "sqrt_softplus", "topk_softmax", "topk_sigmoid")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
-@op("moe.route")
+@op("moe.route", results=2)
 class Route:
     """Choose k of E experts per token: logits [T, E] → weights [T, k] (dtype of logits), experts i64[T, k],
     best first; ties: lower index.
 
-    `scoring`: "softmax" over all experts (Mixtral, Qwen3-MoE, DeepSeek-V2), "sigmoid" (DeepSeek-V3), or
-    "topk_softmax": select on the logits, softmax over the chosen (GPT-OSS). `bias` [E] is added for the
-    selection only (aux-loss-free balancing, Wang et al. 2024). With `n_group` > 1 only experts of the best
+    `scoring`: "softmax" over all experts (Mixtral, Qwen3-MoE, DeepSeek-V2), "sigmoid" (DeepSeek-V3),
+    "sqrt_softplus" (√ln(1 + e^x), DeepSeek-V4), or select on the logits and then "topk_softmax": softmax over the
+    chosen (GPT-OSS), "topk_sigmoid": sigmoid of each (Llama 4). `bias` [E] is added for the selection only
+    (aux-loss-free balancing, Wang et al. 2024). With `n_group` > 1 only experts of the best
     `topk_group` groups can be chosen; a group scores its best expert ("max", DeepSeek-V2) or its two best
     ("top2_sum", DeepSeek-V3); experts of other groups score `masked_score`. `normalize` divides the chosen
-    weights by (their sum + `normalize_eps`); then they are multiplied by `scale`.
+    weights by max(their sum + `normalize_eps`, `normalize_min`), which "topk_softmax" has done already; then they
+    are multiplied by `scale`.
     NaN logits rank above all others, as in a descending sort.
     """
 
@@ -35,6 +37,7 @@ class Route:
     scoring: Attr[str] = "softmax"
     normalize: Attr[bool] = True
     normalize_eps: Attr[float] = 0.0
+    normalize_min: Attr[float] = 0.0
     scale: Attr[float] = 1.0
     n_group: Attr[int] = 1
     topk_group: Attr[int] = 1
@@ -60,9 +63,11 @@ class Route:
 
     def reference(self) -> tuple[torch.Tensor, ...]:
         x = self.logits
-        scores = {"softmax": lambda: torch.softmax(x, -1), "sigmoid": lambda: torch.sigmoid(x)}.get(
-            self.scoring, lambda: x
-        )()
+        scores = {
+            "softmax": lambda: torch.softmax(x, -1),
+            "sigmoid": lambda: torch.sigmoid(x),
+            "sqrt_softplus": lambda: F.softplus(x).sqrt(),
+        }.get(self.scoring, lambda: x)()
         choice = scores if self.bias is None else scores + self.bias
         if self.n_group > 1:
             grouped = choice.reshape(x.shape[0], self.n_group, x.shape[1] // self.n_group)
@@ -74,10 +79,43 @@ class Route:
         experts = choice.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
         weights = scores.gather(1, experts)
         if self.scoring == "topk_softmax":
-            weights = torch.softmax(weights, -1)
-        if self.normalize and self.scoring != "topk_softmax":
-            weights = weights / (weights.sum(-1, keepdim=True) + self.normalize_eps)
+            return torch.softmax(weights, -1) * self.scale, experts
+        if self.scoring == "topk_sigmoid":
+            weights = torch.sigmoid(weights)
+        if self.normalize:
+            total = weights.sum(-1, keepdim=True) + self.normalize_eps
+            weights = weights / (total.clamp(min=self.normalize_min) if self.normalize_min else total)
         return weights * self.scale, experts
+
+    def decompose(self, b: Any) -> Any:
+        x, (tokens, num) = self.logits, self.logits.shape
+        scores = x
+        if self.scoring == "softmax":
+            scores = b.softmax(x, axis=-1)
+        elif self.scoring == "sigmoid":
+            scores = b.sigmoid(x)
+        elif self.scoring == "sqrt_softplus":
+            scores = b.sqrt(b.softplus(x))
+        choice = scores if self.bias is None else b.add(scores, self.bias)
+        if self.n_group > 1:
+            grouped = b.reshape(choice, shape=(tokens, self.n_group, num // self.n_group))
+            best, _ = b.topk(grouped, k=1 if self.group_score == "max" else 2)
+            _, chosen = b.topk(b.sum(best, axes=(-1,)), k=self.topk_group)
+            hits = b.sum(b.one_hot(chosen, depth=self.n_group), axes=(-2,))
+            keep = b.reshape(b.gt(hits, b.const(0, hits.dtype)), shape=(tokens, self.n_group, 1))
+            choice = b.reshape(b.where(keep, grouped, b.const(self.masked_score, x.dtype)), shape=x.shape)
+        _, experts = b.topk(choice, k=self.k)
+        weights = b.gather_elements(scores, experts, axis=-1)
+        if self.scoring == "topk_softmax":
+            weights = b.softmax(weights, axis=-1)
+        elif self.scoring == "topk_sigmoid":
+            weights = b.sigmoid(weights)
+        if self.normalize and self.scoring != "topk_softmax":
+            total = b.sum(weights, axes=(-1,), keepdim=True)
+            total = b.add(total, self.normalize_eps) if self.normalize_eps else total
+            total = b.clamp(total, low=self.normalize_min) if self.normalize_min else total
+            weights = b.div(weights, total)
+        return weights if self.scale == 1.0 else b.mul(weights, self.scale), experts
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -91,6 +129,9 @@ class Route:
         yield [x, r.floats(8)], {"k": 2, "scoring": "sigmoid"}
         yield [x], {"k": 2, "n_group": 2, "topk_group": 1, "group_score": "max", "normalize": False, "scale": 16.0}
         yield [x, r.floats(8)], {"k": 3, **v3, "masked_score": 0.0}
+        yield [x, r.floats(8)], {"k": 2, "scoring": "topk_sigmoid", "normalize": False}
+        yield [x, r.floats(8)], {"k": 3, "scoring": "sqrt_softplus", "scale": 1.5}
+        yield [x], {"k": 2, "normalize_min": 0.75}
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -102,10 +143,12 @@ def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Ten
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
-def swiglu_clamped(gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
-    """GPT-OSS: min(gate, limit) · sigmoid(alpha · gate) · (clip(up, ±limit) + 1)."""
+def swiglu_clamped(
+    gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float, up_offset: float = 1.0
+) -> torch.Tensor:
+    """min(gate, limit) · sigmoid(alpha · min(gate, limit)) · (clip(up, ±limit) + up_offset)."""
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+    return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
 
 
 @op("moe.experts")
@@ -114,8 +157,9 @@ class Experts:
     gate_up [E, 2f, d], down [E, d, f], optional biases [E, 2f] and [E, d] → [T, d].
 
     The first f rows of gate_up are the gate, the last f the up projection; with `interleaved` they
-    alternate. `activation`: "silu" (SwiGLU), "gelu", "gelu_tanh", "relu"; with `limit` the clamped SwiGLU
-    of GPT-OSS with its `alpha`. The weighted sum runs over j in order, in the wider dtype of x and weights.
+    alternate. `activation`: "silu" (SwiGLU), "gelu", "gelu_tanh", "relu"; with `limit` the clamped SwiGLU of GPT-OSS
+    (`alpha` 1.702, `up_offset` 1) and DeepSeek-V4 (1 and 0), see `math.glu`. The weighted sum runs over j in order,
+    in the wider dtype of x and weights.
     """
 
     x: Operand
@@ -129,6 +173,7 @@ class Experts:
     interleaved: Attr[bool] = False
     limit: Attr[Any] = None
     alpha: Attr[float] = 1.702
+    up_offset: Attr[float] = 1.0
 
     def infer(self) -> TensorType:
         x, gu, dn = self.x, self.gate_up, self.down
@@ -152,7 +197,7 @@ class Experts:
             if self.limit is None:
                 h = activate(gate, up, self.activation)
             else:
-                h = swiglu_clamped(gate, up, self.limit, self.alpha)
+                h = swiglu_clamped(gate, up, self.limit, self.alpha, self.up_offset)
             return F.linear(h, self.down[e], None if self.down_bias is None else self.down_bias[e])
 
         return combine_experts(self.x, self.weights, self.experts, self.gate_up.shape[0], mlp)
@@ -166,6 +211,7 @@ class Experts:
         yield [x, w, torch.full_like(idx, 3), gu, dn], {"activation": "gelu"}
         yield [x, w, idx, gu, dn, r.floats(e, 2 * f), r.floats(e, d)], {"interleaved": True, "limit": 7.0}
         yield [x, w, idx, gu, dn], {"activation": "relu", "interleaved": True}
+        yield [x, w, idx, gu, dn], {"limit": 0.5, "alpha": 1.0, "up_offset": 0.0}
 
 
 def check_routing(x: TensorType, weights: TensorType, experts: TensorType) -> None:

@@ -63,7 +63,7 @@ class RMSNorm:
         yield [r.floats(r.n, r.k)], {}
 
 
-@op("norm.add_rms")
+@op("norm.add_rms", results=2)
 class AddRMSNorm:
     """Residual add, then RMSNorm: (rms(x + residual), x + residual)."""
 

@@ -56,7 +56,7 @@ def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int
     return codes.to(torch.float32) * spread(scale, tuple(codes.shape), block)
 
 
-@op("quant.quantize")
+@op("quant.quantize", results=2)
 class Quantize:
     """Block-scaled E4M3: x [..., R, C] → codes f8e4m3fn[..., R, C], scales f32[..., ⌈R/rows⌉, ⌈C/columns⌉].
 

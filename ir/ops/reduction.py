@@ -121,7 +121,7 @@ class ArgMax:
         yield [r.floats(r.k, r.n)], {"axis": 0, "keepdim": True}
 
 
-@op("math.sort")
+@op("math.sort", results=2)
 class Sort:
     """Stable sort along `axis` → (values, indices i64)."""
 
@@ -144,7 +144,7 @@ class Sort:
         yield [r.ints(0, 4, r.n, r.k)], {"descending": True}
 
 
-@op("math.topk")
+@op("math.topk", results=2)
 class TopK:
     """The `k` largest (or smallest) along `axis`, in order → (values, indices i64); ties: lower index first."""
 

@@ -229,7 +229,7 @@ class Concat:
         yield [r.floats(r.n)], {"axis": 0}
 
 
-@op("tensor.split")
+@op("tensor.split", results=None)
 class Split:
     """Cut along `axis` into pieces of `sizes` (which add up to the size)."""
 

@@ -1,12 +1,13 @@
 """The rewrite engine's guarantees (each one has a test that fails without it)."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from moec.ir import Builder, CompileError, Dim, Graph, Location, TensorType, parse, run
+from moec.ir import Builder, CompileError, Dim, Graph, Location, TensorType, Weight, parse, run
 from moec.passes.base import Record, active_record
 from moec.passes.explain import explain
 from moec.passes.rewrite import Rewrite, RuleSet
@@ -190,49 +191,166 @@ def test_rewriting_reaches_a_fixed_point_and_is_idempotent():
     assert RuleSet((r,)).run(after) == after
 
 
-MISTAKES: dict[str, tuple[Any, Any, Any, str]] = {
-    "unknown op": (lambda s, p, x: p.siluu(x), None, None, "unknown op 'siluu'"),
-    "unknown attribute": (lambda s, p, x: p.softmax(x, axes=1), None, None, "no attribute 'axes'"),
-    "missing attribute": (lambda s, p, x: p.cast(x), None, None, "attribute 'dtype' is required"),
-    "wrong arity": (lambda s, p, x: p.mul(x), None, None, "takes 2 operands, got 1"),
-    "nothing returned by pattern": (lambda s, p, x: None, None, None, r"pattern\(\) returned nothing"),
-    "unused capture": (lambda s, p, x, y: p.silu(x), None, None, "capture 'y' .* is not used"),
-    "root is a capture": (lambda s, p, x: x, None, None, "must return the result of an op"),
-    "results not unpacked": (lambda s, p, x: p.neg(p.topk(x, k=1)), None, None, "has 2 results; unpack it"),
-    "operand of a wrong kind": (lambda s, p, x: p.mul(x, "two"), None, None, "cannot be str"),
-    "nothing returned by replace": (lambda s, p, x: p.silu(x), lambda s, b, m: None, None, "returned nothing"),
-    "wrong type": (
-        lambda s, p, x: p.silu(x),
-        lambda s, b, m: b.cast(m.x, dtype="bf16"),
-        None,
-        r"returned bf16\[B, 4\] for f32\[B, 4\]",
+def no_pattern_needed(**methods):
+    return {"pattern": lambda s, p, x: p.silu(x), "replace": lambda s, b, m: m.x, "when": lambda s, m: None, **methods}
+
+
+def captured_tensor(s, b, m):
+    return b.mul(m.x, torch.ones(4))
+
+
+def changes_attribute(s, b, m):
+    m.root.producer.attrs["approximate"] = "tanh"
+    return m.x
+
+
+def changes_operand(s, b, m):
+    m.root.producer.graph.replace_operand(m.root.producer, 0, m.root.producer.graph.inputs[1])
+    return m.x
+
+
+def changes_type(s, b, m):
+    m.x.type = TensorType("bf16", (4,))
+    return b.neg(m.x)
+
+
+def erases(s, b, m):
+    graph = m.root.producer.graph
+    graph.replace_value(m.root, m.x)
+    graph.erase(m.root.producer)
+    return m.x
+
+
+def adds_behind_its_back(s, b, m):
+    m.root.producer.graph.create("math.neg", [m.x])
+    return m.x
+
+
+def shared_root(s, p, x):
+    act = p.silu(x)
+    return p.neg(p.shared(act)), act
+
+
+def forgets_return(s, m):
+    m.no("never")
+
+
+OTHER_WEIGHT = Graph().add_weight(Weight.of("w", torch.ones(4)))
+
+# what is wrong: (the methods of the rule, the message)
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    # in pattern
+    "unknown op": ({"pattern": lambda s, p, x: p.siluu(x)}, "unknown op 'siluu'"),
+    "attribute typo": (
+        {"pattern": lambda s, p, x: p.softmax(x, axes=1)},
+        "no attribute 'axes'.*\n.*did you mean 'axis'",
     ),
-    "too many values": (lambda s, p, x: p.silu(x), lambda s, b, m: (m.x, m.x), None, "expected 1 Value"),
-    "unknown capture": (lambda s, p, x: p.silu(x), lambda s, b, m: m.z, None, "no capture 'z'"),
-    "exception in replace": (lambda s, p, x: p.silu(x), lambda s, b, m: 1 / 0, None, "raised ZeroDivisionError"),
-    "exception in when": (lambda s, p, x: p.silu(x), lambda s, b, m: m.x, lambda s, m: m.x.nope, "when.. raised"),
-    "when returns a bool": (lambda s, p, x: p.silu(x), lambda s, b, m: m.x, lambda s, m: False, "returned False"),
-    "rebuilds the match": (lambda s, p, x: p.silu(x), lambda s, b, m: b.silu(m.x), None, "would fire forever"),
-    "uses what it replaces": (lambda s, p, x: p.silu(x), lambda s, b, m: b.neg(m.root), None, "uses the value that it"),
-    "loops": (lambda s, p, x: p.silu(x), lambda s, b, m: b.silu(b.neg(m.x)), None, "do not terminate"),
-    "value of another graph": (
-        lambda s, p, x: p.silu(x),
-        lambda s, b, m: Builder(Graph()).const(1.0),
-        None,
-        r"returned f32\[\] for|value of another graph",
+    "missing attribute": ({"pattern": lambda s, p, x: p.cast(x)}, "attribute 'dtype' is required"),
+    "attribute of a wrong kind": (
+        {"pattern": lambda s, p, x: p.softmax(x, axis="last")},
+        "'axis' must be int, got str",
     ),
+    "wrong arity": ({"pattern": lambda s, p, x: p.mul(x)}, "takes 2 operands, got 1"),
+    "forgotten return in pattern": ({"pattern": lambda s, p, x: None}, r"pattern\(\) returned nothing"),
+    "unused capture": ({"pattern": lambda s, p, x, y: p.silu(x)}, "capture 'y' .* is not used"),
+    "undeclared capture": ({"pattern": lambda s, p, x: p.mul(x, y)}, "pattern.. raised NameError: name 'y'"),  # noqa: F821
+    "root is a capture": ({"pattern": lambda s, p, x: x}, "must return the result of an op"),
+    "root is shared": ({"pattern": shared_root}, "a root of the pattern cannot be shared"),
+    "results not unpacked": ({"pattern": lambda s, p, x: p.neg(p.topk(x, k=1))}, "has 2 results; unpack it"),
+    "operand of a wrong kind": ({"pattern": lambda s, p, x: p.mul(x, "two")}, "cannot be str"),
+    "dim as a string": ({"pattern": lambda s, p, x: p.reshape(x, shape=("B", ...))}, "p.dim\\('B'\\) captures it"),
+    "tree of sub": (
+        {"pattern": lambda s, p, x: p.tree("sub", p.repeat(lambda v: p.neg(v)))},
+        "math.sub is not commutative",
+    ),
+    "unused capture of a repetition": (
+        {"pattern": lambda s, p, x: p.tree("add", p.repeat(lambda v, w: p.mul(v, x)))},
+        "capture 'w' of p.repeat",
+    ),
+    # in when
+    "exception in when": ({"when": lambda s, m: m.x.nope}, "when.. raised AttributeError"),
+    "when returns a bool": ({"when": lambda s, m: False}, "returned False.*\n.*return m.no"),
+    "forgotten return in when": ({"when": forgets_return}, "called m.no..never.. and went on"),
+    "unknown capture in when": ({"when": lambda s, m: m.up.type}, "no capture 'up'"),
+    # in replace
+    "forgotten return in replace": ({"replace": lambda s, b, m: None}, "returned nothing"),
+    "wrong dtype": ({"replace": lambda s, b, m: b.cast(m.x, dtype="bf16")}, r"bf16\[B, 4\] for f32\[B, 4\]"),
+    "wrong shape": ({"replace": lambda s, b, m: b.sum(m.x, axes=(-1,))}, r"returned f32\[.*\] for f32\[B, 4\]"),
+    "dim mismatch": ({"replace": lambda s, b, m: b.mul(m.x, b.const([1.0] * 3, "f32", (3,)))}, "B, 4.*3"),
+    "unknown op in replace": ({"replace": lambda s, b, m: b.swigloo(m.x)}, "unknown op 'swigloo'"),
+    "attribute typo in replace": ({"replace": lambda s, b, m: b.softmax(m.x, axi=1)}, "no attribute 'axi'"),
+    "too many values": ({"replace": lambda s, b, m: (m.x, m.x)}, "expected 1 Value"),
+    "unknown capture": ({"replace": lambda s, b, m: m.z}, "no capture 'z'"),
+    "exception in replace": ({"replace": lambda s, b, m: 1 / 0}, "raised ZeroDivisionError"),
+    "tensor that is no weight": ({"replace": captured_tensor}, "got Tensor.*\n(.*\n)*.*b.weight"),
+    "weight of another graph": ({"replace": lambda s, b, m: b.mul(m.x, OTHER_WEIGHT)}, "another graph: weight @w"),
+    "value of another graph": ({"replace": lambda s, b, m: Builder(Graph()).const(1.0)}, "value of another graph"),
+    "rebuilds the match": ({"replace": lambda s, b, m: b.silu(m.x)}, "would fire forever"),
+    "uses what it replaces": ({"replace": lambda s, b, m: b.neg(m.root)}, "uses the value that it"),
+    "loops": ({"replace": lambda s, b, m: b.silu(b.neg(m.x))}, "do not terminate"),
+    "changes an attribute": ({"replace": changes_attribute}, "changed the matched graph itself"),
+    "changes an operand": ({"replace": changes_operand}, "changed the matched graph itself"),
+    "changes a type": ({"replace": changes_type}, "changed the matched graph itself"),
+    "erases by itself": ({"replace": erases}, "changed the matched graph itself"),
+    "adds nodes by itself": ({"replace": adds_behind_its_back}, "changed the matched graph itself"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_author_mistakes_name_the_rule_and_its_line(mistake):
-    pattern, replace, when, message = MISTAKES[mistake]
-    r = rule(pattern, replace or (lambda s, b, m: m.x), when or (lambda s, m: None))
+    methods, message = MISTAKES[mistake]
+    r = dataclass(frozen=True)(type("Careless", (Rewrite,), no_pattern_needed(**methods)))()
     graph = graph_of(lambda b, x, y: b.mul(b.silu(x), y))
+    before = str(graph)
     with pytest.raises(CompileError, match=message) as error:
         RuleSet((r,)).run(graph)
     assert error.value.code == "rule"
-    assert "rule rule (" in str(error.value)
+    assert re.search(r"rule careless \(.*test_rewrite\.py:\d+\)", error.value.message)
+    assert str(error.value).count("rule careless") == 1
+    assert str(graph) == before
+
+
+def test_an_escaping_inner_value_is_reported_with_the_rule_and_its_line():
+    """The mistake that elsewhere means that nothing happens."""
+
+    def body(b, x, y):
+        b.location = Location.at("layers.0.mlp", "m.py", 7)
+        s = b.silu(x)
+        return b.mul(s, y), b.exp(s)
+
+    record = Record("r")
+    token = active_record.set(record)
+    try:
+        Swiglu().run(graph_of(body))
+    finally:
+        active_record.reset(token)
+    (refusal,) = record.refused
+    assert re.fullmatch(
+        r"rule swiglu \(.*test_rewrite\.py:\d+\) refused at layers\.0\.mlp m\.py:7: "
+        r"math\.silu inside the match is also used by math\.exp at layers\.0\.mlp m\.py:7",
+        str(refusal),
+    )
+
+
+def test_two_rules_that_undo_each_other_are_both_named():
+    a = rule(lambda s, p, x: p.silu(x), lambda s, b, m: b.mul(m.x, b.sigmoid(m.x)))
+    b = Unsilu()
+    with pytest.raises(CompileError, match=r"do not terminate: (rule|unsilu), (rule|unsilu) fired"):
+        RuleSet((a, b)).run(graph_of(lambda b, x, y: b.silu(x)))
+
+
+@dataclass(frozen=True)
+class Unsilu(Rewrite):
+    def pattern(self, p, x):
+        return p.mul(x, p.sigmoid(x))
+
+    def replace(self, b, m):
+        return b.silu(m.x)
+
+
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(CompileError, match=r"not a Rewrite.*\n.*write Swiglu\(\)"):
+        RuleSet((Swiglu,)).run(graph_of(lambda b, x, y: b.silu(x)))
 
 
 def test_mistakes_in_a_file_name_file_and_line():

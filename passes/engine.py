@@ -1,0 +1,320 @@
+"""The worklist engine that applies rules, and what it guarantees their authors."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from moec.ir import Builder, CompileError, Graph, Location, Node, Value
+from moec.ir.compare import same_attrs
+from moec.passes.base import Pass, Refusal, active_record
+from moec.passes.match import Match, Refused
+from moec.passes.matcher import Matcher
+from moec.passes.pattern import build_patterns
+from moec.passes.pattern_types import Pattern
+
+if TYPE_CHECKING:
+    from moec.passes.rewrite import Rewrite
+
+
+@dataclass(frozen=True)
+class Application:
+    """One firing of a rule: which, where, and the text of its root before."""
+
+    rule: Rewrite
+    name: str
+    location: Location
+    root: str
+
+
+@dataclass
+class Applications:
+    """What was applied, in order; engines stop at `limit`."""
+
+    limit: int | None = None
+    applications: list[Application] = field(default_factory=list)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.limit is not None and len(self.applications) >= self.limit
+
+
+_limit: ContextVar[Applications | None] = ContextVar("rule_applications", default=None)
+
+
+@contextmanager
+def limited(limit: int | None = None) -> Iterator[Applications]:
+    """Inside, rules are applied `limit` times at most, all passes together (None: no limit); the yielded object
+    lists the applications."""
+    applications = Applications(limit)
+    token = _limit.set(applications)
+    try:
+        yield applications
+    finally:
+        _limit.reset(token)
+
+
+@lru_cache(maxsize=1024)
+def _source_of_class(cls: Any) -> str:
+    try:
+        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+    except (OSError, TypeError):  # a class made at run time still has methods from somewhere
+        code = getattr(getattr(cls, "pattern", getattr(cls, "run", None)), "__code__", None)
+        return f"{code.co_filename}:{code.co_firstlineno}" if code else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def source_of(rule: object) -> str:
+    """file:line of a rule's class."""
+    cls: Any = type(rule)
+    return _source_of_class(cls)
+
+
+def rule_error(rule: Pass, message: str, *, location: Location | None = None, hint: str | None = None) -> CompileError:
+    return CompileError(f"rule {rule.name} ({source_of(rule)}): {message}", code="rule", location=location, hint=hint)
+
+
+@lru_cache(maxsize=4096)
+def compiled_patterns(rule: Rewrite) -> tuple[Pattern, ...]:
+    """The rule's pattern, one for each alternative at its root. Raises CompileError naming the rule's
+    file:line where it is malformed."""
+    try:
+        return build_patterns(rule.pattern)
+    except CompileError as e:
+        raise rule_error(rule, e.message, hint=e.hint) from None
+    except Exception as e:  # whatever the author's code raises is reported as the rule's
+        raise rule_error(rule, f"pattern() raised {type(e).__name__}: {e}") from e
+
+
+def apply_rules(rules: Sequence[Rewrite], graph: Graph, *, quiet: bool = False) -> Graph:
+    """A rewritten copy: rules fire anywhere, in order of the nodes, until none matches.
+
+    Raises CompileError naming the rule's file:line where a rule loops, changes nothing, changes the graph other
+    than through its builder, returns the wrong number or type of values, or its `when` or `replace` raises.
+    """
+    for rule in rules:
+        if not isinstance(rule, Pass) or not hasattr(rule, "replace"):
+            hint = f"write {rule.__name__}()" if isinstance(rule, type) else None
+            raise CompileError(f"{rule!r} is not a Rewrite", code="rule", hint=hint)
+    graph = graph.clone()
+    fired: dict[str, int] = {}
+    for g in (graph, *graph.functions.values()):
+        _Engine(rules, g, quiet, fired).run()
+    return graph
+
+
+class _Engine:
+    def __init__(self, rules: Sequence[Rewrite], graph: Graph, quiet: bool, fired: dict[str, int]):
+        self.graph = graph
+        self.by_op: dict[str, list[tuple[Rewrite, Pattern]]] = {}
+        self.depth = 1
+        self.tree_ops: frozenset[str] = frozenset()
+        for rule in rules:
+            for pattern in compiled_patterns(rule):
+                self.by_op.setdefault(pattern.roots[0].node.opdef.name, []).append((rule, pattern))
+                self.depth = max(self.depth, pattern.depth)
+                self.tree_ops |= pattern.tree_ops
+        self.record = active_record.get()
+        self.notes = None if quiet else self.record  # where refusals go
+        self.applications = _limit.get()
+        self.refused: set[tuple[str, Node | None, str]] = set()
+        self.fired = fired
+        # a replacement is one generation younger than what it replaces; chains of n nodes have n generations
+        self.generation: dict[Node, int] = {}
+        self.oldest = len(graph) + 1000
+        self.limit = 50 * len(graph) + 1000
+        self.count = 0
+
+    def run(self) -> None:
+        queue: deque[Node] = deque(self.graph.nodes)
+        waiting = set(queue)
+        while queue and not (self.applications and self.applications.exhausted):
+            node = queue.popleft()
+            waiting.discard(node)
+            if node.graph is None:
+                continue
+            for again in self._visit(node):
+                if again not in waiting and again.graph is not None:
+                    waiting.add(again)
+                    queue.append(again)
+
+    def _visit(self, node: Node) -> list[Node]:
+        for rule, pattern in self.by_op.get(node.op, ()):
+            if rule.max is not None and self.fired.get(rule.name, 0) >= rule.max:
+                continue
+            matcher = Matcher(pattern)
+            for bindings in matcher.at(node):
+                m = Match(bindings, pattern)
+                if self._refuses(rule, m):
+                    continue
+                return self._apply(rule, m)
+            if matcher.escape is not None:
+                escape = matcher.escape
+                self._note(rule, node, escape.reason, escape.value.location)
+        return []
+
+    def _note(self, rule: Rewrite, node: Node | None, reason: str, location: Location) -> None:
+        key = (rule.name, node, reason)
+        if self.notes is not None and key not in self.refused:
+            self.refused.add(key)
+            self.notes.refused.append(Refusal(rule.name, reason, location, source_of(rule)))
+
+    def _refuses(self, rule: Rewrite, m: Match) -> bool:
+        try:
+            verdict = rule.when(m)
+        except CompileError as e:
+            raise rule_error(rule, f"when() failed: {e.message}", location=m.location, hint=e.hint) from e
+        except Exception as e:  # whatever the author's code raises is reported as the rule's
+            raise rule_error(rule, f"when() raised {type(e).__name__}: {e}", location=m.location) from e
+        if verdict is None:
+            if m.refusal is not None:
+                text = f"when() called m.no({m.refusal.reason!r}) and went on"
+                raise rule_error(rule, text, location=m.location, hint="return m.no(reason)")
+            return False
+        if not isinstance(verdict, Refused):
+            raise rule_error(rule, f"when() returned {verdict!r}", hint="return m.no(reason), or nothing to accept")
+        where = verdict.at.location if verdict.at is not None and verdict.at.location else m.location
+        self._note(rule, m.root.producer, verdict.reason, where)
+        return True
+
+    def _apply(self, rule: Rewrite, m: Match) -> list[Node]:
+        self.fired[rule.name] = self.fired.get(rule.name, 0) + 1
+        generation = 1 + max(self.generation.get(n, 0) for n in m.nodes)
+        self.count += 1
+        if self.count > self.limit or generation > self.oldest:
+            busy = sorted(self.fired, key=lambda n: -self.fired[n])[:3]
+            raise rule_error(rule, f"rules do not terminate: {', '.join(busy)} fired {self.count} times")
+        anchor = max((r.producer for r in m.roots if r.producer), key=lambda n: n._order)
+        if self.applications is not None:
+            root = m.root.producer.op if m.root.producer else ""
+            self.applications.applications.append(Application(rule, rule.name, m.location, root))
+        builder = Builder(self.graph, before=anchor, location=m.location)
+        new = self._replacement(rule, builder, m)
+        for old, value in zip(m.roots, new, strict=True):
+            if value.type != old.type:
+                raise rule_error(rule, f"replace() returned {value.type} for {old.type}", location=m.location)
+        created = set(builder.created)
+        if all(_equivalent(a, b, created) for a, b in zip(new, m.roots, strict=True)):
+            raise rule_error(
+                rule, "replace() builds what was matched: the rule would fire forever", location=m.location
+            )
+        if any(u in created for r in m.roots for u in r.users):
+            raise rule_error(rule, "replace() uses the value that it replaces", location=m.location)
+        if len(m.roots) > 1:
+            self._reorder(rule, m, builder.created)
+        self.generation.update(dict.fromkeys(builder.created, generation))
+        released = {v for n in m.nodes for v in n.operands if v is not None}
+        for old, value in zip(m.roots, new, strict=True):
+            self.graph.replace_value(old, value)
+        for dead in sorted(m.nodes, key=lambda n: -n._order):
+            # a bound inner value may live on in the replacement
+            if not any(r.uses or r.is_output for r in dead.results):
+                self.graph.erase(dead)
+        if self.record is not None:
+            self.record.fired[rule.name] = self.record.fired.get(rule.name, 0) + 1
+        return self._affected(builder.created, new, released)
+
+    def _replacement(self, rule: Rewrite, builder: Builder, m: Match) -> tuple[Value, ...]:
+        before = _snapshot(m)
+        size = len(self.graph)
+        try:
+            new = rule.replace(builder, m)
+        except CompileError as e:
+            raise rule_error(rule, f"replace() failed: {e.message}", location=m.location, hint=e.hint) from e
+        except Exception as e:  # whatever the author's code raises is reported as the rule's
+            raise rule_error(rule, f"replace() raised {type(e).__name__}: {e}", location=m.location) from e
+        if _snapshot(m) != before or len(self.graph) != size + len(builder.created):
+            text = "replace() changed the matched graph itself"
+            raise rule_error(rule, text, location=m.location, hint="build new nodes with b, and return their values")
+        values = tuple(new) if isinstance(new, list | tuple) else (new,)
+        if new is None or len(values) != len(m.roots) or not all(isinstance(v, Value) for v in values):
+            shown = "nothing" if new is None else f"{len(values)} of {[type(v).__name__ for v in values]}"
+            raise rule_error(
+                rule, f"replace() returned {shown}, expected {len(m.roots)} Value(s)", hint="is a return missing?"
+            )
+        for v in (*values, *(o for n in builder.created for o in n.operands if o is not None)):
+            if not self._owns(v):
+                what = f"weight @{v.weight.name}" if v.weight is not None else repr(v)
+                hint = "b.weight(name, tensor) adds a weight" if v.weight is not None else "use the match's captures"
+                text = f"replace() used a value of another graph: {what}"
+                raise rule_error(rule, text, location=m.location, hint=hint)
+        return values
+
+    def _owns(self, v: Value) -> bool:
+        if v.producer is not None:
+            return v.producer.graph is self.graph
+        return v in self.graph.inputs if v.weight is None else self.graph.weights.get(v.weight.name) is v
+
+    def _reorder(self, rule: Rewrite, m: Match, created: Sequence[Node]) -> None:
+        """The new nodes stand before the last root; users of the other roots must come after them."""
+        last = max((r.producer for r in m.roots if r.producer), key=lambda n: n._order)
+        late: list[Node] = []
+        stack = [u for r in m.roots for u in r.users if u.precedes(last) and u not in m.nodes]
+        seen: set[Node] = set()
+        while stack:
+            n = stack.pop()
+            if n in seen or last.precedes(n):
+                continue
+            if n in created:
+                raise rule_error(rule, "the replacement depends on a user of a root", location=m.location)
+            seen.add(n)
+            late.append(n)
+            stack += [u for r in n.results for u in r.users]
+        following = last._next
+        for n in sorted(late, key=lambda n: n._order):
+            self.graph.move_before(n, following)
+
+    def _affected(self, created: Sequence[Node], new: Sequence[Value], released: set[Value]) -> list[Node]:
+        """Nodes where a match may have become possible: the new ones, and users up to the pattern depth."""
+        affected = dict.fromkeys(n for n in created if n.graph is not None)
+        frontier = [u for v in new for u in v.users] + [u for n in created for r in n.results for u in r.users]
+        # a value that lost a use may now be an inner one; with many users left it cannot
+        frontier += [u for v in released if len(v.uses) <= 2 for u in v.users]
+        for _ in range(self.depth):
+            fresh = [n for n in dict.fromkeys(frontier) if n not in affected]
+            if self.tree_ops:
+                fresh += [n for n in dict.fromkeys(map(self._tree_top, fresh)) if n not in affected]
+            affected.update(dict.fromkeys(fresh))
+            frontier = [u for n in fresh for r in n.results for u in r.users]
+        return list(affected)
+
+    def _tree_top(self, node: Node) -> Node:
+        """The top of the tree of one op that a node is in."""
+        while node.op in self.tree_ops:
+            users = node.result.users
+            if len(users) != 1 or users[0].opdef is not node.opdef:
+                break
+            node = users[0]
+        return node
+
+
+def _snapshot(m: Match) -> list[Any]:
+    """What a replacement must leave as it is."""
+    return [
+        (n.graph, n.opdef, n.operands, tuple(n.attrs.items()), n.location, tuple(r.type for r in n.results))
+        for n in m.nodes
+    ] + [v.type for v in m.values]
+
+
+def _equivalent(new: Value, old: Value, created: set[Node]) -> bool:
+    """Whether a created value rebuilds the old one, up to commutativity."""
+    if new is old:
+        return True
+    a, b = new.producer, old.producer
+    if a is None or b is None or a not in created or a.opdef is not b.opdef or new.index != old.index:
+        return False
+    if not same_attrs(a.attrs, b.attrs) or len(a.operands) != len(b.operands):
+        return False
+
+    def pairwise(xs: Sequence[Value | None], ys: Sequence[Value | None]) -> bool:
+        return all(
+            x is y or (x is not None and y is not None and _equivalent(x, y, created))
+            for x, y in zip(xs, ys, strict=True)
+        )
+
+    return pairwise(a.operands, b.operands) or (a.opdef.commutative and pairwise(a.operands[::-1], b.operands))
