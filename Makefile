@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint graphs clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -17,6 +17,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=typelinks $(BIN)/mypy -p moec
+
+# the stored graphs of tests/model_matrix.py, traced again
+graphs: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/model_matrix.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moec needs Python 3.11 or later, this is " + sys.version)'
