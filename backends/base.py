@@ -14,6 +14,7 @@ import torch
 from moec.ir import ArgumentValueError, CompileError, DType, Graph, Node, Value, lookup
 
 F = TypeVar("F", bound=Callable[..., Any])
+Check = Callable[[Node], "str | None"]
 
 
 class Executable(ABC):
@@ -40,27 +41,56 @@ class Executable(ABC):
 
 @dataclass(eq=False)
 class Backend:
-    """A target. `lowerings` is filled by `@backend.lowers("math.add")`; `unsupported` names ops it
-    refuses on purpose, with the reason; an op in neither must have a decomposition."""
+    """A target. `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported`
+    names ops it refuses on purpose, with the reason; an op in neither must have a decomposition."""
 
     name: str
     dtypes: frozenset[DType]
     max_rank: int = 8
     dynamic: bool = True
     lowerings: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    checks: dict[str, Check] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
 
-    def lowers(self, *ops: str) -> Callable[[F], F]:
-        """Register a function as the lowering of the named ops."""
+    def lowers(self, *ops: str, check: Check | None = None) -> Callable[[F], F]:
+        """Register a function as the lowering of the named ops; a later one replaces an earlier.
+
+        What the function is given and returns is said where each backend is. `check(node)` names what it cannot
+        take (`"float32 only"`), or returns None; what it cannot take is decomposed, or an error that says so.
+        Raises CompileError for an op that is not declared.
+        """
+        for op in ops:
+            if not isinstance(op, str):
+                raise CompileError(
+                    f"lowers() takes op names, got {op!r}", code="lowering", hint='write @backend.lowers("family.op")'
+                )
+        names = [self._declared(op) for op in ops]
 
         def register(fn: F) -> F:
-            for op in ops:
-                self.lowerings[lookup(op).name] = fn
+            for name in names:
+                self._register(name, fn)
+                self.checks.pop(name, None)
+                if check is not None:
+                    self.checks[name] = check
             return fn
 
         return register
 
+    def _declared(self, op: str) -> str:
+        try:
+            return lookup(op).name
+        except CompileError as e:
+            e.hint = e.hint or f'declare it first, @moec.ir.op("{op}"), or import the module that does'
+            e.args = (f"a lowering for {self.name}: {e.message}",)
+            e.message = e.args[0]
+            raise
+
+    def _register(self, name: str, fn: Callable[..., Any]) -> None:
+        self.lowerings[name] = fn
+        self.unsupported.pop(name, None)
+
     def refuses(self, op: str, reason: str) -> None:
+        """Never take an op, and give this reason."""
         self.unsupported[lookup(op).name] = reason
 
     def missing(self, node: Node) -> str | None:
@@ -76,11 +106,22 @@ class Backend:
                 return f"{self.name} does not take {v.dtype}"
             if v.type.rank > self.max_rank:
                 return f"{self.name} takes rank {self.max_rank} at most, got {v.type}"
-        return self.check(node)
+        check = self.checks.get(node.op)
+        return (check(node) if check is not None else None) or self.check(node)
 
     def check(self, node: Node) -> str | None:
-        """Further limits of a lowering (a hook); the reason, or None."""
+        """Further limits of the backend (a hook); the reason, or None."""
         return None
+
+    def advice(self, node: Node) -> str | None:
+        """What to write so that the backend takes a node that it has no lowering of, or None where it has one."""
+        if node.op in self.lowerings or node.op in self.unsupported:
+            return None
+        declared = f" ({node.opdef.file}:{node.opdef.line})" if node.opdef.file else ""
+        return (
+            f"write @backend.lowers({node.op!r}) with the `backend` of moec.backends.{self.name}, "
+            f"or decompose(self, b) in the op's class{declared}"
+        )
 
     def prepare(self, graph: Graph) -> Graph:
         """Backend-specific rewriting of a graph before it is legalised (a hook), e.g. bf16 → f32."""
@@ -95,6 +136,41 @@ class Backend:
     def load(self, graph: Graph, folder: Path, *, threads: int | None = None) -> Executable:
         """From what `Executable.save` wrote; compiles again where nothing was."""
         return self.compile(graph, threads=threads)
+
+
+def describe(fn: Callable[..., Any]) -> str:
+    """file:line of a function, for messages."""
+    code = getattr(fn, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else repr(fn)
+
+
+def returned(fn: Callable[..., Any], node: Node, result: Any, kind: type) -> tuple[Any, ...]:
+    """What the lowering `fn` returned for a node, as a tuple of `kind`, one per result of the node.
+
+    Raises CompileError naming the lowering's file:line for anything else.
+    """
+    values = tuple(result) if isinstance(result, list | tuple) else (result,)
+    if len(values) == len(node.results) and all(isinstance(v, kind) for v in values):
+        return values
+    shown = ", ".join(type(v).__name__ for v in values) or "nothing"
+    expected = f"{len(node.results)} × {kind.__name__}" if len(node.results) > 1 else f"one {kind.__name__}"
+    raise CompileError(
+        f"the lowering of {node.op} ({describe(fn)}) returned {shown}, expected {expected}",
+        code="lowering",
+        location=node.location,
+        hint="is a return missing?" if result is None else None,
+    )
+
+
+def lowering_failed(fn: Callable[..., Any], node: Node, error: Exception) -> CompileError:
+    """`error`, raised by the lowering `fn`, as a CompileError that names it, the op and the node's location."""
+    what = error.message if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
+    return CompileError(
+        f"the lowering of {node.op} ({describe(fn)}) failed: {what}",
+        code=error.code if isinstance(error, CompileError) else "lowering",
+        location=node.location,
+        hint=error.hint if isinstance(error, CompileError) else None,
+    )
 
 
 BACKENDS = ("reference", "onnxruntime", "triton")

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from moec.ir import Builder, CompileError, Graph, Node
+from moec.ir import Builder, CompileError, Graph, Node, Value
+from moec.ir.compare import same_attrs
 from moec.ir.printer import excerpt
 from moec.passes.base import Pass, report
 
@@ -18,6 +19,10 @@ class Capabilities(Protocol):
 
     def missing(self, node: Node) -> str | None:
         """Why the backend cannot take a node, or None."""
+        ...
+
+    def advice(self, node: Node) -> str | None:
+        """What to write so that the backend takes it, or None where there is nothing to say."""
         ...
 
 
@@ -39,15 +44,19 @@ class Legalise(Pass):
             node = g._first
             while node is not None:
                 reason = self.backend.missing(node)
-                first_new = self._decompose(g, node) if reason else None
+                first_new, failed = self._decompose(g, node) if reason else (None, None)
                 if reason and first_new is None:
+                    if failed:
+                        reason = f"{reason}, and its decomposition does not apply: {failed}"
                     if self.fallback == "error":
+                        other = 'fallback="reference" runs such ops in the reference interpreter'
+                        advice = self.backend.advice(node)
                         raise CompileError(
                             f"{node.op} cannot run on {self.backend.name}: {reason}",
                             code="unsupported-op",
                             location=node.location,
                             excerpt=excerpt(node),
-                            hint='fallback="reference" runs such ops in the reference interpreter',
+                            hint=f"{advice}; {other}" if advice else other,
                         )
                     left.append(f"{node.op} at {node.location.describe()}: {reason}")
                 # continue with the first new node: it may need decomposing too
@@ -55,23 +64,36 @@ class Legalise(Pass):
         report(left_to_reference=left)
         return graph
 
-    def _decompose(self, graph: Graph, node: Node) -> Node | None:
-        """Replace a node by its decomposition; its first node, or None where the op is primitive."""
+    def _decompose(self, graph: Graph, node: Node) -> tuple[Node | None, str | None]:
+        """Replace a node by its decomposition: its first node, or None where the op is primitive or says (second)
+        why it does not decompose."""
         decompose: Callable | None = node.opdef.decompose
         if decompose is None:
-            return None
+            return None, None
         b = Builder(graph, before=node, location=node.location)
         try:
             new = decompose(node.opdef.instance(node.operands, node.attrs), b)
-        except CompileError:
+        except CompileError as e:
             for created in reversed(b.created):
                 graph.erase(created)
-            return None
+            return None, e.message
+        except Exception as e:
+            raise self._wrong(node, f"raised {type(e).__name__}: {e}") from e
         values = new if isinstance(new, tuple) else (new,)
+        if len(values) != len(node.results) or not all(isinstance(v, Value) for v in values):
+            shown = ", ".join(type(v).__name__ for v in values)
+            raise self._wrong(node, f"returned {shown}, expected {len(node.results)} Value(s)")
+        if any(c.op == node.op and same_attrs(c.attrs, node.attrs) for c in b.created):
+            raise self._wrong(node, "holds the op itself")
         following = node._next
         for old, value in zip(node.results, values, strict=True):
             if old.type != value.type:
-                raise CompileError(f"decomposition of {node.op} gives {value.type} for {old.type}", code="op")
+                raise self._wrong(node, f"gives {value.type} for {old.type}")
             graph.replace_value(old, value)
         graph.erase(node)
-        return b.created[0] if b.created else following
+        return b.created[0] if b.created else following, None
+
+    @staticmethod
+    def _wrong(node: Node, what: str) -> CompileError:
+        declared = f" ({node.opdef.file}:{node.opdef.line})" if node.opdef.file else ""
+        return CompileError(f"the decomposition of {node.op}{declared} {what}", code="op", location=node.location)

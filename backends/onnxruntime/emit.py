@@ -96,7 +96,15 @@ class Emitter:
 
     def op(self, kind: str, *inputs: Any, outputs: int = 1, domain: str = "", **attrs: Any) -> Any:
         """Append a node; NumPy operands become constants, None an absent input. Returns its output, or a
-        tuple of them."""
+        tuple of them where `outputs` is more than 1. `domain="com.microsoft"` for ONNX Runtime's own operators.
+        Raises CompileError for an input that is neither."""
+        for x in inputs:
+            if x is not None and not isinstance(x, onnx.Value | np.ndarray | np.generic):
+                raise CompileError(
+                    f"an input of {kind} must be an ONNX value or a NumPy array, got {type(x).__name__} {x!r}",
+                    code="lowering",
+                    hint="e.operands(node) gives the values of the operands, e.scalar(number, dtype) a constant",
+                )
         values = [self.constant(x) if isinstance(x, np.ndarray | np.generic) else x for x in inputs]
         node = onnx.node(
             kind, values, attrs, domain=domain, num_outputs=outputs, name=self.unique(f"{self._scope}:{kind}")

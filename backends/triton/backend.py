@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moec.backends.base import Backend
-from moec.backends.triton.codegen import expression
-from moec.backends.triton.runner import mode, run
-from moec.ir import DType, Graph, Node, all_ops
+from moec.backends.base import Backend, F
+from moec.backends.triton.codegen import EXPRESSIONS, custom_expression, expression
+from moec.backends.triton.runner import launch, mode, run
+from moec.ir import DType, Graph, Node, all_ops, lookup
 
 if TYPE_CHECKING:
     from moec.backends.triton.executable import TritonExecutable
@@ -20,6 +21,7 @@ DTYPES = frozenset(DType) - {DType.C64, DType.I4, DType.U4, DType.F8E5M2}
 _KERNEL_FLOATS = (DType.F32, DType.BF16, DType.F16)
 _MAX_WIDTH, _MAX_EXPERTS, _MAX_HEAD = 65536, 4096, 1024
 _MAX_GROUP = 128
+_SCORINGS = ("softmax", "sigmoid", "topk_softmax")
 _GPU_GROUP = 32
 
 _MOVES = "moves or repeats elements, computes nothing: views and copies of torch"
@@ -45,18 +47,65 @@ TORCH_OPS: dict[str, str] = {
 
 def torch_reason(node: Node) -> str | None:
     """Why torch runs this node, or None where kernels do."""
+    if backend.is_replaced(node.op):
+        return None
     if node.op == "quant.quantize" and (_wrong_float(node) or not _per_token(node.attrs["block"])):
         return "blocks of several rows, or of a width that no kernel takes: weights, which are quantised once"
     return TORCH_OPS.get(node.op)
 
 
+@dataclass(eq=False)
 class TritonBackend(Backend):
-    """Triton kernels on CUDA, or in Triton's interpreter on the CPU where there is no GPU (slow: for checking)."""
+    """Triton kernels on CUDA, or in Triton's interpreter on the CPU where there is no GPU (slow: for checking).
 
-    def check(self, node: Node) -> str | None:
-        if node.opdef.elementwise or torch_reason(node) or node.op == "call.graph":
-            return None
-        return _wrong_float(node) or _limits(node)
+    A lowering gets the op with its fields set. The fields of an elementwise op are names of blocks, and the lowering
+    returns an expression over them, which becomes part of a generated kernel (`codegen.function_names` may be called
+    in it; bf16 and f16 are float32 there):
+
+        backend.lowers("my.soft_cap")(lambda op: f"tanh({op.x} / {op.cap}) * {op.cap}")
+
+    The fields of any other op are tensors and numbers; the lowering launches kernels and returns a tensor for each
+    result:
+
+        @backend.lowers("my.row_scale")
+        def row_scale(op):
+            y = torch.empty_like(op.x)
+            backend.launch(row_scale_kernel, (op.x.shape[0],), op.x, op.scale, y, op.x.shape[1], BLOCK=1024)
+            return y
+    """
+
+    keeps_weights: set[str] = field(default_factory=set)  # ops whose lowering takes weights as `Resident`
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: int | Sequence[int] | Callable[[dict[str, Any]], Sequence[int]],
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 2,
+        **constants: Any,
+    ) -> None:
+        """Run a @triton.jit kernel over `grid` (a number or up to three; a function gets `constants`).
+
+        args: tensors, of any strides, numbers and None, in the kernel's order; constants: its `tl.constexpr`
+        parameters. CUDA tensors: on that GPU. CPU tensors: in Triton's interpreter, where no process with
+        TRITON_INTERPRET=1 runs this in a worker process, to which the kernel goes as source text together with the
+        functions, modules and numbers that it names; it may stand in any file or notebook cell.
+
+        Raises CompileError for what is no kernel or names what cannot be sent, ValueError for a bad grid, TypeError
+        for arguments that are not the kernel's, KernelError where the kernel fails in the worker.
+        """
+        launch(kernel, grid, args, num_warps=num_warps, num_stages=num_stages, constants=constants)
+
+    def is_replaced(self, op: str) -> bool:
+        """Whether an op that torch or a shipped kernel runs has got a lowering from outside."""
+        return getattr(self.lowerings.get(op), "__module__", __name__).split(".")[0] != "moec"
+
+    def _register(self, name: str, fn: Callable[..., Any]) -> None:
+        super()._register(name, fn)
+        self.keeps_weights.discard(name)
+        if lookup(name).elementwise and fn is not expression:
+            EXPRESSIONS[name] = fn
 
     def compile(
         self, graph: Graph, *, threads: int | None = None, options: Mapping[str, Any] | None = None
@@ -64,7 +113,16 @@ class TritonBackend(Backend):
         """`threads` and `options` have no meaning here."""
         from moec.backends.triton.executable import TritonExecutable  # it imports this module
 
+        for g in (graph, *graph.functions.values()):
+            for node in g.nodes:
+                if node.op in EXPRESSIONS:
+                    custom_expression(node, [f"x{i}" for i, v in enumerate(node.operands) if v is not None])
         return TritonExecutable(graph)
+
+
+def _fits(node: Node) -> str | None:
+    """What a shipped kernel cannot take; the reason, or None."""
+    return None if torch_reason(node) else _wrong_float(node) or _limits(node)
 
 
 def _wrong_float(node: Node) -> str | None:
@@ -81,6 +139,10 @@ def _limits(node: Node) -> str | None:
         case "norm.rms" | "norm.add_rms":
             return None if _at_most(shape[-1], _MAX_WIDTH) else f"rows of {shape[-1]}, at most {_MAX_WIDTH}"
         case "moe.route":
+            if node.attrs["scoring"] not in _SCORINGS:
+                return f"scoring {node.attrs['scoring']}, the kernel has {', '.join(_SCORINGS)}"
+            if node.attrs["normalize_min"]:
+                return "a least sum of the weights"
             return None if _at_most(shape[1], _MAX_EXPERTS) else f"{shape[1]} experts, at most {_MAX_EXPERTS}"
         case "attention.sdpa":
             sizes = shape[3], node.operand("v").shape[3]
@@ -112,37 +174,46 @@ def _bad_width(width: int, least: int) -> str | None:
 
 backend = TritonBackend("triton", dtypes=DTYPES)
 
-# Kernel lowerings get the op with its fields set: attributes, and tensors or `Resident` weights.
+
+def _kernel(*ops: str) -> Callable[[F], F]:
+    """As `backend.lowers`, for kernels that are run by name and take weights as `Resident`."""
+
+    def register(fn: F) -> F:
+        backend.lowers(*ops, check=_fits)(fn)
+        backend.keeps_weights.update(ops)
+        return fn
+
+    return register
 
 
-@backend.lowers("norm.rms")
+@_kernel("norm.rms")
 def _rms(op: Any) -> Any:
     return run("rms_norm", op.x, op.weight, eps=op.eps)
 
 
-@backend.lowers("norm.add_rms")
+@_kernel("norm.add_rms")
 def _add_rms(op: Any) -> Any:
     return run("rms_norm", op.x, op.weight, eps=op.eps, residual=op.residual)
 
 
-@backend.lowers("linear.linear")
+@_kernel("linear.linear")
 def _linear(op: Any) -> Any:
     return run("linear", op.x, op.weight, op.bias)
 
 
-@backend.lowers("quant.quantize")
+@_kernel("quant.quantize")
 def _quantize(op: Any) -> Any:
     return run("quantize", op.x, op.block[1])
 
 
-@backend.lowers("quant.scaled_linear")
+@_kernel("quant.scaled_linear")
 def _scaled_linear(op: Any) -> Any:
     return run(
         "fp8_linear", op.x, op.x_scale, op.weight, op.weight_scale, op.bias, block=op.block, out_dtype=op.dtype.torch
     )
 
 
-@backend.lowers("moe.route")
+@_kernel("moe.route")
 def _route(op: Any) -> Any:
     return run(
         "route", op.logits, op.bias, k=op.k, scoring=op.scoring, normalize=op.normalize, scale=op.scale,
@@ -151,15 +222,16 @@ def _route(op: Any) -> Any:
     )  # fmt: skip
 
 
-@backend.lowers("moe.experts")
+@_kernel("moe.experts")
 def _experts(op: Any) -> Any:
     return run(
         "experts", op.x, op.weights, op.experts, op.gate_up, op.down, op.gate_up_bias, op.down_bias,
         activation=op.activation, interleaved=op.interleaved, limit=op.limit, alpha=op.alpha,
+        up_offset=op.up_offset,
     )  # fmt: skip
 
 
-@backend.lowers("quant.scaled_experts")
+@_kernel("quant.scaled_experts")
 def _scaled_experts(op: Any) -> Any:
     return run(
         "fp8_experts", op.x, op.weights, op.experts, op.gate_up, op.gate_up_scale, op.down, op.down_scale,
@@ -167,7 +239,7 @@ def _scaled_experts(op: Any) -> Any:
     )  # fmt: skip
 
 
-@backend.lowers("attention.sdpa")
+@_kernel("attention.sdpa")
 def _attention(op: Any) -> Any:
     return run("attention", op.q, op.k, op.v, op.mask, scale=op.scale, causal=op.causal)
 

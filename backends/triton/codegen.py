@@ -7,13 +7,19 @@ to the node's dtype after every node, as the reference does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from moec.backends.base import describe, lowering_failed, returned
 from moec.ir import CompileError, DType, Node, Value
+from moec.ir.types import broadcast
 
 _TL = {
     DType.F64: "tl.float64", DType.F32: "tl.float32", DType.F16: "tl.float16", DType.BF16: "tl.bfloat16",
@@ -21,6 +27,9 @@ _TL = {
     DType.I8: "tl.int8", DType.U8: "tl.uint8", DType.BOOL: "tl.int1",
 }  # fmt: skip
 _NARROW = (DType.F16, DType.BF16, DType.F8E4M3)
+
+EXPRESSIONS: dict[str, Callable[[Any], str]] = {}
+"""Expressions of elementwise ops from outside of moec, added by `backend.lowers`."""
 
 _UNARY = {
     "neg": "-{0}", "abs": "tl.abs({0})", "sign": "sign({0})", "exp": "tl.exp({0})", "log": "tl.log({0})",
@@ -72,6 +81,8 @@ def expression(node: Node, operands: Sequence[str]) -> str:
 
     Raises CompileError on an op that has none.
     """
+    if node.op in EXPRESSIONS:
+        return _rounded(custom_expression(node, operands), node.results[0].dtype)
     family, name = node.op.split(".")
     dtype = node.results[0].dtype
     source = next(v.dtype for v in node.operands if v is not None)
@@ -102,6 +113,72 @@ def expression(node: Node, operands: Sequence[str]) -> str:
     return _rounded(text, dtype)
 
 
+def custom_expression(node: Node, operands: Sequence[str]) -> str:
+    """The expression that a lowering from outside of moec gives, not rounded.
+
+    Raises CompileError naming the lowering's file:line where it is no expression over the operands, `tl` and the
+    functions of `scalar_math`, or where the op is not elementwise.
+    """
+    fn = EXPRESSIONS[node.op]
+    types = [v.type for v in node.operands if v is not None]
+    if len(node.results) != 1 or node.results[0].shape != broadcast(*(t.shape for t in types)):
+        shown = ", ".join(str(r.type) for r in node.results)
+        raise CompileError(
+            f"{node.op} is declared elementwise, but makes ({shown}) of ({', '.join(map(str, types))})",
+            code="lowering", location=node.location,
+            hint="without elementwise=True its lowering launches a kernel of its own",
+        )  # fmt: skip
+    names = iter(operands)
+    try:
+        text = fn(node.opdef.instance([None if v is None else next(names) for v in node.operands], node.attrs))
+    except Exception as error:  # whatever a lowering does wrong is said with its place
+        failed = lowering_failed(fn, node, error)
+        failed.hint = (
+            "the lowering of an elementwise op gets the op with names of blocks as operands, and returns an expression "
+            'as text: lambda op: f"tanh({op.x}) * {op.scale}"'
+        )
+        raise failed from error
+    (text,) = returned(fn, node, text, str)
+    _check_expression(fn, node, text, operands)
+    return text
+
+
+def _check_expression(fn: Callable[..., Any], node: Node, text: str, operands: Sequence[str]) -> None:
+    try:
+        named = {n.id for n in ast.walk(ast.parse(text, mode="eval")) if isinstance(n, ast.Name)}
+    except SyntaxError as error:
+        raise lowering_failed(fn, node, ValueError(f"{text!r} is no expression: {error.msg}")) from None
+    known = function_names()
+    for name in sorted(named - known - set(operands) - {"tl", "float", "int", "inf", "nan"}):
+        near = difflib.get_close_matches(name, known, 1)
+        raise CompileError(
+            f"the lowering of {node.op} ({describe(fn)}) names {name!r} in {text!r}",
+            code="lowering", location=node.location,
+            hint=f"did you mean {near[0]!r}?" if near else f"besides tl there are {', '.join(sorted(known))}",
+        )  # fmt: skip
+    if not named & set(operands):
+        raise lowering_failed(fn, node, ValueError(f"{text!r} uses no operand"))
+
+
+@lru_cache(maxsize=1)
+def function_names() -> frozenset[str]:
+    """The functions that an expression may call, read without importing triton."""
+    tree = ast.parse(Path(__file__).with_name("kernels").joinpath("scalar_math.py").read_text("utf-8"))
+    return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef))
+
+
+def _assertions(node: Node, name: str) -> list[str]:
+    """Statements that hold an expression from outside to its type: a store would convert anything."""
+    if node.op not in EXPRESSIONS:
+        return []
+    where, dtype = describe(EXPRESSIONS[node.op]), node.results[0].dtype
+    said = [f"{node.op} ({where}): the expression {what}" for what in (f"is not {dtype}", "is not one value each")]
+    return [
+        f"tl.static_assert({name}.shape == [BLOCK], {said[1]!r})",
+        f"tl.static_assert({name}.dtype == {register(dtype)}, {said[0]!r})",
+    ]
+
+
 def expressible(node: Node) -> bool:
     """Whether `expression` knows the op."""
     try:
@@ -128,7 +205,7 @@ def program(nodes: Sequence[Node], inputs: Sequence[Value], literals: Mapping[Va
         # a name, so that a literal used twice is made once
         lines += [f"c{i}_{k} = {text}" for k, text in enumerate(operands) if text.startswith("tl.full")]
         operands = [f"c{i}_{k}" if text.startswith("tl.full") else text for k, text in enumerate(operands)]
-        lines.append(f"v{i} = {expression(node, operands)}")
+        lines += [f"v{i} = {expression(node, operands)}", *_assertions(node, f"v{i}")]
         names[node.results[0]] = f"v{i}"
     return Program("\n".join(lines), tuple((names[v], v.dtype.torch) for v in outputs))
 

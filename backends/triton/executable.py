@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moec.backends.base import Executable
+from moec.backends.base import Executable, lowering_failed, returned
 from moec.backends.triton.backend import backend, by_reference, torch_reason
 from moec.backends.triton.fusion import Group, Unit, plan
 from moec.backends.triton.runner import KernelError, Resident, mode, run
@@ -114,13 +114,19 @@ class TritonExecutable(Executable):
     def _node(self, node: Node, env: Mapping[Value, Any], binding: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
         operands = [None if v is None else env[v] for v in node.operands]
         by_torch = torch_reason(node) is not None
-        if by_torch or node.op == "call.graph":
+        if by_torch or node.op not in backend.keeps_weights:
             operands = [_plain(x) for x in operands]
         instance = node.opdef.instance(operands, {k: evaluate_attr(v, binding) for k, v in node.attrs.items()})
         if node.op == "call.graph":
             instance.functions = self._functions
-        result = (by_reference if by_torch else backend.lowerings[node.op])(instance)
-        return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        lowering = by_reference if by_torch else backend.lowerings[node.op]
+        try:
+            result = lowering(instance)
+        except Exception as error:  # whatever a lowering from outside does wrong is said with its place
+            if not backend.is_replaced(node.op):
+                raise
+            raise lowering_failed(lowering, node, error) from error
+        return returned(lowering, node, result, torch.Tensor)
 
     def _weight(self, value: Value, here: torch.device) -> Resident:
         """The data of a weight on a device, loaded once."""
@@ -152,7 +158,8 @@ def _check(values: Sequence[Value], results: Sequence[torch.Tensor], binding: Ma
     for v, r in zip(values, results, strict=True):
         want = v.type.with_shape([evaluate(s, binding) for s in v.shape])
         if TensorType.of(r) != want:
-            raise CompileError(f"gave {TensorType.of(r)}, its type says {want}", code="execution")
+            producer = v.producer.op if v.producer is not None else v.name
+            raise CompileError(f"{producer} gave {TensorType.of(r)}, its type says {want}", code="execution")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Literal
 
 import torch
@@ -74,6 +76,23 @@ class InterpreterWorker:
             sent_args = [self._reference(arg) for arg in args]
             sent_kwargs = {name: self._reference(arg) for name, arg in kwargs.items()}
             return self._ask({"do": "call", "kernel": kernel, "args": sent_args, "kwargs": sent_kwargs})
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: Mapping[str, Any]) -> None:
+        """Run a @triton.jit kernel of the user's in the worker: its source goes there, and what it wrote comes back
+        into the tensors given. Raises as `call` does, and CompileError for a kernel that cannot be sent."""
+        from moec.backends.triton.shipping import pack_arguments, pack_kernel, pack_value
+
+        parts = pack_kernel(kernel)
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        memory, packed = pack_arguments(args)
+        request = {
+            "do": "launch", "kernel": key, "parts": parts, "grid": grid, "memory": memory, "args": packed,
+            "constants": {name: pack_value(value) for name, value in constants.items()},
+        }  # fmt: skip
+        with self._lock:
+            self._start()
+            for place, tensor in self._ask(request).items():
+                memory[int(place)].copy_(tensor)
 
     def close(self) -> None:
         """End the worker. The next call starts a new one."""
@@ -203,3 +222,33 @@ def run(kernel: str, *args: Any, **kwargs: Any) -> Any:
         return worker().call(kernel, *args, **kwargs)
     plain_kwargs = {name: _plain(value) for name, value in kwargs.items()}
     return resolve_kernel(kernel)(*(_plain(value) for value in args), **plain_kwargs)
+
+
+def launch(
+    kernel: Any,
+    grid: int | Sequence[int] | Callable[[dict[str, Any]], Sequence[int]],
+    args: Sequence[Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    constants: Mapping[str, Any],
+) -> None:
+    """See `TritonBackend.launch`."""
+    sizes = grid(dict(constants)) if callable(grid) else grid
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    if not 1 <= len(sizes) <= 3 or not all(isinstance(s, int) and s >= 0 for s in sizes):
+        raise ValueError(f"grid must be 1 to 3 sizes, got {sizes}")
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+    if device is None:
+        raise ValueError("launch() needs a tensor among the kernel's arguments")
+    from moec.backends.triton import launch as direct
+    from moec.backends.triton.shipping import check_kernel
+
+    if mode(device) == "worker" and not direct.recording():
+        check_kernel(kernel)
+        if 0 not in sizes:
+            worker().launch(kernel, sizes, args, constants)
+        return
+    if not direct.interpreted():
+        check_kernel(kernel)
+    direct.launch(kernel, sizes, *args, num_warps=num_warps, num_stages=num_stages, **constants)

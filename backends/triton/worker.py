@@ -11,6 +11,7 @@ import time
 import traceback
 from typing import Any
 
+import numpy as np
 import torch
 
 from moec.backends.triton import wire
@@ -24,7 +25,23 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _handle(request: dict[str, Any], kept: dict[int, torch.Tensor]) -> Any:
+def _launch(request: dict[str, Any], kernels: dict[str, Any]) -> Any:
+    """Run a kernel that was sent; what it wrote to, by position in the memory that was sent along."""
+    from moec.backends.triton.launch import launch
+    from moec.backends.triton.shipping import unpack_arguments, unpack_kernel, unpack_value
+
+    key, memory = request["kernel"], request["memory"]
+    if key not in kernels:
+        kernels[key] = unpack_kernel(request["parts"])
+    before = [m.clone() for m in memory]
+    arguments = unpack_arguments(memory, request["args"])
+    constants = {name: unpack_value(tree) for name, tree in request["constants"].items()}
+    with np.errstate(all="ignore"):  # overflow and 0/0 are results
+        launch(kernels[key], request["grid"], *arguments, **constants)
+    return {str(i): m for i, (m, old) in enumerate(zip(memory, before, strict=True)) if not torch.equal(m, old)}
+
+
+def _handle(request: dict[str, Any], kept: dict[int, torch.Tensor], kernels: dict[str, Any]) -> Any:
     for key in request.get("forget", ()):
         kept.pop(key, None)
     match request["do"]:
@@ -35,6 +52,8 @@ def _handle(request: dict[str, Any], kept: dict[int, torch.Tensor]) -> Any:
             return None
         case "call":
             return resolve_kernel(request["kernel"])(*request["args"], **request["kwargs"])
+        case "launch":
+            return _launch(request, kernels)
         case other:
             raise ValueError(f"unknown request {other!r}")
 
@@ -43,6 +62,7 @@ def serve(read_fd: int, write_fd: int, parent: int) -> None:
     """Answer requests until the parent closes its end of the pipe or dies."""
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     kept: dict[int, torch.Tensor] = {}
+    kernels: dict[str, Any] = {}
     with os.fdopen(read_fd, "rb") as requests, os.fdopen(write_fd, "wb") as answers, torch.no_grad():
         while True:
             try:
@@ -50,7 +70,7 @@ def serve(read_fd: int, write_fd: int, parent: int) -> None:
             except EOFError:
                 return
             try:
-                answer = {"ok": True, "result": _handle(request, kept)}
+                answer = {"ok": True, "result": _handle(request, kept, kernels)}
                 wire.send(answers, answer)
             except BrokenPipeError:
                 return

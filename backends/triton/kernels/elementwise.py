@@ -20,6 +20,8 @@ from moec.backends.triton.kernels.checks import describe, require, require_same_
 from moec.backends.triton.kernels.tiles import interpreter_tiles
 from moec.backends.triton.launch import cdiv, launch, next_pow2
 
+# an attribute of an op from outside may be written into its expression as Python prints it
+_CONSTANTS = {name: tl.constexpr(float(name)) for name in ("inf", "nan")}
 _FUNCTIONS = {name: fn for name, fn in vars(scalar_math).items() if isinstance(fn, KernelInterface)}
 
 
@@ -32,7 +34,7 @@ def kernel(program: Program, layout: Layout) -> Any:
     filename = f"<moec {name}>"
     # Triton reads a kernel's source through inspect, which asks linecache
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    namespace: dict[str, Any] = {"tl": tl, "__name__": __name__, **_FUNCTIONS}
+    namespace: dict[str, Any] = {"tl": tl, "__name__": __name__, **_FUNCTIONS, **_CONSTANTS}
     exec(compile(source, filename, "exec"), namespace)
     return triton.jit(namespace[name])
 
