@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +16,20 @@ from safetensors import safe_open
 
 from moec.ir.errors import CompileError
 from moec.ir.types import TensorType
+
+# set while weights are read as their exact values, see `loading_in_float64`
+_in_float64: ContextVar[bool] = ContextVar("in_float64", default=False)
+
+
+@contextmanager
+def loading_in_float64() -> Iterator[None]:
+    """Inside, `Weight.load` widens floats to float64 (8-bit codes stay), and computed weights are computed
+    anew from the widened ones: what a fold of weights means, without the rounding of its dtype."""
+    token = _in_float64.set(True)
+    try:
+        yield
+    finally:
+        _in_float64.reset(token)
 
 
 class WeightSource(Protocol):
@@ -55,6 +71,8 @@ class ComputedSource:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def load(self) -> torch.Tensor:
+        if _in_float64.get():
+            return self.compute()
         with self._lock:
             if self._value is None:
                 self._value = self.compute()
@@ -78,7 +96,11 @@ class Weight:
                 f"weight {self.name!r} has no data", code="weight", hint="bind weights with graph.bind_weights(...)"
             )
         tensor = self.source.load()
-        if TensorType.of(tensor) != self.type:
+        stored = TensorType.of(tensor)
+        if _in_float64.get() and self.type.dtype.is_float and self.type.dtype.bits > 8:
+            tensor = tensor.to(torch.float64)
+            stored = stored.with_dtype(self.type.dtype)
+        if stored != self.type:
             raise CompileError(
                 f"weight {self.name!r} is declared {self.type} but its data is {TensorType.of(tensor)}", code="weight"
             )
