@@ -75,8 +75,18 @@ def source_of(rule: object) -> str:
     return _source_of_class(cls)
 
 
-def rule_error(rule: Pass, message: str, *, location: Location | None = None, hint: str | None = None) -> CompileError:
-    return CompileError(f"rule {rule.name} ({source_of(rule)}): {message}", code="rule", location=location, hint=hint)
+class RuleError(CompileError):
+    """An error of a rule, which is its `rule`."""
+
+    def __init__(self, rule: Pass, message: str, **about: Any):
+        super().__init__(f"rule {rule.name} ({source_of(rule)}): {message}", **about)
+        self.rule = rule
+
+
+def rule_error(
+    rule: Pass, message: str, *, code: str = "rule", location: Location | None = None, hint: str | None = None
+) -> RuleError:
+    return RuleError(rule, message, code=code, location=location, hint=hint)
 
 
 @lru_cache(maxsize=4096)
@@ -188,7 +198,8 @@ class _Engine:
         self.count += 1
         if self.count > self.limit or generation > self.oldest:
             busy = sorted(self.fired, key=lambda n: -self.fired[n])[:3]
-            raise rule_error(rule, f"rules do not terminate: {', '.join(busy)} fired {self.count} times")
+            text = f"rules do not terminate: {', '.join(busy)} fired {self.count} times"
+            raise rule_error(rule, text, code="endless", location=m.location)
         anchor = max((r.producer for r in m.roots if r.producer), key=lambda n: n._order)
         if self.applications is not None:
             root = m.root.producer.op if m.root.producer else ""
@@ -208,7 +219,8 @@ class _Engine:
         if len(m.roots) > 1:
             self._reorder(rule, m, builder.created)
         self.generation.update(dict.fromkeys(builder.created, generation))
-        released = {v for n in m.nodes for v in n.operands if v is not None}
+        # in order, so that two runs apply the same rules in the same order
+        released = list(dict.fromkeys(v for n in m.nodes for v in n.operands if v is not None))
         for old, value in zip(m.roots, new, strict=True):
             self.graph.replace_value(old, value)
         for dead in sorted(m.nodes, key=lambda n: -n._order):
@@ -269,7 +281,7 @@ class _Engine:
         for n in sorted(late, key=lambda n: n._order):
             self.graph.move_before(n, following)
 
-    def _affected(self, created: Sequence[Node], new: Sequence[Value], released: set[Value]) -> list[Node]:
+    def _affected(self, created: Sequence[Node], new: Sequence[Value], released: Sequence[Value]) -> list[Node]:
         """Nodes where a match may have become possible: the new ones, and users up to the pattern depth."""
         affected = dict.fromkeys(n for n in created if n.graph is not None)
         frontier = [u for v in new for u in v.users] + [u for n in created for r in n.results for u in r.users]

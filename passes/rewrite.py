@@ -11,6 +11,7 @@ from moec.passes.base import Pass
 from moec.passes.engine import (
     Application,
     Applications,
+    RuleError,
     apply_rules,
     compiled_patterns,
     limited,
@@ -25,6 +26,7 @@ __all__ = [
     "Match",
     "Refused",
     "Rewrite",
+    "RuleError",
     "RuleSet",
     "apply_rules",
     "compiled_patterns",
