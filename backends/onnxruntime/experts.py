@@ -186,7 +186,8 @@ def activation(e: Emitter, spec: Spec, h: onnx.Value) -> onnx.Value:
         gate = e.op("Min", gate, e.scalar(spec.limit, dtype))
         up = e.op("Max", e.op("Min", up, e.scalar(spec.limit, dtype)), e.scalar(-spec.limit, dtype))
         gate = silu_of(e, gate, dtype, alpha=spec.node.attrs["alpha"])
-        return e.op("Mul", gate, e.op("Add", up, e.scalar(1, dtype)))
+        offset = spec.node.attrs["up_offset"]
+        return e.op("Mul", gate, e.op("Add", up, e.scalar(offset, dtype)) if offset else up)
     if kind == "silu":
         gate = silu_of(e, gate, dtype)
     elif kind == "relu":
@@ -218,7 +219,7 @@ def moe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
         swiglu_fusion=1,
         normalize_routing_weights=1,
         activation_alpha=1.0 if limit is None else spec.node.attrs["alpha"],
-        activation_beta=0.0 if limit is None else 1.0,
+        activation_beta=0.0 if limit is None else spec.node.attrs["up_offset"],
         **extra,
     )
     return e.op("Mul", y, reduce(e, "ReduceSum", weights, (-1,), True))

@@ -22,6 +22,8 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
         scores = e.op("Softmax", logits, axis=-1)
     elif a["scoring"] == "sigmoid":
         scores = e.op("Sigmoid", logits)
+    elif a["scoring"] == "sqrt_softplus":
+        scores = e.op("Sqrt", e.op("Softplus", logits))
     choice = scores if bias is None else e.op("Add", scores, bias)
     choice = nan_as_infinity(e, choice, dtype)
     if a["n_group"] > 1:
@@ -30,10 +32,14 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     weights = e.op("GatherElements", scores, experts, axis=1)
     if a["scoring"] == "topk_softmax":
         weights = e.op("Softmax", weights, axis=-1)
-    elif a["normalize"]:
+    elif a["scoring"] == "topk_sigmoid":
+        weights = e.op("Sigmoid", weights)
+    if a["normalize"] and a["scoring"] != "topk_softmax":
         total = reduce(e, "ReduceSum", weights, (-1,), True)
         if a["normalize_eps"]:
             total = e.op("Add", total, e.scalar(a["normalize_eps"], dtype))
+        if a["normalize_min"]:
+            total = e.op("Max", total, e.scalar(a["normalize_min"], dtype))
         weights = e.op("Div", weights, total)
     if a["scale"] != 1.0:
         weights = e.op("Mul", weights, e.scalar(a["scale"], dtype))

@@ -229,6 +229,58 @@ class SwiGLU:
         yield [r.floats(r.n, r.m), r.floats(r.n, r.m)], {}
 
 
+@op("math.glu")
+class GLU:
+    """activation(gate) · up: the gated units of Shazeer 2020 beside `math.swiglu`.
+
+    `activation`: "gelu" and "gelu_tanh" (GeGLU), "relu" (ReGLU). With a `limit`, which goes with "silu" only, the
+    clamped SwiGLU g · sigmoid(alpha · g) · (u + up_offset) of g = min(gate, limit) and u = clip(up, ±limit): GPT-OSS
+    (alpha 1.702, up_offset 1), DeepSeek-V4 (1, 0). Written "silu" without a limit it would be `math.swiglu`, and is
+    refused, so that each unit has one form.
+    """
+
+    gate: Operand
+    up: Operand
+    activation: Attr[str] = "silu"
+    limit: Attr[Any] = None
+    alpha: Attr[float] = 1.702
+    up_offset: Attr[float] = 1.0
+
+    def infer(self) -> TensorType:
+        require(self.gate == self.up and self.gate.dtype.is_float, f"gate is {self.gate}, up is {self.up}")
+        known = ("silu", "gelu", "gelu_tanh", "relu")
+        require(self.activation in known, f"activation {self.activation!r} is none of {known}")
+        require(self.limit is None or isinstance(self.limit, float), f"limit {self.limit!r} is not a float")
+        require(self.limit is None or self.activation == "silu", f"limit with {self.activation!r}: silu only")
+        require(self.limit is not None or self.activation != "silu", "silu without a limit is math.swiglu")
+        return self.gate
+
+    def reference(self) -> torch.Tensor:
+        if self.limit is not None:
+            gate, up = self.gate.clamp(max=self.limit), self.up.clamp(-self.limit, self.limit)
+            return gate * torch.sigmoid(self.alpha * gate) * (up + self.up_offset)
+        if self.activation.startswith("gelu"):
+            return F.gelu(self.gate, approximate="tanh" if self.activation == "gelu_tanh" else "none") * self.up
+        return torch.relu(self.gate) * self.up
+
+    def decompose(self, b: Any) -> Any:
+        gate, up = self.gate, self.up
+        if self.limit is not None:
+            gate, up = b.clamp(gate, high=self.limit), b.clamp(up, low=-self.limit, high=self.limit)
+            scaled = gate if self.alpha == 1.0 else b.mul(gate, self.alpha)
+            return b.mul(b.mul(gate, b.sigmoid(scaled)), b.add(up, self.up_offset) if self.up_offset else up)
+        if self.activation.startswith("gelu"):
+            return b.mul(b.gelu(gate, approximate="tanh" if self.activation == "gelu_tanh" else "none"), up)
+        return b.mul(b.relu(gate), up)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        for activation in ("gelu", "gelu_tanh", "relu"):
+            yield [r.floats(r.n, r.m), r.floats(r.n, r.m)], {"activation": activation}
+        yield [r.floats(r.n, r.m), r.floats(r.n, r.m)], {"limit": 0.75}
+        yield [r.floats(r.n, r.m), r.floats(r.n, r.m)], {"limit": 0.5, "alpha": 1.0, "up_offset": 0.0}
+
+
 @op("math.cast", elementwise=True)
 class Cast:
     """Convert to `dtype`. To E4M3 it saturates at ±448 and keeps NaN (torch's rule)."""

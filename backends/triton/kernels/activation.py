@@ -25,8 +25,8 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated_clamped(gate, up, limit, alpha):
-    """GPT-OSS: min(gate, limit) · sigmoid(alpha · gate) · (clip(up, ±limit) + 1); NaN stays."""
+def gated_clamped(gate, up, limit, alpha, up_offset):
+    """min(gate, limit) · sigmoid(alpha · min(gate, limit)) · (clip(up, ±limit) + up_offset); NaN stays."""
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    return gate / (1.0 + tl.exp(-alpha * gate)) * (up + up_offset)

@@ -22,7 +22,7 @@ from moec.backends.triton.launch import cdiv, launch
 @triton.jit
 def gate_up_kernel(
     x_ptr, w_ptr, bias_ptr, h_ptr, order_ptr, bounds_ptr, tile_expert_ptr, tile_start_ptr, E, F, D, limit, alpha,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    up_offset, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(F, BLOCK_N)
@@ -62,7 +62,7 @@ def gate_up_kernel(
         gate += tl.load(bias_ptr + gate_row, mask=n < F, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptr + up_row, mask=n < F, other=0.0).to(tl.float32)[None, :]
     if HAS_LIMIT:
-        h = gated_clamped(gate, up, limit, alpha)
+        h = gated_clamped(gate, up, limit, alpha, up_offset)
     else:
         h = gated(gate, up, ACTIVATION)
     h_mask = row_mask[:, None] & (n[None, :] < F)
@@ -119,6 +119,7 @@ def experts(
     interleaved: bool = False,
     limit: float | None = None,
     alpha: float = 1.702,
+    up_offset: float = 1.0,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> torch.Tensor:
     """Σ over a token's experts of weight · (down_e @ activation(gate_e @ x, up_e @ x)) → [T, d] in x's dtype.
@@ -126,7 +127,7 @@ def experts(
     x: [T, d] float32, bfloat16 or float16; weights: float [T, k]; experts: integer [T, k], where a number outside
     0..E-1 contributes nothing; gate_up: [E, 2f, d] (f gate rows, then f up rows; alternating when `interleaved`),
     down: [E, d, f], biases [E, 2f] and [E, d], all in x's dtype. activation: "silu" (SwiGLU), "gelu", "gelu_tanh",
-    "relu"; with `limit` GPT-OSS's clamped SwiGLU with its `alpha`.
+    "relu"; with `limit` the clamped SwiGLU of GPT-OSS with its `alpha` and `up_offset`.
     Products accumulate in float32; the hidden rows and each expert's weighted output are rounded to x's dtype, and
     their sum over k is taken in float32 in slot order. `tiles` overrides the block sizes of the two products (equal m).
     Raises ValueError for wrong shapes, dtypes or devices.
@@ -166,7 +167,7 @@ def experts(
     launch(
         gate_up_kernel, (plan.tile_expert.numel() * cdiv(f, up_tile.n),),
         x.contiguous(), gate_up.contiguous(), None if gate_up_bias is None else gate_up_bias.contiguous(), h, *tile_map,
-        num_experts, f, d, 0.0 if limit is None else float(limit), float(alpha),
+        num_experts, f, d, 0.0 if limit is None else float(limit), float(alpha), float(up_offset),
         K=experts.shape[1], BLOCK_M=up_tile.m, BLOCK_N=up_tile.n, BLOCK_K=up_tile.k, SWAP=up_tile.swap,
         ACTIVATION=activation, INTERLEAVED=interleaved, HAS_LIMIT=limit is not None, HAS_BIAS=gate_up_bias is not None,
         num_warps=up_tile.warps, num_stages=up_tile.stages,
