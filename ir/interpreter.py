@@ -65,7 +65,24 @@ def evaluate_node(
         raise CompileError(
             f"{node.op} failed: {e}", code="execution", location=node.location, excerpt=excerpt(node)
         ) from e
-    results = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+    except Exception as e:  # whatever a definition does wrong is said with its place
+        raise CompileError(
+            f"{node.op} ({node.opdef.file}:{node.opdef.line}): reference() raised {type(e).__name__}: {e}",
+            code="op",
+            location=node.location,
+            excerpt=excerpt(node),
+        ) from e
+    results = tuple(result) if isinstance(result, list | tuple) else (result,)
+    if len(results) != len(node.results) or not all(isinstance(r, torch.Tensor) for r in results):
+        shown = ", ".join(type(r).__name__ for r in results) or "nothing"
+        raise CompileError(
+            f"{node.op} ({node.opdef.file}:{node.opdef.line}): reference() returned {shown}, expected "
+            f"{len(node.results)} Tensor(s)",
+            code="op",
+            location=node.location,
+            excerpt=excerpt(node),
+            hint="is a return missing?" if result is None else None,
+        )
     for r, v in zip(results, node.results, strict=True):
         shape = tuple(evaluate(s, binding) for s in v.shape)
         if TensorType.of(r) != TensorType(v.dtype, shape):

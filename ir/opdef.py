@@ -170,7 +170,12 @@ def op(
 
     def declare(cls: type) -> type:
         operands, attrs = [], {}
-        hints = typing.get_type_hints(cls, include_extras=True)
+        file, line = _source(cls)
+        where = f"op {name} ({file}:{line})" if file else f"op {name}"
+        try:
+            hints = typing.get_type_hints(cls, include_extras=True)
+        except NameError as e:
+            raise CompileError(f"{where}: its fields name {e.name!r}, which is not defined", code="op") from None
         for fname, hint in hints.items():
             if typing.get_origin(hint) is typing.ClassVar:
                 continue
@@ -181,28 +186,56 @@ def op(
                 kind = typing.get_origin(hint.__origin__) or hint.__origin__
                 attrs[fname] = AttrSpec(fname, kind, getattr(cls, fname, REQUIRED))
             else:
-                raise CompileError(f"op {name}: field {fname!r} must be an Operand or Attr[...]", code="op")
+                raise CompileError(f"{where}: field {fname!r} must be an Operand or Attr[...]", code="op")
         if sum(k == "variadic" for _, k in operands) > 1:
-            raise CompileError(f"op {name}: more than one variadic operand", code="op")
+            raise CompileError(f"{where}: more than one variadic operand", code="op")
         for method in ("infer", "reference"):
             if not callable(getattr(cls, method, None)):
-                raise CompileError(f"op {name} lacks {method}()", code="op")
-        try:
-            file, line = inspect.getsourcefile(cls) or "", inspect.getsourcelines(cls)[1]
-        except (OSError, TypeError):
-            file, line = "", 0
+                raise CompileError(f"{where} lacks {method}()", code="op")
         opdef = OpDef(
             name, cls, tuple(operands), attrs, inspect.getdoc(cls) or "", commutative, elementwise, file, line, results
         )
-        if name in _OPS and _OPS[name].file != file:
-            raise CompileError(f"op {name} is already declared at {_OPS[name].file}:{_OPS[name].line}", code="name")
-        if name not in _OPS:
+        old = _OPS.get(name)
+        if old is None:
             _BARE.setdefault(name.split(".")[1], []).append(name)
-        _OPS[name] = opdef
-        cls.opdef = opdef  # type: ignore[attr-defined]  # the decorator adds it
+            _OPS[name] = opdef
+        elif old.file == file or _path(old.cls) == _path(cls):
+            # run again (a notebook cell, a reloaded module): what holds the op sees its new definition
+            vars(old).update(vars(opdef))
+            global _redeclared
+            _redeclared += 1
+        else:
+            raise CompileError(
+                f"{where} is already declared at {old.file}:{old.line}",
+                code="name",
+                hint="names are family.op: choose a family of your own",
+            )
+        cls.opdef = _OPS[name]  # type: ignore[attr-defined]  # the decorator adds it
         return cls
 
     return declare
+
+
+_redeclared = 0
+
+
+def redeclared() -> int:
+    """How often an op was declared again: what was built from the definitions of ops is out of date when it grows."""
+    return _redeclared
+
+
+def _path(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _source(cls: type) -> tuple[str, int]:
+    """File and line of a class; those of its first method where the text is out of reach (a notebook, exec)."""
+    try:
+        return inspect.getsourcefile(cls) or "", inspect.getsourcelines(cls)[1]
+    except (OSError, TypeError):
+        codes = [fn.__code__ for fn in vars(cls).values() if inspect.isfunction(fn)]
+        first = min(codes, key=lambda code: code.co_firstlineno, default=None)
+        return (first.co_filename, first.co_firstlineno) if first is not None else ("", 0)
 
 
 def known(name: str) -> OpDef | None:
@@ -251,6 +284,12 @@ def infer_types(
         e.args = (f"{opdef.name}({shown}): {e.message}",)
         e.message = e.args[0]
         raise
+    except Exception as e:  # whatever a type rule does wrong is said with its place
+        raise _wrong_rule(opdef, f"raised {type(e).__name__}: {e}") from e
+    if not isinstance(result, TensorType) and not (
+        isinstance(result, list | tuple) and all(isinstance(t, TensorType) for t in result)
+    ):
+        raise _wrong_rule(opdef, f"returned {result!r}, expected a TensorType or a tuple of them")
     types = (result,) if isinstance(result, TensorType) else tuple(result)
     if opdef.results is not None and len(types) != opdef.results:
         raise CompileError(
@@ -259,3 +298,7 @@ def infer_types(
             hint=f"@op({opdef.name!r}, results={len(types)}) at {opdef.file}:{opdef.line}",
         )
     return types
+
+
+def _wrong_rule(opdef: OpDef, what: str) -> CompileError:
+    return CompileError(f"infer() of {opdef.name} ({opdef.file}:{opdef.line}) {what}", code="op")

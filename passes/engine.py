@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.ir import Builder, CompileError, Graph, Location, Node, Value
 from moec.ir.compare import same_attrs
+from moec.ir.opdef import redeclared
 from moec.passes.base import Pass, Refusal, active_record
 from moec.passes.match import Match, Refused
 from moec.passes.matcher import Matcher
@@ -89,10 +90,14 @@ def rule_error(
     return RuleError(rule, message, code=code, location=location, hint=hint)
 
 
-@lru_cache(maxsize=4096)
 def compiled_patterns(rule: Rewrite) -> tuple[Pattern, ...]:
     """The rule's pattern, one for each alternative at its root. Raises CompileError naming the rule's
     file:line where it is malformed."""
+    return _compiled_patterns(rule, redeclared())
+
+
+@lru_cache(maxsize=4096)
+def _compiled_patterns(rule: Rewrite, definitions: int) -> tuple[Pattern, ...]:
     try:
         return build_patterns(rule.pattern)
     except CompileError as e:
