@@ -11,7 +11,7 @@ from moec.passes.fuse_mlp import FuseMLP, FuseSwiGLU
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rope import FuseRoPE
 from moec.passes.legalise import Legalise
-from moec.passes.pipeline import Pipeline, build_pipeline, default_pipeline, run_pass
+from moec.passes.pipeline import Phase, Pipeline, build_pipeline, default_pipeline, run_pass
 from moec.passes.place import PlaceExperts
 from moec.passes.placement import place_experts
 from moec.passes.quantize import QuantizeFP8
@@ -37,6 +37,7 @@ __all__ = [
     "Match",
     "NormaliseAxes",
     "Pass",
+    "Phase",
     "Pipeline",
     "PlaceExperts",
     "QuantizeFP8",

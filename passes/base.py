@@ -29,23 +29,25 @@ class Refusal:
 
 @dataclass
 class Record:
-    """What a pass did; the pipeline makes one per pass."""
+    """What a pass did; the pipeline makes one per pass. `result` is an analysis's."""
 
     name: str
+    phase: str = ""
     seconds: float = 0.0
     nodes_before: int = 0
     nodes_after: int = 0
     fired: dict[str, int] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         refused: dict[str, int] = {}
         for r in self.refused:
             key = f"{r.rule} ({Path(r.source).name}): {r.reason}"
             refused[key] = refused.get(key, 0) + 1
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "refused"}
-        return {**plain, "refused": refused}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("refused", "result")}
+        return {**plain, "refused": refused} | ({} if self.result is None else {"result": str(self.result)})
 
 
 # the record that rules and passes write to while the pipeline runs them

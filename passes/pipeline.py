@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moec.ir import ArgumentValueError, CompileError, Graph, Placement, Quantization
-from moec.passes.base import Pass, Record, active_record
+from moec.passes.base import Analysis, Pass, Record, active_record
 from moec.passes.canonicalise import Canonicalise
 from moec.passes.cleanup import CommonSubexpressions, DeadCode, FoldConstants
+from moec.passes.dump import Dump
 from moec.passes.fuse_attention import FuseAttention
 from moec.passes.fuse_mlp import FuseMLP
 from moec.passes.fuse_norm import FuseNorm
@@ -20,88 +22,183 @@ from moec.passes.place import PlaceExperts
 from moec.passes.quantize import QuantizeFP8
 from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
+from moec.passes.rewrite import Rewrite, RuleSet, source_of
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named part of a pipeline."""
+
+    name: str
+    passes: tuple[Pass | Analysis, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(self.passes))
+        _check_passes(self.passes)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. Editing returns a new pipeline; passes are named by `Pass.name`."""
+    """Passes, analyses and phases of them, in order. Editing returns a new pipeline.
 
-    passes: tuple[Pass, ...] = ()
+    Places are named by `Pass.name` or `Phase.name`; a pass that occurs in several phases by "phase.pass".
+    """
+
+    steps: tuple[Pass | Analysis | Phase, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "passes", tuple(self.passes))
-        for p in self.passes:
-            if not isinstance(p, Pass):
-                hint = f"write {p.__name__}()" if isinstance(p, type) and issubclass(p, Pass) else None
-                raise ArgumentValueError(f"{p!r} is not a Pass", code="pipeline", hint=hint)
+        object.__setattr__(self, "steps", tuple(self.steps))
+        _check_passes([s for s in self.steps if not isinstance(s, Phase)])
+        twice = {n for n in self.phases if self.phases.count(n) > 1}
+        if twice:
+            raise ArgumentValueError(f"two phases are called {', '.join(sorted(twice))}", code="pipeline")
+
+    @property
+    def phases(self) -> list[str]:
+        return [s.name for s in self.steps if isinstance(s, Phase)]
+
+    @property
+    def passes(self) -> tuple[Pass | Analysis, ...]:
+        """All passes in the order in which they run."""
+        return tuple(p for _, p in self._flat())
 
     @property
     def names(self) -> list[str]:
         return [p.name for p in self.passes]
 
-    def _index(self, name: str) -> int:
-        if name not in self.names:
-            near = difflib.get_close_matches(name, self.names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"passes: {', '.join(self.names)}"
-            raise ArgumentValueError(f"no pass {name!r} in the pipeline", code="pipeline", hint=hint)
-        return self.names.index(name)
+    def _flat(self) -> list[tuple[str, Pass | Analysis]]:
+        """(phase or "", pass) in order."""
+        flat: list[tuple[str, Pass | Analysis]] = []
+        for s in self.steps:
+            flat += [(s.name, p) for p in s.passes] if isinstance(s, Phase) else [("", s)]
+        return flat
 
-    def insert_before(self, name: str, *passes: Pass) -> Pipeline:
-        i = self._index(name)
-        return replace(self, passes=(*self.passes[:i], *passes, *self.passes[i:]))
+    # -- editing -----------------------------------------------------------------------------------
 
-    def insert_after(self, name: str, *passes: Pass) -> Pipeline:
-        i = self._index(name) + 1
-        return replace(self, passes=(*self.passes[:i], *passes, *self.passes[i:]))
+    def insert_before(self, name: str, *passes: Pass | Analysis) -> Pipeline:
+        """With passes before a pass, in its phase, or before a phase. Raises ArgumentValueError."""
+        return self._edit(name, lambda at: (*passes, at))
 
-    def replace_pass(self, name: str, *passes: Pass) -> Pipeline:
-        i = self._index(name)
-        return replace(self, passes=(*self.passes[:i], *passes, *self.passes[i + 1 :]))
+    def insert_after(self, name: str, *passes: Pass | Analysis) -> Pipeline:
+        """With passes after a pass, in its phase, or after a phase. Raises ArgumentValueError."""
+        return self._edit(name, lambda at: (at, *passes))
+
+    def replace_pass(self, name: str, *passes: Pass | Analysis) -> Pipeline:
+        """With passes in place of a pass or phase. Raises ArgumentValueError."""
+        return self._edit(name, lambda at: passes)
+
+    def extend_phase(self, name: str, *passes: Pass | Analysis) -> Pipeline:
+        """With passes at the end of a phase. Raises ArgumentValueError."""
+        if name not in self.phases:
+            raise ArgumentValueError(
+                f"no phase {name!r} in the pipeline",
+                code="pipeline",
+                hint=f"phases: {', '.join(self.phases) or 'none'}",
+            )
+        return self._edit(name, lambda phase: (replace(phase, passes=(*phase.passes, *passes)),))
 
     def drop(self, name: str) -> Pipeline:
-        """Without every pass of that name."""
-        self._index(name)
-        return replace(self, passes=tuple(p for p in self.passes if p.name != name))
+        """Without every pass of that name ("phase.pass": without that one), or without that phase.
+        Raises ArgumentValueError."""
+        places = set(self._places(name))
+        return self._rebuilt(lambda place, step: () if place in places else (step,))
 
-    def append(self, *passes: Pass) -> Pipeline:
-        return replace(self, passes=(*self.passes, *passes))
+    def append(self, *passes: Pass | Analysis) -> Pipeline:
+        return replace(self, steps=(*self.steps, *passes))
+
+    def _edit(self, name: str, change: Callable[[Any], tuple[Any, ...]]) -> Pipeline:
+        places = self._places(name)
+        if len(places) > 1:
+            names = [f"{self.steps[i].name}.{name}" if k is not None else name for i, k in places]
+            raise ArgumentValueError(
+                f"{name!r} occurs {len(places)} times in the pipeline",
+                code="pipeline",
+                hint=f"say {' or '.join(names)}",
+            )
+        return self._rebuilt(lambda place, step: change(step) if place == places[0] else (step,))
+
+    def _rebuilt(self, change: Callable[[Any, Any], tuple[Any, ...]]) -> Pipeline:
+        """Every pass and phase replaced by what `change` makes of its place and itself."""
+        steps: list[Any] = []
+        for i, s in enumerate(self.steps):
+            for new in change((i, None), s):
+                if isinstance(new, Phase) and new is s:
+                    inner = [p for k, old in enumerate(s.passes) for p in change((i, k), old)]
+                    new = replace(s, passes=tuple(inner))
+                steps.append(new)
+        return replace(self, steps=tuple(steps))
+
+    def _places(self, name: str) -> list[tuple[int, int | None]]:
+        """(step, index in the phase or None) of what is called `name`."""
+        found: list[tuple[int, int | None]] = []
+        for i, s in enumerate(self.steps):
+            if s.name == name:
+                found.append((i, None))
+            elif isinstance(s, Phase):
+                found += [(i, k) for k, p in enumerate(s.passes) if name in (p.name, f"{s.name}.{p.name}")]
+        if not found:
+            known = [*self.phases, *self.names]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"passes: {', '.join(known)}"
+            raise ArgumentValueError(f"no pass {name!r} in the pipeline", code="pipeline", hint=hint)
+        return found
+
+    # -- running -----------------------------------------------------------------------------------
 
     def run(
         self, graph: Graph, *, dump: str | Path | None = None, progress: Callable[[str], None] | None = None
     ) -> tuple[Graph, list[Record]]:
-        """Run all passes, verifying after each. `dump` is a folder for numbered `.ir` files; `progress` is
-        called with each pass's name. Raises CompileError naming the pass that failed."""
-        folder = Path(dump) if dump is not None else None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "00_input.ir").write_text(str(graph))
+        """Run all passes, verifying after each. `dump` is a folder for numbered `.ir` files, a `.diff` for each
+        pass that changed something, and `replay.html`, which steps through them; `progress` is called with each
+        pass's name. Raises CompileError naming the pass that failed; the dump holds what came before."""
+        out = Dump(Path(dump), graph) if dump is not None else None
         records = []
-        for i, p in enumerate(self.passes, 1):
+        for phase, p in self._flat():
             if progress:
                 progress(p.name)
-            graph, record = run_pass(p, graph)
+            after, record = run_pass(p, graph)
+            record.phase = phase
             records.append(record)
-            if folder is not None:
-                (folder / f"{i:02d}_{p.name}.ir").write_text(str(graph))
+            if out is not None:
+                out.add(record, graph, after)
+            graph = after
         return graph, records
 
 
-def run_pass(p: Pass, graph: Graph) -> tuple[Graph, Record]:
-    """One pass with its record, its result verified. Raises CompileError naming the pass."""
+def _check_passes(passes: Iterable[Any]) -> None:
+    for p in passes:
+        if not isinstance(p, Pass | Analysis):
+            hint = f"write {p.__name__}()" if isinstance(p, type) and issubclass(p, Pass | Analysis) else None
+            raise ArgumentValueError(f"{p!r} is not a Pass", code="pipeline", hint=hint)
+
+
+def run_pass(p: Pass | Analysis, graph: Graph) -> tuple[Graph, Record]:
+    """One pass with its record, its result verified, or one analysis, whose result is in the record. Raises
+    CompileError naming the pass where it fails, changes its input, or returns no valid graph."""
     record = Record(p.name, nodes_before=len(graph))
     token = active_record.set(record)
+    before = fingerprint(graph)
     start = time.perf_counter()
     try:
         result = p.run(graph)
-        if not isinstance(result, Graph):
+        if fingerprint(graph) != before:
+            raise CompileError("changed its input graph", code="pass", hint="work on graph.clone() and return that")
+        if isinstance(p, Analysis):
+            record.result, result = result, graph
+        elif not isinstance(result, Graph):
             raise CompileError(
                 f"returned {type(result).__name__}, not a Graph", code="pass", hint="is a return missing in run()?"
             )
-        result.verify()
+        else:
+            result.verify()
     except CompileError as e:
-        e.args = (f"pass {p.name}: {e.message}",)
+        where = "" if isinstance(p, Rewrite | RuleSet) else f" ({source_of(p)})"
+        e.args = (f"pass {p.name}{where}: {e.message}",)
         e.message = e.args[0]
         raise
+    except Exception as e:  # whatever the author's code raises is reported as the pass's
+        message = f"pass {p.name} ({source_of(p)}): raised {type(e).__name__}: {e}"
+        raise CompileError(message, code="pass") from e
     finally:
         active_record.reset(token)
     record.seconds = time.perf_counter() - start
@@ -109,35 +206,37 @@ def run_pass(p: Pass, graph: Graph) -> tuple[Graph, Record]:
     return result, record
 
 
+def fingerprint(graph: Graph) -> int:
+    """Changes when nodes, operands, attributes, types, weights, inputs or outputs of this very graph do."""
+    rows = [
+        hash((n.op, *map(id, n.operands), *n.attrs, *map(id, n.attrs.values()), *(id(r.type) for r in n.results)))
+        for g in (graph, *graph.functions.values())
+        for n in g.nodes
+    ]
+    ends = [
+        (tuple(map(id, g.inputs)), tuple(map(id, g.outputs)), tuple(g.output_names), tuple(g.weights))
+        for g in (graph, *graph.functions.values())
+    ]
+    return hash((tuple(rows), tuple(ends)))
+
+
 def default_pipeline(quantize: Quantization | str | None = None, placement: Placement | None = None) -> Pipeline:
     """What `moec.compile` runs with passes=None."""
     quantization = Quantization.of(quantize)
-    passes: list[Pass] = [
-        DeadCode(),
-        Canonicalise(),
-        # single numbers only: the rules below look for masks, tables and transposed weights as they were written
-        FoldConstants(limit=8),
-        CommonSubexpressions(),
-        FuseNorm(),
-        FuseRoPE(),
-        FuseAttention(),
-        RaiseMoE(),
-        RaiseUnrolledExperts(),
-        FuseMLP(),
-        FoldConstants(),
-        Canonicalise(),
-        CommonSubexpressions(),
-        DeadCode(),
-    ]
+    # single numbers only: the fusions look for masks, tables and transposed weights as they were written
+    clean = (DeadCode(), Canonicalise(), FoldConstants(limit=8), CommonSubexpressions())
+    fuse = (FuseNorm(), FuseRoPE(), FuseAttention(), RaiseMoE(), RaiseUnrolledExperts(), FuseMLP())
+    tidy = (FoldConstants(), Canonicalise(), CommonSubexpressions(), DeadCode())
+    phases = [Phase("clean", clean), Phase("fuse", fuse), Phase("tidy", tidy)]
     if quantization is not None:
-        passes.append(QuantizeFP8(quantization))
+        phases.append(Phase("quantize", (QuantizeFP8(quantization),)))
     if placement is not None:
-        passes.append(PlaceExperts(placement))
-    return Pipeline(tuple(passes))
+        phases.append(Phase("place", (PlaceExperts(placement),)))
+    return Pipeline(tuple(phases))
 
 
 def build_pipeline(
-    passes: Pipeline | Iterable[Pass] | None,
+    passes: Pipeline | Iterable[Pass | Analysis] | None,
     quantize: Quantization | str | None = None,
     placement: Placement | None = None,
 ) -> Pipeline:
