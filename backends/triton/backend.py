@@ -241,7 +241,7 @@ def _scaled_experts(op: Any) -> Any:
 
 @_kernel("attention.sdpa")
 def _attention(op: Any) -> Any:
-    return run("attention", op.q, op.k, op.v, op.mask, scale=op.scale, causal=op.causal)
+    return run("attention", op.q, op.k, op.v, op.mask, op.sinks, scale=op.scale, causal=op.causal, softcap=op.softcap)
 
 
 @backend.lowers(*TORCH_OPS)

@@ -18,15 +18,20 @@ class ScaledDotProductAttention:
     q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] → [B, H, S, Dv]; H is a multiple of Hkv (grouped
     queries share a head). `mask` broadcasts to [B, H, S, T]: bool (True: may attend) or the dtype of q
     (added). `causal`: query i sees keys j ≤ i + T − S (aligned to the last key, as with a cache).
-    A row that may attend to nothing gives zeros. Scores and softmax are computed in f32 at least.
+    `softcap` c: scores become c · tanh(scores / c) before the mask (Gemma 2, arXiv:2408.00118 §2).
+    `sinks` [H]: one more score per head and query that takes its share of the softmax and has no value (GPT-OSS;
+    Xiao et al., arXiv:2309.17453). A row that may attend to nothing gives zeros. Scores and softmax are computed
+    in f32 at least.
     """
 
     q: Operand
     k: Operand
     v: Operand
     mask: OptionalOperand
+    sinks: OptionalOperand
     scale: Attr[float]
     causal: Attr[bool] = False
+    softcap: Attr[Any] = None
 
     def infer(self) -> TensorType:
         q, k, v, mask = self.q, self.k, self.v, self.mask
@@ -41,6 +46,10 @@ class ScaledDotProductAttention:
             want = (*q.shape[:3], k.shape[2])
             require(mask.dtype in (DType.BOOL, q.dtype), f"mask is {mask.dtype}, not bool or {q.dtype}")
             require(broadcast(mask.shape, want) == want, f"mask {mask} does not broadcast to {list(want)}")
+        sinks = self.sinks
+        require(sinks is None or sinks == TensorType(q.dtype, (h,)), f"sinks {sinks}, expected {q.dtype}[{h}]")
+        cap = self.softcap
+        require(cap is None or (isinstance(cap, float) and cap > 0), f"softcap must be a positive float, got {cap!r}")
         return q.with_shape((*q.shape[:3], v.shape[3]))
 
     def reference(self) -> torch.Tensor:
@@ -49,6 +58,8 @@ class ScaledDotProductAttention:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         allowed = torch.ones((), dtype=torch.bool)
         if self.causal:
             s, t = scores.shape[-2:]
@@ -58,6 +69,9 @@ class ScaledDotProductAttention:
         elif self.mask is not None:
             scores = scores + self.mask.to(wide)
         scores = scores.masked_fill(~allowed, float("-inf"))
+        if self.sinks is not None:
+            column = self.sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            return (torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1] @ v.to(wide)).to(q.dtype)
         dead = (scores == float("-inf")).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
         return (weights @ v.to(wide)).to(q.dtype)
@@ -70,3 +84,6 @@ class ScaledDotProductAttention:
         q, k, v = r.floats(1, 2, n, 4), r.floats(1, 1, r.k, 4), r.floats(1, 1, r.k, 4)
         yield [q, k, v, r.bools(1, 1, n, r.k)], {"scale": 0.5}
         yield [q, k, v, r.floats(1, 1, n, r.k)], {"scale": 0.5}
+        yield [q, k, v, r.bools(1, 1, n, r.k)], {"scale": 0.5, "softcap": 2.0}
+        yield [q, k, v, r.bools(1, 1, n, r.k), r.floats(2)], {"scale": 0.5}
+        yield [q, k, v, r.floats(1, 1, n, r.k), r.floats(2)], {"scale": 0.5, "causal": True, "softcap": 1.5}

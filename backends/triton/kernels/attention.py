@@ -27,10 +27,11 @@ class AttentionTile(NamedTuple):
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, out_ptr, scale, softcap,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s, mask_t, HKV, S, T,
     GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # The queries of all heads that share a key head form one matrix of GROUP · S rows: row = head · S + position.
     batch = (tl.program_id(1) // HKV).to(tl.int64)
@@ -58,6 +59,9 @@ def attention_kernel(
             end = min(T, last % S + T - S + 1)
     peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if SINKS:  # as if one key without a value had been seen already
+        peak = tl.load(sinks_ptr + head, mask=row_mask, other=0.0).to(tl.float32)
+        total = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), dtype=tl.float32)
     for t0 in range(0, end, BLOCK_N):
         t = t0 + tl.arange(0, BLOCK_N)
@@ -68,6 +72,8 @@ def attention_kernel(
             k2 = tl.load(k_tile + d2[None, :], mask=(t[:, None] < T) & (d2[None, :] < D), other=0.0)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
         scores *= scale
+        if SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         visible = row_mask[:, None] & (t[None, :] < T)
         if CAUSAL:
             visible = visible & (t[None, :] <= position[:, None] + (T - S))
@@ -111,9 +117,11 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
+    softcap: float | None = None,
     tile: AttentionTile | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale + mask) v with scores and softmax in float32 → [B, H, S, Dv] in q's dtype.
@@ -121,7 +129,8 @@ def attention(
     q: [B, H, S, D], k: [B, Hkv, T, D], v: [B, Hkv, T, Dv] in float32, bfloat16 or float16, H a multiple of Hkv
     (query heads h · H/Hkv … share a key head), D and Dv ≤ 1024. mask broadcasts to [B, H, S, T]: bool (True: may
     attend) or a float dtype (added). causal: query i sees keys j ≤ i + T − S. A query that may attend to nothing
-    gives zeros. `tile` overrides the block sizes.
+    gives zeros. softcap c: scores become c · tanh(scores / c) before the mask. sinks [H], in a float dtype: one more
+    score per head, without a value. `tile` overrides the block sizes.
     Raises ValueError for wrong shapes, dtypes or devices.
     """
     shapes = f"q {describe(q)}, k {describe(k)}, v {describe(v)}"
@@ -144,7 +153,12 @@ def attention(
             raise ValueError(f"mask {describe(mask)} does not broadcast to {[b, h, s, t]}") from None
         kind, strides = "bool" if mask.dtype == torch.bool else "add", list(mask.stride())
         mask = mask.view(torch.uint8) if kind == "bool" else mask
-    require_same_device(q=q, k=k, v=v, mask=mask)
+    require(softcap is None or softcap > 0, f"softcap must be positive, got {softcap}")
+    if sinks is not None:
+        require_float("sinks", sinks)
+        require(tuple(sinks.shape) == (h,), f"sinks must have one number per head, got {describe(sinks)} for {h} heads")
+        sinks = sinks.contiguous()
+    require_same_device(q=q, k=k, v=v, mask=mask, sinks=sinks)
     out = torch.empty((b, h, s, dv), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or t == 0:
         return out.zero_()
@@ -155,8 +169,9 @@ def attention(
     d1 = max(16, 1 << (d.bit_length() - 1))
     launch(
         attention_kernel, (cdiv(rows, tile.m), b * hkv, cdiv(dv, block_dv)),
-        q, k, v, mask, out, float(scale), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, hkv, s, t,
+        q, k, v, mask, sinks, out, float(scale), float(softcap or 1.0), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, hkv, s, t,
         GROUP=h // hkv, D=d, D1=d1, D2=next_pow2(d - d1, 16) if d > d1 else 0, DV=dv, BLOCK_DV=block_dv,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, CAUSAL=causal, MASK=kind, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, CAUSAL=causal, MASK=kind,
+        SINKS=sinks is not None, SOFTCAP=softcap is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -9,11 +9,13 @@ from moec.backends.triton.kernels.attention import AttentionTile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def expected(q, k, v, mask, scale, causal):
+def expected(q, k, v, mask, scale, causal, sinks=None, softcap=None):
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     s, t = scores.shape[-2:]
     visible = torch.ones(s, t, dtype=torch.bool)
     if causal:
@@ -23,6 +25,9 @@ def expected(q, k, v, mask, scale, causal):
     elif mask is not None:
         scores = scores + mask.double()
     scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.double().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ v
     dead = (scores == float("-inf")).all(-1, keepdim=True)
     return scores.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0) @ v
 
@@ -51,6 +56,22 @@ SHAPES = {
 def test_attention(close, name, causal):
     q, k, v = operands(SHAPES[name])
     close(run("attention", q, k, v, scale=0.3, causal=causal), expected(q, k, v, None, 0.3, causal))
+
+
+@pytest.mark.parametrize("name", ["grouped", "several tiles", "more queries than keys", "no queries", "no keys"])
+@pytest.mark.parametrize(("sunk", "softcap"), [(True, None), (False, 0.7), (True, 5.0)])
+def test_sinks_and_softcap(close, name, sunk, softcap):
+    q, k, v = operands(SHAPES[name])
+    sinks = torch.randn(q.shape[1]) if sunk else None
+    mask = torch.rand(q.shape[2], k.shape[2]) < 0.5  # rows that see nothing too
+    got = run("attention", q, k, v, mask, sinks, scale=0.6, causal=True, softcap=softcap)
+    close(got, expected(q, k, v, mask, 0.6, True, sinks, softcap))
+
+
+def test_wrong_sinks_are_refused():
+    q, k, v = operands(SHAPES["grouped"])
+    with pytest.raises(ValueError, match="one number per head"):
+        run("attention", q, k, v, None, torch.ones(3), scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
