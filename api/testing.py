@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moec.checks import check_pass, check_rewrite, check_unchanged
 from moec.comparison import Comparison, compare
+
+__all__ = ["assert_backends_agree", "check_pass", "check_rewrite", "check_unchanged"]
 
 
 def assert_backends_agree(

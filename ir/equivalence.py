@@ -140,6 +140,14 @@ class Oracle:
     def cases(self) -> list[Case]:
         return [r.case for r in self.references]
 
+    def vacuous(self) -> list[str]:
+        """Names of outputs that are NaN throughout or empty in every case: a comparison says nothing of them."""
+        return [
+            name
+            for i, name in enumerate(self.graph.output_names)
+            if all(bool(r.outputs[i].isnan().all()) for r in self.references)  # True where there are no elements
+        ]
+
     # -- comparison --------------------------------------------------------------------------------
 
     def difference(self, other: Graph, tolerance: float | None = None) -> Difference | None:

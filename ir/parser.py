@@ -13,7 +13,7 @@ from moec.ir.location import Frame, Location
 from moec.ir.types import DType, TensorType
 from moec.ir.weight import Weight
 
-_SPACE = re.compile(r"(?:\s+|#[^\n]*)*")
+_SPACE = re.compile(r"(?:\s+|(?:#|//)[^\n]*)*")  # comments start with # or //
 _NAME = re.compile(r"[A-Za-z_0-9][A-Za-z_0-9.$-]*")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _NUMBER = re.compile(r"-?\d+\.?\d*(?:[eE][+-]?\d+)?(?![\w.*/+%-])")

@@ -1,0 +1,184 @@
+"""Is a rule right? What it makes of a graph, what it leaves alone, and whether the meaning stays.
+
+    def test_fuse_swiglu():
+        check_rewrite(FuseSwiGLU(), BEFORE, AFTER)
+
+Graphs are given as `Graph` or as text. Every failure is an AssertionError that names the rule and its file:line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moec.graph_text import canonical_text, text_diff
+from moec.ir import CompileError, Graph, parse
+from moec.ir.cases import with_data
+from moec.ir.equivalence import Oracle
+from moec.ir.weight import digest
+from moec.passes import Pass, Record, Rewrite, RuleSet, explain, run_pass
+from moec.passes.engine import source_of
+
+# weights up to this many bytes are checked for changes of their data
+_DIGEST_LIMIT = 64 << 20
+
+
+def check_rewrite(
+    rule: Pass, before: Graph | str, after: Graph | str, *, tolerance: float | None = None, seed: int = 0
+) -> Graph:
+    """`rule` turns `before` into `after`, and both mean the same. Returns the result.
+
+    The result is compared as text (node order, locations, origins and unused weights do not count); applied to its
+    own result the rule changes nothing; `before` is left as it was; and result and `before` give the same outputs,
+    see `check_pass`. Raises AssertionError with the rule's file:line and a diff, or with `moec.explain` where the
+    rule does not fire.
+    """
+    head = describe(rule)
+    source, wanted = with_data(_graph(before, "before", head), seed), _graph(after, "after", head)
+    start, expected = (canonical_text(g, unused_weights=False) for g in (source, wanted))
+    if start == expected:
+        raise AssertionError(f"{head}: before and after are the same graph; to show that it stays, use check_unchanged")
+    result, record = _checked(rule, source, tolerance, seed)
+    got = canonical_text(result, unused_weights=False)
+    if got == start:
+        raise AssertionError(f"{head} changes nothing\n{indent(why_not(rule, source, record))}")
+    if got != expected:
+        raise AssertionError(f"{head} gives another graph than expected\n{text_diff(expected, got)}")
+    return result
+
+
+def check_unchanged(rule: Pass, graph: Graph | str, because: str | None = None) -> None:
+    """`rule` leaves `graph` as it is, and says `because` (part of a reason that `when` refuses with, or of what
+    `moec.explain` prints). Raises AssertionError with the diff, or with the reasons that were given instead."""
+    head = describe(rule)
+    source = with_data(_graph(graph, "the graph", head))
+    start = canonical_text(source)
+    result, record = apply_checked(rule, source)
+    got = canonical_text(result)
+    if got != start:
+        fired = ", ".join(f"{n} × {k}" for k, n in record.fired.items())
+        raise AssertionError(f"{head} changes the graph{f' ({fired})' if fired else ''}\n{text_diff(start, got)}")
+    if because is not None:
+        reasons = why_not(rule, source, record)
+        if because not in reasons:
+            raise AssertionError(
+                f"{head} leaves the graph alone, but not because of {because!r}; it says\n{indent(reasons)}"
+            )
+
+
+def check_pass(pass_: Pass, graph: Graph | str, *, tolerance: float | None = None, seed: int = 0) -> Graph:
+    """`pass_` gives a graph that verifies and means the same, changes nothing when applied to its own result, and
+    leaves its input as it was. Returns the result.
+
+    The meaning: both graphs run in the interpreter with floats in float64 (see `moec.ir.promote` for what keeps
+    its dtype) on seeded inputs, under at least three sizes of the dims (all 1, odd and distinct, larger; 0 where the
+    graph runs there), and where experts are chosen also with tied logits and all tokens sent to one expert. Weights
+    without data get seeded data. `tolerance` is relative to the largest magnitude of an output: for passes that
+    round, such as quantisation. Raises AssertionError naming the pass's file:line.
+    """
+    head = describe(pass_)
+    result, _ = _checked(pass_, with_data(_graph(graph, "the graph", head), seed), tolerance, seed)
+    return result
+
+
+# -- steps, which the text tests share -------------------------------------------------------------
+
+
+def apply_checked(p: Pass, graph: Graph) -> tuple[Graph, Record]:
+    """Result and record of one pass. Raises AssertionError where it fails or changes its input, the data of its
+    weights included."""
+    head = describe(p)
+    text, data = str(graph), _data(graph)
+    try:
+        result, record = run_pass(p, graph)
+    except CompileError as e:
+        raise AssertionError(f"{head} fails\n{indent(str(e))}") from e
+    if str(graph) != text:
+        raise AssertionError(f"{head} changes its input; a pass works on graph.clone()\n{text_diff(text, str(graph))}")
+    changed = [name for name, d in _data(graph).items() if data.get(name) != d]
+    if changed:
+        raise AssertionError(f"{head} changes the data of weight {changed[0]!r} in place")
+    return result, record
+
+
+def check_meaning(head: str, before: Graph, after: Graph, tolerance: float | None = None, seed: int = 0) -> None:
+    """Both give the same outputs, see `check_pass`; `head` starts the message. Raises AssertionError with the first
+    difference, and where nothing can be compared."""
+    try:
+        oracle = Oracle(before, seed)
+    except CompileError as e:
+        raise AssertionError(f"{head}: the graph itself does not run\n{indent(str(e))}") from e
+    difference = oracle.difference(after, tolerance)
+    if difference is not None:
+        shown = text_diff(canonical_text(before), canonical_text(after))
+        raise AssertionError(f"{head} changes the meaning: {difference}\n{shown}")
+    vacuous = oracle.vacuous()
+    if vacuous:
+        raise AssertionError(
+            f"{head}: output {vacuous[0]!r} of the graph is NaN throughout or empty in every case, so that nothing is "
+            "compared; give a graph that means something on normal or positive inputs"
+        )
+
+
+def check_idempotent(head: str, passes: Sequence[Pass], result: Graph) -> None:
+    """Run again on their result, the passes change nothing. Passes with a `max` of applications are not asked to.
+    Raises AssertionError with the diff."""
+    if any(getattr(p, "max", None) is not None for p in passes):
+        return
+    again = result
+    for p in passes:
+        again, _ = apply_checked(p, again)
+    first, second = canonical_text(result), canonical_text(again)
+    if first != second:
+        raise AssertionError(f"{head} changes its own result when run again\n{text_diff(first, second)}")
+
+
+def why_not(rule: Pass, graph: Graph, record: Record) -> str:
+    """All that is known of why a rule did not fire: refusals, and the best partial match of every rule in it."""
+    reasons = list(dict.fromkeys(str(r) for r in record.refused))
+    rules: list[Any] = [rule] if isinstance(rule, Rewrite | RuleSet) else list(getattr(rule, "rules", ()))
+    reasons += [explain(r, graph) for r in rules if isinstance(r, Rewrite | RuleSet)]
+    return "\n".join(reasons) or "nothing: no rule of it came near"
+
+
+def describe(rule: Any) -> str:
+    """The rule and its file:line. Raises AssertionError for anything but a pass."""
+    if isinstance(rule, type):
+        raise AssertionError(f"{rule.__name__} is a class; give an instance, {rule.__name__}()")
+    if not isinstance(rule, Pass):
+        raise AssertionError(f"{rule!r} is not a Pass or Rewrite")
+    kind = "rule" if isinstance(rule, Rewrite) else "pass"
+    return f"{kind} {rule.name} ({source_of(rule)})"
+
+
+def indent(text: str) -> str:
+    return "\n".join("  " + row for row in text.splitlines())
+
+
+def _checked(rule: Pass, graph: Graph, tolerance: float | None, seed: int) -> tuple[Graph, Record]:
+    """The result of the rule with everything checked but what it looks like."""
+    head = describe(rule)
+    result, record = apply_checked(rule, graph)
+    check_meaning(head, graph, result, tolerance, seed)
+    check_idempotent(head, [rule], result)
+    return result, record
+
+
+def _data(graph: Graph) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for function, g in (("", graph), *graph.functions.items()):
+        for name, v in g.weights.items():
+            size = v.type.nbytes
+            if v.weight is not None and v.weight.source is not None and isinstance(size, int) and size < _DIGEST_LIMIT:
+                found[f"{function}.{name}" if function else name] = digest(v.weight.load())
+    return found
+
+
+def _graph(graph: Graph | str, what: str, head: str) -> Graph:
+    try:
+        if isinstance(graph, str):
+            return parse(graph)
+        graph.verify()
+    except CompileError as e:
+        raise AssertionError(f"{head}: {what} is not a valid graph\n{indent(str(e))}") from e
+    return graph

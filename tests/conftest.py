@@ -1,0 +1,3 @@
+"""What all tests share: files `texts/*.ir` are tests too, and `--accept` rewrites their expectations."""
+
+pytest_plugins = ["moec.text_tests"]

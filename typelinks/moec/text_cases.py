@@ -1,0 +1,1 @@
+../../api/text_cases.py

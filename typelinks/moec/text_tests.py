@@ -1,0 +1,1 @@
+../../api/text_tests.py
