@@ -8,6 +8,7 @@ from typing import Any
 from moec.ir import Builder, DType, Graph, Node, Value
 from moec.ir.types import broadcast
 from moec.passes.base import Pass
+from moec.passes.cleanup import DeadCode
 from moec.passes.matcher import scalar_constant
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
@@ -117,7 +118,8 @@ class ReshapeOfReshape(Rewrite):
     """reshape(reshape(x)) → reshape(x)"""
 
     def pattern(self, p: Any, x: Any) -> Any:
-        return p.reshape(p.reshape(x, shape=p.attr()), shape=p.attr("shape"))
+        # a reshape costs nothing, so the inner one may stay for others
+        return p.reshape(p.shared(p.reshape(x, shape=p.attr())), shape=p.attr("shape"))
 
     def replace(self, b: Any, m: Match) -> Any:
         return b.reshape(m.x, shape=m.shape)
@@ -183,7 +185,7 @@ class TransposeOfTranspose(Rewrite):
     """transpose(transpose(x, p), q) → transpose(x, p∘q)"""
 
     def pattern(self, p: Any, x: Any) -> Any:
-        return p.transpose(p.transpose(x, perm=p.attr("inner")), perm=p.attr("outer"))
+        return p.transpose(p.shared(p.transpose(x, perm=p.attr("inner"))), perm=p.attr("outer"))
 
     def replace(self, b: Any, m: Match) -> Any:
         perm = tuple(m.inner[i] for i in m.outer)
@@ -342,9 +344,10 @@ RULES: tuple[Rewrite, ...] = (
 
 @dataclass(frozen=True)
 class Canonicalise(Pass):
-    """Axes from the end, no redundant broadcasts, and the rules of this file until none fires."""
+    """Axes from the end, no redundant broadcasts, the rules of this file until none fires, and nothing unused: a dead
+    use would keep later rules from matching."""
 
     def run(self, graph: Graph) -> Graph:
         graph = NormaliseAxes().run(graph)
         graph = RuleSet(RULES, quiet=True).run(graph)
-        return DropBroadcasts().run(graph)
+        return DeadCode().run(DropBroadcasts().run(graph))

@@ -1,217 +1,181 @@
-"""Experts that run on every token and are masked afterwards, to `moe.experts`.
-
-Two forms: stacked weights in one batched product, and one module per expert in an unrolled loop. The mask
-comes from the routing: scatter(0, experts, weights), Σ_j one_hot(experts)·weights, or per expert
-Σ_j (experts = e)·weights.
-"""
+"""Experts that run on every token and are masked by the combine matrix, to `moe.experts`: stacked weights in one
+batched product, or one module per expert in an unrolled loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from moec.ir import Builder, ComputedSource, Graph, Node, TensorType, Value, Weight
-from moec.passes.base import Pass, active_record
-from moec.passes.matcher import Matcher, scalar_constant
-from moec.passes.pattern import build_patterns
-from moec.passes.pattern_types import Pattern
+from moec.ir import Value
+from moec.passes import expert_weights
+from moec.passes.combine import combine_column, combine_rows, same_rows
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import ACTIVATIONS, gated, is_filled, producer, through
-
-Routing = tuple[Value, Value]
+from moec.passes.structure import gated_unit, is_filled, producer, unit_attrs, why_not_halves
 
 
-def combine_matrix(v: Value | None) -> Routing | None:
-    """(weights, experts) [T, k] where v [T, E] holds each expert's weight for each token, 0 if not chosen."""
-    v = through(v, "math.cast")
-    scatter = producer(v, "tensor.scatter_elements")
-    if scatter is not None:
-        zeros, experts, weights = scatter.operands
-        return (weights, experts) if is_filled(zeros, 0) and scatter.attrs["axis"] == -1 else None
-    total = producer(v, "math.sum")
-    if total is None or total.attrs["axes"] != (-2,) or total.attrs["keepdim"]:
+def _batched_mlp(p: Any, rows: Any, biased: bool) -> Any:
+    """Every expert's MLP on rows [E, T, d] (or rows [T, d] for all): → [E, T, d]."""
+    h = p.matmul(rows, expert_weights.stored(p, "gate_up"))
+    if biased:
+        h = p.maybe(lambda v: p.add(v, p.reshape(p.any("gate_up_bias"), shape=p.attr("gate_up_bias_as"))), h)
+    y = p.matmul(gated_unit(p, h), expert_weights.stored(p, "down"))
+    if biased:
+        y = p.maybe(lambda v: p.add(v, p.reshape(p.any("down_bias"), shape=p.attr("down_bias_as"))), y)
+    return y
+
+
+def _why_not_bias(m: Match, name: str, num: Any, width: Any) -> str | None:
+    """Why a captured bias [E, N], read as [E, 1, N], is not one row per expert; None where it is, or is absent."""
+    bias = m.get(name)
+    if bias is None or (bias.shape == (num, width) and m.get(f"{name}_as") == (num, 1, width)):
         return None
-    product = producer(through(total.operands[0], "math.cast"), "math.mul")
-    for hot, factor in _orders(product):
-        one_hot = producer(through(hot, "math.cast"), "tensor.one_hot")
-        weights = through(factor, "tensor.reshape", "math.cast")
-        if one_hot is not None and weights is not None and weights.shape == one_hot.operands[0].shape:
-            return weights, one_hot.operands[0]
-    return None
-
-
-def combine_column(v: Value | None) -> tuple[Value, Value, int] | None:
-    """(weights, experts, e) where v [T, 1] is expert e's weight for each token."""
-    v = through(v, "tensor.reshape", "math.cast")
-    cut = producer(v, "tensor.slice")
-    if cut is not None:
-        routing = combine_matrix(cut.operands[0])
-        start, end = cut.attrs["start"], cut.attrs["end"]
-        return (*routing, start) if routing and cut.attrs["axis"] == -1 and end == start + 1 else None
-    total = producer(v, "math.sum")
-    if total is None or total.attrs["axes"] != (-1,):
-        return None
-    for mask, weights in _orders(producer(through(total.operands[0], "math.cast"), "math.mul")):
-        equal = producer(through(mask, "math.cast"), "math.eq")
-        for experts, number in _orders(equal):
-            e = scalar_constant(number)
-            if isinstance(e, int) and experts.shape == weights.shape:
-                return weights, experts, e
-    return None
-
-
-def _orders(node: Node | None) -> list[tuple[Any, Any]]:
-    if node is None:
-        return []
-    a, b = node.operands
-    return [(a, b), (b, a)]
-
-
-def _rows(v: Value) -> Value | None:
-    """x [T, d] of which v is a broadcast over leading axes."""
-    tail = v.shape[-2:]
-    while v.type.rank > 2:
-        node = producer(v, "tensor.expand") or producer(v, "tensor.reshape")
-        if node is None or node.operands[0].shape[-2:] != tail:
-            return None
-        v = node.operands[0]
-    return v if v.shape == tail else None
+    return f"{name} {bias.type} read as {list(m.get(f'{name}_as'))}"
 
 
 @dataclass(frozen=True)
 class DenseExperts(Rewrite):
-    """Σ_e combine[:, e] · mlp_e(x) with stacked weights → moe.experts"""
+    """Σ_e combine[:, e] · mlp_e(x) with stacked weights, biased or not → moe.experts"""
 
-    activation: str = "silu"
-
-    @property
-    def name(self) -> str:
-        return f"dense_experts_{self.activation}"
-
-    def pattern(self, p: Any, rows: Any, gate_up: Any, down: Any, factors: Any) -> Any:
-        h = p.matmul(rows, p.transpose(gate_up, perm=(0, 2, 1)))
-        y = p.matmul(gated(p, h, self.activation), p.transpose(down, perm=(0, 2, 1)))
+    def pattern(self, p: Any, rows: Any, factors: Any) -> Any:
+        y = p.maybe(lambda v: p.reshape(v, shape=p.attr()), _batched_mlp(p, rows, biased=True))
         return p.sum(p.mul(y, factors), axes=(-3,))
 
     def when(self, m: Match) -> Refused | None:
-        routing, x = self._routing(m), _rows(m.rows)
+        routing = combine_rows(m.factors)
         if routing is None:
             return m.no("the factors are not a routing's combine matrix", at=m.factors)
+        x = same_rows(m.rows, routing[1].shape[0])
         if x is None or x.type != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
-        half = m.gate_up.shape[1] // 2
-        return m.no(f"halves {m.halves} of {m.gate_up.type}") if m.halves != (half, half) else None
-
-    @staticmethod
-    def _routing(m: Match) -> Routing | None:
-        """factors [E, T, 1] = transpose(combine [T, E])"""
-        flipped = producer(through(m.factors, "tensor.reshape", "math.cast"), "tensor.transpose")
-        if flipped is None or flipped.attrs["perm"] != (1, 0) or m.factors.shape != (*flipped.results[0].shape, 1):
-            return None
-        return combine_matrix(flipped.operands[0])
+        num, width, _ = expert_weights.shape_of(m, "gate_up")
+        reason = why_not_halves(m, width) or _why_not_bias(m, "gate_up_bias", num, width)
+        reason = reason or _why_not_bias(m, "down_bias", num, x.shape[1])
+        return m.no(reason) if reason else None
 
     def replace(self, b: Any, m: Match) -> Any:
-        routing = self._routing(m)
+        routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
         weights, experts = routing
-        return b.moe_experts(_rows(m.rows), weights, experts, m.gate_up, m.down, activation=self.activation)
-
-
-def _expert_pattern(activation: str) -> Pattern:
-    op, attrs = ACTIVATIONS[activation]
-
-    def pattern(p: Any, x: Any, gate: Any, up: Any, down: Any, factor: Any) -> Any:
-        hidden = p.mul(p.op(op, [p.linear_linear(x, gate)], attrs), p.linear_linear(x, up))
-        return p.mul(p.linear_linear(hidden, down), factor)
-
-    return build_patterns(pattern)[0]
+        matrices = expert_weights.build(b, m, "gate_up"), expert_weights.build(b, m, "down")
+        biases = m.get("gate_up_bias"), m.get("down_bias")
+        return b.moe_experts(same_rows(m.rows, experts.shape[0]), weights, experts, *matrices, *biases, **unit_attrs(m))
 
 
 @dataclass(frozen=True)
-class RaiseUnrolledExperts(Pass):
-    """Σ_e column_e · mlp_e(x), one MLP per expert with weights of its own → moe.experts on their stack.
+class ScaledInputExperts(Rewrite):
+    """Σ_e mlp_e(combine[:, e] · x) with stacked weights and no biases → moe.experts on the scaled rows
 
-    The stacked weights are built when first read. All E experts must be there, each once.
+    Llama 4 weighs what goes into an expert. A row scaled by 0 gives 0, so only the chosen experts count: the k scaled
+    copies of each token become rows of their own with weight 1, and are added up per token.
     """
 
-    def run(self, graph: Graph) -> Graph:
-        graph = graph.clone()
-        for activation in ACTIVATIONS:
-            groups: dict[tuple[Value, Value, Value], dict[int, Match]] = {}
-            pattern = _expert_pattern(activation)
-            for node in graph.find("math.mul", unique=True):
-                if node.graph is not graph:
-                    continue
-                for bindings in Matcher(pattern).at(node):
-                    m = Match(bindings, pattern)
-                    column = combine_column(m.factor)
-                    if column is not None and all(w.weight for w in (m.gate, m.up, m.down)):
-                        weights, experts, e = column
-                        groups.setdefault((m.x, weights, experts), {})[e] = m
-                        break
-            for (x, weights, experts), found in groups.items():
-                self._replace(graph, x, weights, experts, found, activation)
-        return graph
+    def pattern(self, p: Any, rows: Any, factors: Any) -> Any:
+        scaled = p.maybe(lambda v: p.reshape(v, shape=p.attr()), p.mul(rows, factors))
+        y = _batched_mlp(p, scaled, biased=False)
+        return p.sum(p.maybe(lambda v: p.reshape(v, shape=p.attr()), y), axes=(-3,))
 
-    def _replace(
-        self, graph: Graph, x: Value, weights: Value, experts: Value, found: dict[int, Match], activation: str
-    ) -> None:
+    def when(self, m: Match) -> Refused | None:
+        routing = combine_rows(m.factors)
+        if routing is None:
+            return m.no("the factors are not a routing's combine matrix", at=m.factors)
+        x = same_rows(m.rows, routing[1].shape[0])
+        if x is None or x.type != m.root.type:
+            return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
+        reason = why_not_halves(m, expert_weights.shape_of(m, "gate_up")[1])
+        return m.no(reason) if reason else None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        routing = combine_rows(m.factors)
+        assert routing is not None  # when() saw it
+        weights, experts = routing
+        x: Any = same_rows(m.rows, experts.shape[0])
+        (tokens, k), d = experts.shape, x.shape[1]
+        weights = weights if weights.dtype == x.dtype else b.cast(weights, dtype=x.dtype)
+        rows = b.mul(b.reshape(x, shape=(tokens, 1, d)), b.reshape(weights, shape=(tokens, k, 1)))
+        ones = b.full(shape=(tokens * k, 1), value=1.0, dtype=x.dtype)
+        y = b.moe_experts(
+            b.reshape(rows, shape=(tokens * k, d)),
+            ones,
+            b.reshape(experts, shape=(tokens * k, 1)),
+            expert_weights.build(b, m, "gate_up"),
+            expert_weights.build(b, m, "down"),
+            **unit_attrs(m),
+        )
+        return y if k == 1 else b.sum(b.reshape(y, shape=(tokens, k, d)), axes=(-2,))
+
+
+@dataclass(frozen=True)
+class RaiseUnrolledExperts(Rewrite):
+    """Σ_e column_e · mlp_e(x) (+ others), one MLP per expert with weights of its own → moe.experts on their stack
+
+    gate and up are two linear layers or one; all E experts must be there, each once. The stacked weights are built when
+    they are first read.
+    """
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        separate, merged = p.repeat(self._expert(p, x, False)), p.repeat(self._expert(p, x, True))
+        return p.either(p.tree("add", separate, p.rest("others")), p.tree("add", merged, p.rest("others")))
+
+    @staticmethod
+    def _expert(p: Any, x: Any, merged: bool) -> Any:
+        def separate(gate: Any, gate_bias: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, factor: Any) -> Any:
+            g = p.linear_linear(x, gate, p.optional(gate_bias.name))
+            u = p.linear_linear(x, up, p.optional(up_bias.name))
+            attrs = {name: p.attr(name) for name in ("activation", "limit", "alpha", "up_offset")}
+            unit = p.either(p.swiglu(g, u), p.glu(g, u, **attrs))
+            return p.mul(p.linear_linear(unit, down, p.optional(down_bias.name)), factor)
+
+        def together(gate_up: Any, gate_up_bias: Any, down: Any, down_bias: Any, factor: Any) -> Any:
+            h = p.linear_linear(x, gate_up, p.optional(gate_up_bias.name))
+            return p.mul(p.linear_linear(gated_unit(p, h), down, p.optional(down_bias.name)), factor)
+
+        return together if merged else separate
+
+    def when(self, m: Match) -> Refused | None:
+        columns = [combine_column(f) for f in m.factor]
+        routings = {c[:2] for c in columns if c is not None}
+        if len(routings) != 1 or None in columns:
+            return m.no("the factors are not columns of one routing's combine matrix")
+        weights, _ = routings.pop()
         route = producer(weights, "moe.route")
-        if route is None or x.type.rank != 2 or sorted(found) != list(range(route.operands[0].shape[-1])):
-            return
-        root, rest = _sum_of({m.root for m in found.values()})
-        if root is None or root.type != x.type:
-            return
-        ordered = [found[e] for e in sorted(found)]
-        gate_up = _stack(graph, [(m.gate, m.up) for m in ordered])
-        down = _stack(graph, [(m.down,) for m in ordered])
-        node = root.producer
-        assert node is not None
-        b = Builder(graph, before=node, location=ordered[0].location.merge(*(m.location for m in ordered)))
-        y = b.moe_experts(x, weights, experts, gate_up, down, activation=activation)
-        for other in rest:
-            y = b.add(y, other)
-        graph.replace_value(root, y)
-        record = active_record.get()
-        if record is not None:
-            record.fired["unrolled_experts"] = record.fired.get("unrolled_experts", 0) + 1
+        if route is None:
+            return m.no("the number of experts is known behind moe.route only", at=weights)
+        if m.x.type.rank != 2 or m.root.type != m.x.type:
+            return m.no(f"x is {m.x.type}, the sum {m.root.type}", at=m.x)
+        found, num = [c[2] for c in columns if c is not None], route.operands[0].shape[-1]
+        if sorted(found) != list(range(num)):
+            return m.no(f"experts {sorted(found)} of {num}")
+        for rows in (*self._matrices(m), *self._biases(m)):
+            if rows is not None and any(v is None or v.weight is None for row in rows for v in row):
+                return m.no("some expert's weights are computed, or it lacks a bias that others have")
+        if m.get("gate") is None:
+            reason = why_not_halves(m, m.gate_up[0].shape[0])
+            return m.no(reason) if reason else None
+        return None
 
+    @staticmethod
+    def _ordered(m: Match, *names: str) -> list[tuple[Any, ...]] | None:
+        """Each expert's captures in the order of the experts; None where all are absent."""
+        order = sorted(range(len(m.factor)), key=lambda i: combine_column(m.factor[i])[2])  # type: ignore[index]
+        rows = [tuple(m.get(n)[i] for n in names) for i in order]
+        return None if all(v is None for row in rows for v in row) else rows
 
-def _sum_of(terms: set[Value]) -> tuple[Value | None, list[Value]]:
-    """The sum that all terms flow into by additions alone, and its other (non-zero) terms."""
-    root = next(iter(terms))
-    while True:
-        leaves = _leaves(root)
-        if terms <= set(leaves):
-            return root, [v for v in leaves if v not in terms and not is_filled(v, 0)]
-        users = root.users
-        if len(users) != 1 or users[0].op != "math.add" or root.is_output:
-            return None, []
-        root = users[0].result
+    def _matrices(self, m: Match) -> tuple[Any, Any]:
+        first = ("gate_up",) if m.get("gate") is None else ("gate", "up")
+        return self._ordered(m, *first), self._ordered(m, "down")
 
+    def _biases(self, m: Match) -> tuple[Any, Any]:
+        first = ("gate_up_bias",) if m.get("gate") is None else ("gate_bias", "up_bias")
+        return self._ordered(m, *first), self._ordered(m, "down_bias")
 
-def _leaves(v: Value) -> list[Value]:
-    stack, leaves = [v], []
-    while stack:
-        node = producer(stack[-1], "math.add")
-        top = stack.pop()
-        if node is None:
-            leaves.append(top)
-        else:
-            stack += node.operands
-    return leaves
-
-
-def _stack(graph: Graph, rows: list[tuple[Value, ...]]) -> Value:
-    """[E, …] weight of each expert's matrices, joined along their rows."""
-    parts = [[v.weight for v in row if v.weight is not None] for row in rows]
-    first = rows[0]
-    shape = (len(rows), sum(int(v.shape[0]) for v in first), *first[0].shape[1:])
-    name = graph.fresh_weight_name(f"{parts[0][0].name}.stacked")
-
-    def compute() -> torch.Tensor:
-        return torch.stack([torch.cat([w.load() for w in row]) for row in parts])
-
-    return graph.add_weight(Weight(name, TensorType(first[0].dtype, shape), ComputedSource(compute)))
+    def replace(self, b: Any, m: Match) -> Any:
+        column = combine_column(m.factor[0])
+        assert column is not None  # when() saw it
+        weights, experts, _ = column
+        stacks = [
+            None if rows is None else expert_weights.stacked(b, rows) for rows in (*self._matrices(m), *self._biases(m))
+        ]
+        y: Value = b.moe_experts(m.x, weights, experts, *stacks, **unit_attrs(m))
+        for other in m.others:
+            y = y if is_filled(other, 0) else b.add(y, other)
+        return y

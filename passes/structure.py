@@ -1,4 +1,4 @@
-"""What the raising rules share: walking up a value, and the gated activation."""
+"""What the raising rules share: walking up a value, constants, and the gated unit of an expert."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ from typing import Any
 
 from moec.ir import Value
 
-ACTIVATIONS = {
-    "silu": ("math.silu", {}),
-    "gelu": ("math.gelu", {}),
-    "gelu_tanh": ("math.gelu", {"approximate": "tanh"}),
-}
+_UNIT_ATTRS = ("activation", "limit", "alpha", "up_offset")
 
 
-def gated(p: Any, h: Any, activation: str) -> Any:
-    """act(gate) · up of the two halves of h."""
-    op, attrs = ACTIVATIONS[activation]
-    gate, up = p.split(h, axis=-1, sizes=p.attr("halves"), results=2)
-    return p.mul(p.op(op, [gate], attrs), up)
+def gated_unit(p: Any, h: Any) -> Any:
+    """`math.swiglu` or `math.glu` of the two halves, or of the even and odd columns, of h."""
+    first, second = p.split(h, axis=-1, sizes=p.attr("halves"), results=2)
+    cut = p.slice(h, axis=-1, start=p.attr("gate_start"), end=p.attr("gate_end"), step=p.attr("step"))
+    other = p.slice(h, axis=-1, start=p.attr("up_start"), end=p.attr("up_end"), step=p.attr("step"))
+    attrs = {name: p.attr(name) for name in _UNIT_ATTRS}
+    forms = [(first, second), (cut, other)]
+    return p.either(*(unit for g, u in forms for unit in (p.swiglu(g, u), p.glu(g, u, **attrs))))
+
+
+def unit_attrs(m: Any) -> dict[str, Any]:
+    """The attributes of `moe.experts` for what `gated_unit` matched."""
+    attrs = {name: m.get(name) for name in _UNIT_ATTRS if m.get(name) is not None}
+    return {**attrs, "interleaved": True} if m.get("step", 1) == 2 else attrs
+
+
+def why_not_halves(m: Any, width: Any) -> str | None:
+    """Why gate and up, of `width` columns together, do not stand as `moe.experts` has them; None where they do."""
+    if m.get("halves") is not None:
+        return None if m.halves == (width // 2, width // 2) else f"halves {list(m.halves)} of {width}"
+    gate, up, step = (m.gate_start, m.gate_end), (m.up_start, m.up_end), m.step
+    if step == 1 and (gate, up) == ((0, width // 2), (width // 2, width)):
+        return None
+    # the end of the gate's columns may also be that of the last even one
+    if step == 2 and gate[0] == 0 and gate[1] in (width - 1, width) and up == (1, width):
+        return None
+    return f"gate columns {gate[0]}:{gate[1]}:{step}, up columns {up[0]}:{up[1]}:{step} of {width}"
 
 
 def through(v: Value | None, *ops: str) -> Value | None:
@@ -28,6 +46,7 @@ def through(v: Value | None, *ops: str) -> Value | None:
 
 
 def producer(v: Value | None, op: str) -> Any:
+    """The node that makes v, if it is of this op."""
     return v.producer if v is not None and v.producer is not None and v.producer.op == op else None
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from moec.frontend import trace
 from moec.ir import run
-from moec.passes import default_pipeline, explain
-from moec.passes.raise_moe import GroupedExperts
+from moec.passes import FuseMLP, default_pipeline, explain
+from moec.passes.raise_grouped import GroupedExperts
 
 E, K, D, H = 6, 2, 8, 16
 DYNAMIC = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
@@ -147,7 +147,7 @@ def test_rows_that_are_not_put_back_are_not_raised():
     model = Grouped(inverse="wrong")
     graph = raised(model)
     assert graph.find("moe.experts") == []
-    assert "the rows are not put back in their order" in explain(GroupedExperts("silu"), trace_only(model))
+    assert "the rows are not put back in their order" in explain(GroupedExperts(), FuseMLP().run(trace_only(model)))
 
 
 def trace_only(model):

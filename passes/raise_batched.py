@@ -1,0 +1,51 @@
+"""Experts on gathered weights, one batched product for each token and choice, to `moe.experts`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moec.passes.expert_weights import maybe_cast, routed_experts, why_not_routed
+from moec.passes.rewrite import Match, Refused, Rewrite
+from moec.passes.structure import gated_unit
+
+
+@dataclass(frozen=True)
+class BatchedExperts(Rewrite):
+    """repeat rows k times → batched product with each row's own expert → gated → the same → weight → sum over k
+
+    The weights may come before or after the rows are shaped [T, k, d], the weighted sum may run in wider floats, and
+    each product may add its expert's bias.
+    """
+
+    def pattern(self, p: Any, x: Any, weights: Any, experts: Any) -> Any:
+        flat = p.shared(p.reshape(experts, shape=p.attr()))
+
+        def product(rows: Any, name: str) -> Any:
+            """Each row [S, K] with its expert's matrix: as a column behind [E, N, K], as a row before [E, K, N]."""
+            behind = p.matmul(p.gather(p.any(name), flat, axis=0), p.reshape(rows, shape=p.attr(f"{name}_rows")))
+            before = p.matmul(p.reshape(rows, shape=p.attr(f"{name}_rows")), p.gather(p.any(f"{name}_t"), flat, axis=0))
+            y = p.reshape(p.either(behind, before), shape=p.attr())
+            return p.maybe(lambda v: p.add(v, p.gather(p.any(f"{name}_bias"), flat, axis=0)), y)
+
+        repeated = p.expand(p.reshape(x, shape=p.attr("split")), shape=p.attr("repeat"))
+        y = product(gated_unit(p, product(repeated, "gate_up")), "down")
+        column = maybe_cast(p, p.reshape(weights, shape=p.attr("factors_as")))
+        first = p.reshape(maybe_cast(p, p.mul(maybe_cast(p, y), column)), shape=p.attr("per_token"))
+        after = p.mul(maybe_cast(p, p.reshape(maybe_cast(p, y), shape=p.attr("per_token"))), column)
+        return maybe_cast(p, p.sum(maybe_cast(p, p.either(first, after)), axes=(-2,)))
+
+    def when(self, m: Match) -> Refused | None:
+        reason = why_not_routed(m)
+        if reason is None:
+            (t, k), d = m.experts.shape, m.x.shape[-1]
+            if m.split != (t, 1, d) or m.repeat != (t, k, d):
+                reason = f"rows repeat as {list(m.repeat)}, not each {k} times"
+            for name in ("gate_up", "down"):
+                want = 1 if m.get(f"{name}_t") is not None else -1
+                if m.get(f"{name}_rows")[want] != 1:
+                    reason = f"the rows stand as {list(m.get(f'{name}_rows'))}"
+        return m.no(reason) if reason else None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return routed_experts(b, m)
