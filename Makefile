@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs clean
+.PHONY: demo test lint graphs clean bench-passes
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+bench-passes: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/passes.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
