@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moec import passes, testing
     from moec.artifact import load
+    from moec.bisection import bisect
     from moec.comparison import Comparison, compare
     from moec.compiled import CompiledModel
     from moec.compiler import compile, trace
+    from moec.culprit import Culprit
     from moec.generation import UNSET
     from moec.ir import (
         ArgumentTypeError,
@@ -44,12 +46,14 @@ __all__ = [
     "Comparison",
     "CompileError",
     "CompiledModel",
+    "Culprit",
     "Dim",
     "Graph",
     "Mesh",
     "Placement",
     "Quantization",
     "Report",
+    "bisect",
     "compare",
     "compile",
     "explain",
@@ -65,7 +69,9 @@ _HOMES = {
     "UNSET": "moec.generation",
     "Comparison": "moec.comparison",
     "CompiledModel": "moec.compiled",
+    "Culprit": "moec.culprit",
     "Report": "moec.report",
+    "bisect": "moec.bisection",
     "compare": "moec.comparison",
     "compile": "moec.compiler",
     "explain": "moec.passes",

@@ -1,4 +1,4 @@
-"""The command line: `moec compile | generate | inspect | compare | place | doctor`."""
+"""The command line: `moec compile | generate | inspect | compare | explain | bisect | place | doctor`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moec.cli_options import BackendName, Batch, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
+from moec.cli_passes import bisect, explain
 from moec.ir import CompileError
 
 app = typer.Typer(
@@ -19,15 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile Mixture-of-Experts transformers and run them on ONNX Runtime, Triton or the reference.",
 )
-Spec = Annotated[
-    str, typer.Argument(help="`trained`, a config of moec.models, or module:callable returning (model, args)")
-]
-Source = Annotated[str, typer.Argument(help="a folder written by save or `moec compile`, or a model as in `compile`")]
-Quantize = Annotated[str | None, typer.Option(help="fp8 or fp8-weight-only")]
-Batch = Annotated[int, typer.Option(min=1, help="example batch size")]
-Seq = Annotated[int, typer.Option(min=1, help="example sequence length")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the backend")]
-BackendName = Annotated[str, typer.Option(help="auto, reference, onnxruntime or triton")]
+app.command()(explain)
+app.command()(bisect)
 
 
 def main() -> None:
@@ -43,6 +38,7 @@ def main() -> None:
 def compile_(
     spec: Spec,
     out: Annotated[Path, typer.Option(help="folder to write")],
+    passes: Passes = None,
     quantize: Quantize = None,
     backend: BackendName = "auto",
     batch: Batch = 2,
@@ -59,9 +55,10 @@ def compile_(
     target = resolve(spec, batch, seq)
     compiled = moec.compile(
         target.model,
-        target.args,
+        () if isinstance(target.model, moec.Graph) else target.args,
         backend=backend,
         dynamic_shapes=target.dynamic_shapes,
+        passes=passes_of(passes),
         quantize=quantize,
         fallback=fallback,
         threads=threads,
@@ -109,22 +106,33 @@ def generate(
 @app.command()
 def inspect(
     source: Source,
+    passes: Passes = None,
     ir: Annotated[bool, typer.Option(help="print the IR")] = True,
     weights: Annotated[bool, typer.Option(help="print the weights")] = False,
     locations: Annotated[bool, typer.Option(help="print where each node comes from")] = False,
     batch: Batch = 2,
     seq: Seq = 24,
 ) -> None:
-    """Print a model's IR after the passes, its weights and its node counts."""
+    """Print a model's IR after the passes, its weights and its node counts.
+
+    A saved folder and an .ir file are printed as they are, after the passes given by --pass alone.
+    """
     import moec
     from moec.ir.printer import print_graph
+    from moec.passes import Pipeline, build_pipeline
     from moec.specs import resolve
 
+    pipeline = Pipeline(tuple(passes_of(passes)))
     if Path(source).is_dir():
         graph = moec.load(source).graph
     else:
         target = resolve(source, batch, seq)
-        graph = moec.compile(target.model, target.args, backend="reference", dynamic_shapes=target.dynamic_shapes).graph
+        if isinstance(target.model, moec.Graph):
+            graph = target.model
+        else:
+            graph = moec.trace(target.model, target.args, dynamic_shapes=target.dynamic_shapes)
+            pipeline = build_pipeline(pipeline.passes)
+    graph, _ = pipeline.run(graph)
     console = Console(soft_wrap=True)
     if ir:
         console.print(print_graph(graph, locations=locations), markup=False, highlight=False)
@@ -147,21 +155,26 @@ def compare(
     backends: Annotated[str, typer.Option(help="comma-separated; the first is the reference")] = (
         "reference,onnxruntime"
     ),
+    passes: Passes = None,
     quantize: Quantize = None,
     isolated: Annotated[bool | None, typer.Option(help="judge every node by itself; default: for FP8")] = None,
     fallback: Annotated[str, typer.Option(help="error, or reference for nodes a backend lacks")] = "error",
     batch: Batch = 2,
     seq: Seq = 24,
 ) -> None:
-    """Run a model on several backends and compare them; exit code 1 where they differ."""
+    """Run a model on several backends and compare them; exit code 1 where they differ.
+
+    A graph.ir runs on the data of the .safetensors file beside it, or on seeded random numbers.
+    """
     import moec
     from moec.specs import resolve
 
-    target = resolve(spec, batch, seq)
+    target = resolve(spec, batch, seq).with_data()
     comparison = moec.compare(
         target.model,
         target.args,
         backends=[b.strip() for b in backends.split(",") if b.strip()],
+        passes=passes_of(passes),
         quantize=quantize,
         isolated=isolated,
         fallback=fallback,

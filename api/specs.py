@@ -9,21 +9,33 @@ from typing import Any
 
 import torch
 
-from moec.ir import ArgumentValueError
+from moec.ir import ArgumentValueError, Graph
+from moec.ir.cases import with_data
+from moec.ir.equivalence import Oracle
+from moec.repro import load_graph
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model with example arguments and how they may vary."""
+    """A model with example arguments and how they may vary; of a Graph, the tensors of its inputs (maybe none)."""
 
     model: Any
     args: tuple[Any, ...]
     dynamic_shapes: Any
 
+    def with_data(self) -> Target:
+        """A Graph with seeded random numbers for the weights and inputs that it lacks."""
+        if not isinstance(self.model, Graph):
+            return self
+        graph = with_data(self.model)
+        return Target(graph, self.args or Oracle(graph).cases[0].inputs, None)
+
 
 def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
-    """`trained`, a named config of moec.models (random weights, seed 0), or `module:callable` returning a model or
-    (model, args). Raises ArgumentValueError."""
+    """`trained`, a named config of moec.models (random weights, seed 0), `module:callable` returning a model or
+    (model, args), or the path of an .ir file. Raises ArgumentValueError."""
+    if spec.endswith(".ir"):
+        return Target(*load_graph(spec), None)
     if ":" in spec:
         return _call(spec)
     from moec import models
@@ -36,7 +48,7 @@ def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
         raise ArgumentValueError(
             f"no model {spec!r}",
             code="arguments",
-            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, or a saved folder where one is taken",
+            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, graph.ir, or a saved folder where one fits",
         )
     ids = torch.arange(batch * seq).reshape(batch, seq) % min(256, model.config.vocab_size)
     return Target(model, (ids,), ({0: "B", 1: "S"},))

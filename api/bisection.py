@@ -1,0 +1,278 @@
+"""`moec.bisect`: which pass, which rule, which application of it made a program wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.backends import Backend, get_backend
+from moec.comparison import compare
+from moec.culprit import Culprit
+from moec.ir import CompileError, Graph, Location, Node, Placement, Quantization
+from moec.ir.cases import Case, with_data
+from moec.ir.interpreter import bind_inputs
+from moec.judging import Fault, Judge, attempt, fault_of, is_lossy
+from moec.minimise import minimise
+from moec.passes.base import Pass
+from moec.passes.engine import Application, compiled_patterns, limited
+from moec.passes.match import Match
+from moec.passes.matcher import Matcher
+from moec.passes.pipeline import Pipeline, build_pipeline
+from moec.passes.rewrite import Rewrite, RuleSet
+from moec.progress import progress
+from moec.repro import repro_line, save_graph
+from moec.sources import acquire
+
+Step = Callable[[str], None]
+
+
+def bisect(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backend: str | Backend = "reference",
+    dynamic_shapes: Any = None,
+    passes: Iterable[Pass] | Pipeline | None = None,
+    quantize: str | Quantization | None = None,
+    placement: Placement | None = None,
+    out: str | Path | None = None,
+    seconds: float = 60.0,
+) -> Culprit:
+    """Find what makes a compiled program wrong or its compilation fail.
+
+    model, args, kwargs, dynamic_shapes, passes, quantize, placement: as in `moec.compile`; for a Graph, args are the
+        tensors of its inputs (seeded ones take their place where there are none, and where a weight has no data).
+    backend: where every pass is innocent, the program on this backend is compared with the reference.
+    out: a folder for `culprit.ir` (and `culprit.safetensors` where seeded inputs do not show the fault).
+    seconds: how long to look for a smaller graph; 0 for not at all.
+
+    The truth is the traced graph in the reference interpreter, at the given args and at seeded inputs of several sizes,
+    floats promoted to float64 on both sides (`moec.ir.equivalence`), and once in its own dtypes. The passes are
+    searched by halving, then the applications of rules within the guilty pass, each time between a state that is
+    right and one that is not: the first of several wrong rules is found, whatever the others do. A pass that
+    quantises changes numbers by design: it is only accused of an error beyond half of an output's norm
+    (`moec.judging.LOSSY`), and what follows it is held against the quantised graph.
+
+    Raises CompileError where the traced graph itself does not run in the reference.
+    """
+    with progress("bisect") as step:
+        step("trace")
+        pipeline = build_pipeline(passes, quantize, placement)
+        example, named = ((), None) if isinstance(model, Graph) else (args, kwargs)
+        graph, signature = acquire(model, example, named, dynamic_shapes)
+        inputs = signature.flatten(args, kwargs) if args or kwargs else None
+        graph.verify()
+        graph = with_data(graph)
+        search = _Search(graph, [p for p in pipeline.passes if isinstance(p, Pass)], inputs, step)
+        found = search.run()
+        if not found and get_backend(backend).name != "reference":
+            step(f"compare with {get_backend(backend).name}")
+            found = _backend_culprit(search.stages[-1], search.inputs, get_backend(backend))
+        found.notices[:0] = search.notices
+        if found.culprit is not None and seconds > 0:
+            step("minimise")
+            _minimise(found, search.inputs, seconds)
+            _save(found, Path(out) if out is not None else None)
+        return found
+
+
+@dataclass
+class _Search:
+    graph: Graph
+    passes: Sequence[Pass]
+    inputs: Sequence[torch.Tensor] | None
+    step: Step
+    notices: list[str] = field(default_factory=list)
+
+    def run(self) -> Culprit:
+        self.stages = [self.graph]
+        broken: Fault | None = None
+        for p in self.passes:
+            self.step(f"pass {p.name}")
+            result, broken = attempt(p, self.stages[-1])
+            if result is None:
+                break
+            self.stages.append(result)
+        last = len(self.stages) - 1
+        start = 0
+        lossy = [i for i in range(last) if is_lossy(self.stages[i], self.stages[i + 1])]
+        for end in (*lossy, last):
+            judge = Judge(self.stages[start], self.inputs, self.notices)
+            self._use_seeded_inputs(judge)
+            self.step(f"judge passes {start + 1} to {end}")
+            if judge.examine(self.stages[end]) is not None:
+                guilty, fault = self._first(start, end, partial(self._judge_stage, judge))
+                return self._within(judge, guilty - 1, fault)
+            if end in lossy:
+                start = end + 1
+                name = self.passes[end].name
+                self.notices.append(f"{name} quantises: judged loosely, and what follows against its result")
+                too_far = Judge(self.stages[end], self.inputs).examine_loosely(self.stages[start])
+                if too_far is not None:
+                    return self._pass_culprit(end, too_far)
+        if broken is not None:
+            return self._within(judge, last, broken)
+        return Culprit("none")
+
+    def _judge_stage(self, judge: Judge, index: int) -> Fault | None:
+        return judge.examine(self.stages[index])
+
+    def _use_seeded_inputs(self, judge: Judge) -> None:
+        if self.inputs is None:
+            self.inputs = judge.own.inputs
+
+    def _first(self, good: int, bad: int, fault_at: Callable[[int], Fault | None]) -> tuple[int, Fault]:
+        """(the first wrong of good+1 … bad, its fault), by halving."""
+        last: Fault | None = None
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            self.step(f"between {good} and {bad}")
+            fault = fault_at(middle)
+            good, bad, last = (middle, bad, last) if fault is None else (good, middle, fault)
+        fault = last or fault_at(bad)
+        assert fault is not None
+        return bad, fault
+
+    # -- inside a pass -----------------------------------------------------------------------------
+
+    def _within(self, judge: Judge, index: int, fault: Fault) -> Culprit:
+        """The application of a rule in pass `index` after which its result is wrong (or that raised)."""
+        p, graph = self.passes[index], self.stages[index]
+        self.step(f"applications of {p.name}")
+
+        def trial(limit: int | None) -> tuple[Graph | None, Fault | None, list[Application]]:
+            with limited(limit) as applied:
+                result, fault = attempt(p, graph)
+            return result, judge.examine(result) if result is not None else fault, applied.applications
+
+        _, whole, applications = trial(None)
+        count = len(applications)
+        first, at_zero, _ = trial(0)
+        if whole is None or at_zero is not None or not count:
+            return self._pass_culprit(index, at_zero or fault, first)
+        if whole.kind == "endless":
+            number = _start_of_loop(applications)
+        elif trial(count)[1] is not None:
+            number, _ = self._first(0, count, lambda n: trial(n)[1])
+        else:  # it raised between applications: in a pattern or a `when`
+            return self._pass_culprit(index, whole, trial(count)[0])
+        before = trial(number - 1)[0]
+        after, fault_there, there = trial(number)
+        application = applications[number - 1]
+        if there[-1].name != application.name or there[-1].location != application.location:
+            self.notices.append("rules are applied in another order in every run; the application may be another one")
+        return Culprit(
+            "rule",
+            application.rule,
+            p,
+            index,
+            number,
+            count,
+            whole if whole.kind == "endless" else fault_there or whole,
+            application.location,
+            before,
+            after,
+        )
+
+    def _pass_culprit(self, index: int, fault: Fault, after: Graph | None = None) -> Culprit:
+        p, before = self.passes[index], self.stages[index]
+        rule = fault.rule
+        if rule is None and index + 1 < len(self.stages):
+            after = self.stages[index + 1]
+        return Culprit(
+            "rule" if rule is not None else "pass",
+            rule or p,
+            p,
+            index,
+            fault=fault,
+            location=fault.location,
+            before=after if rule is not None and after is not None else before,
+            after=after if rule is None else None,
+        )
+
+
+def _start_of_loop(applications: Sequence[Application]) -> int:
+    """The number of the application that begins what the last ones repeat."""
+    names = [(a.name, a.root) for a in applications]
+    period = next((p for p in range(1, 50) if names[-p:] * 3 == names[-3 * p :]), 1)
+    start = len(names) - period
+    while start > 0 and names[start - 1] == names[start - 1 + period]:
+        start -= 1
+    return start + 1
+
+
+# -- backends ------------------------------------------------------------------------------------------
+
+
+def _backend_culprit(graph: Graph, inputs: Sequence[torch.Tensor] | None, backend: Backend) -> Culprit:
+    assert inputs is not None
+    try:
+        comparison = compare(graph, inputs, backends=("reference", backend), passes=Pipeline(()))
+    except CompileError as e:
+        fault = Fault("crash", e.message, location=e.location or Location())
+        return Culprit("backend", backend=backend.name, fault=fault, location=fault.location)
+    if comparison.ok:
+        return Culprit("none")
+    divergence = comparison.first_divergence
+    fault = Fault("numbers", f"outputs of {backend.name} are out of tolerance")
+    location = divergence.node.location if divergence is not None else Location()
+    return Culprit("backend", backend=backend.name, divergence=divergence, fault=fault, location=location, before=graph)
+
+
+# -- minimising ----------------------------------------------------------------------------------------
+
+
+def _minimise(found: Culprit, inputs: Sequence[torch.Tensor] | None, seconds: float) -> None:
+    """Look for a small graph on which the culprit alone shows its fault; else on which its pass does."""
+    assert found.before is not None
+    assert found.fault is not None
+    assert found.pass_ is not None
+    rule, graph, fault = found.culprit, found.before, found.fault
+    case = fault.difference.case if fault.difference is not None else None
+    if case is None and inputs is not None:
+        case = Case("the given inputs", bind_inputs(graph, inputs), tuple(inputs))
+    seeds = _matched(rule, graph, found.location) if isinstance(rule, Rewrite) else []
+    alone = [rule] if rule is not None else []
+    if fault.kind == "endless" and isinstance(found.pass_, RuleSet):
+        alone = [RuleSet(found.pass_.rules)]
+    for p in (*alone, *([found.pass_] if found.pass_ is not rule else [])):
+        small = minimise(graph, seeds, fault, partial(fault_of, p), case, seconds=seconds / 2)
+        if small is not None:
+            found.minimised, found.shown_by = small, p
+            return
+    found.notices.append("no part of the graph shows the fault by itself")
+
+
+def _save(found: Culprit, folder: Path | None) -> None:
+    """Write the minimised graph where there is a folder for it, and say how to see the fault again."""
+    small, shown_by = found.minimised, found.shown_by
+    if small is None or shown_by is None:
+        return
+    found.path = folder / "culprit.ir" if folder is not None else None
+    found.repro, problem = repro_line(shown_by, found.path or "culprit.ir")
+    if problem:
+        found.notices.append(f"the repro is Python, to be run where the class is defined: {problem}")
+    if found.path is None:
+        found.notices.append("moec.bisect(…, out=folder) saves the minimised graph as culprit.ir")
+    else:
+        header = f"{found.kind} {found.name} ({found.source})\n{small.fault.kind}: {small.fault}\n{found.repro}"
+        save_graph(small.graph, found.path, small.inputs, header)
+
+
+def _matched(rule: Rewrite, graph: Graph, location: Location) -> list[Node]:
+    """The nodes that the rule matches at a location (anywhere, where it matches nowhere there)."""
+    anywhere: list[Node] = []
+    for pattern in compiled_patterns(rule):
+        for node in graph.find(pattern.roots[0].node.opdef.name, unique=True):
+            for bindings in Matcher(pattern).at(node):
+                m = Match(bindings, pattern)
+                if m.location == location:
+                    return list(m.nodes)
+                anywhere = anywhere or list(m.nodes)
+    return anywhere

@@ -1,0 +1,62 @@
+"""Minimised graphs on disk, and the line that shows a fault again."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moec.ir import ArgumentValueError, CompileError, Graph, parse
+from moec.passes.base import Pass
+from moec.passes.spec import print_pass
+
+_INPUT, _WEIGHT = "input.", "weight."
+
+
+def save_graph(graph: Graph, path: Path, inputs: tuple[torch.Tensor, ...] | None = None, header: str = "") -> None:
+    """The graph's text, `header` as comments before it; with `inputs`, these and its weights beside it in a
+    `.safetensors` file of the same name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    comments = "".join(f"# {line}\n" for line in header.splitlines())
+    path.write_text(comments + str(graph), "utf-8")
+    beside = path.with_suffix(".safetensors")
+    beside.unlink(missing_ok=True)
+    if inputs is not None:
+        data = {f"{_INPUT}{v.name}": t for v, t in zip(graph.inputs, inputs, strict=True)}
+        data |= {f"{_WEIGHT}{n}": v.weight.load() for n, v in graph.weights.items() if v.weight is not None}
+        save_file({n: t.contiguous().clone() for n, t in data.items()}, beside)
+
+
+def load_graph(path: str | Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
+    """A graph from an `.ir` file, and the inputs (none: they are seeded) and weight data of the `.safetensors` file
+    beside it, if there is one. Raises CompileError naming the file."""
+    path = Path(path)
+    try:
+        graph = parse(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise ArgumentValueError(f"cannot read {path}: {e}", code="arguments") from None
+    except CompileError as e:
+        e.message = f"{path}: {e.message}"
+        raise
+    beside = path.with_suffix(".safetensors")
+    if not beside.is_file():
+        return graph, ()
+    try:
+        data = load_file(beside)
+        graph.bind_weights({n.removeprefix(_WEIGHT): t for n, t in data.items() if n.startswith(_WEIGHT)})
+    except (OSError, ValueError) as e:
+        raise ArgumentValueError(f"cannot use {beside}: {e}", code="arguments") from None
+    given = [data.get(f"{_INPUT}{v.name}") for v in graph.inputs]
+    return graph, tuple(t for t in given if t is not None) if all(t is not None for t in given) else ()
+
+
+def repro_line(shown_by: Pass, path: str | Path) -> tuple[str, str]:
+    """(one line that shows again what `shown_by` does wrong to the graph at `path`, why it is no command): a
+    command where text names the pass, else Python."""
+    try:
+        return f"moec bisect {shlex.quote(str(path))} --pass {shlex.quote(print_pass(shown_by))}", ""
+    except ArgumentValueError as e:
+        call = f"moec.bisect(*moec.repro.load_graph({str(path)!r}), passes=moec.passes.Pipeline([{shown_by!r}]))"
+        return call, e.message
