@@ -29,6 +29,7 @@ from moec.files import Manifest, digest_file, read_manifest, regular_file
 from moec.frontend import Signature
 from moec.generation import Generator, Stops
 from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, TensorType, Weight, parse
+from moec.ir.opdef import known
 from moec.ir.weight import digest as digest_tensor
 from moec.program import Program, Settings, legalise, lower
 from moec.transformers_types import import_class
@@ -152,12 +153,20 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         "fallback": compiled.settings.fallback,
         "signature": None if compiled.signature is None else compiled.signature.to_dict(),
         "stops": _stops_json(compiled),
+        "ops": _foreign_ops(programs),
         "programs": entries,
         "files": files,
     }
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
     for path in (work / MANIFEST, *(p for p in work.rglob("*") if p.is_dir()), work):
         _sync(path)
+
+
+def _foreign_ops(programs: Mapping[str, Program]) -> dict[str, str]:
+    """Ops that moec does not ship, with the modules that declare them."""
+    graphs = [g for p in programs.values() for g in (p.graph, *p.graph.functions.values())]
+    used = {node.opdef for g in graphs for node in g.nodes}
+    return {o.name: o.cls.__module__ for o in used if o.cls.__module__.split(".")[0] != "moec"}
 
 
 def _versions() -> dict[str, str]:
@@ -190,6 +199,7 @@ def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
         raise ArtifactError(f"{root} is not a folder", code="artifact")
     manifest = read_manifest(root / MANIFEST)
     _check_files(root, manifest)
+    _check_ops(manifest)
     settings = _settings(manifest, threads)
     entries = manifest.mapping("programs")
     unknown = sorted(set(entries) - {"forward", "cached"})
@@ -229,6 +239,17 @@ def _check_files(root: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{path} is not listed in {MANIFEST}", code="artifact")
 
 
+def _check_ops(manifest: Manifest) -> None:
+    """That the ops of other packages are declared. They are not imported: nothing that the folder names is run."""
+    for name, module in (manifest.mapping("ops") if "ops" in manifest.data else {}).items():
+        if known(name) is None:
+            raise ArtifactError(
+                f"{manifest.path}: the model uses the op {name}, which nothing has declared",
+                code="artifact",
+                hint=f"import the module that declares it and its lowerings before moec.load; it was {module!r}",
+            )
+
+
 def _settings(manifest: Manifest, threads: int | None) -> Settings:
     from moec.backends import BACKENDS, get_backend
     from moec.passes.pipeline import Pipeline
@@ -261,7 +282,8 @@ def _program(root: Path, manifest: Manifest, name: str, settings: Settings) -> P
         raise ArtifactError(
             f"{manifest.path}: programs.{name}.legal_sha256 is {expected}, this version of moec gives {found}",
             code="artifact",
-            hint=f"it was saved by other versions ({manifest.mapping('versions')}): compile the model again",
+            hint=f"it was saved by other versions ({manifest.mapping('versions')}), or with other lowerings of the "
+            "caller's own: compile the model again",
         )
     executable = lower(legal, settings, left, root / name)
     return Program(graph, legal, executable, [record], {}, left)

@@ -59,6 +59,8 @@ def reduction_length(node: Node, binding: Mapping[str, int]) -> int:
         case "moe.experts" | "quant.scaled_experts":
             down = node.operand("down")
             return max(1, sum(evaluate(s, binding) for s in down.shape[1:]))
+    if _foreign(node) and not node.opdef.elementwise:  # what it adds up is not known: any of its axes at most
+        return max([1, *(s for i in range(len(node.operands)) for s in shape(i))])
     if node.op.startswith("norm.") or node.op in ("math.softmax", "math.log_softmax", "math.cumsum"):
         return max(1, *shape(0), 1)
     if node.op.startswith("math.") and node.operands and node.operands[0] is not None:
@@ -77,6 +79,11 @@ def one_node(node: Node, value: Value, binding: Mapping[str, int]) -> Bound:
         why = f"{bound.why}; a flipped inner code moves a row by {loose:.2g} at most, in {CODE_FLIPS:.0%} of them"
         return Bound(bound.relative, why, loose, CODE_FLIPS)
     return bound
+
+
+def _foreign(node: Node) -> bool:
+    """Whether an op is declared outside of moec."""
+    return node.opdef.cls.__module__.split(".")[0] != "moec"
 
 
 def end_to_end(graph: Graph, binding: Mapping[str, int]) -> dict[Value, Bound]:
@@ -115,7 +122,7 @@ def scale_of(reference: torch.Tensor, node: Node | None, operands: Mapping[Value
     if node is not None and node.op == "attention.sdpa":
         return _attention_scale(node, reference, operands)
     tensors = [reference]
-    if node is not None and node.op in _ADDITIVE:
+    if node is not None and (node.op in _ADDITIVE or _foreign(node)):
         tensors += [operands[v] for v in node.operands if v is not None and v in operands]
     return max((_largest(t) for t in tensors), default=0.0)
 

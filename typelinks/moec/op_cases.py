@@ -1,0 +1,1 @@
+../../api/op_cases.py
