@@ -191,6 +191,9 @@ class Graph:
                 types = infer_types(opdef, node.operands, node.attrs, self.functions)
         except CompileError as e:
             raise e.located(location) from None
+        return self._insert(node, types, before)
+
+    def _insert(self, node: Node, types: Sequence[TensorType], before: Node | None) -> Node:
         node.results = tuple(Value(t, node, i) for i, t in enumerate(types))
         for i, v in enumerate(node.operands):
             if v is not None:
@@ -402,8 +405,8 @@ class Graph:
 def copy_node(node: Node, into: Graph, mapping: dict[Value, Value], before: Node | None = None) -> Node:
     """Copy one node into `into` with operands mapped; extends `mapping` by its results."""
     operands = [None if v is None else mapping[v] for v in node.operands]
-    types = [r.type for r in node.results]
-    new = into.create(node.opdef, operands, node.attrs, location=node.location, before=before, types=types)
+    # the node was checked when it was made
+    new = into._insert(Node(node.opdef, operands, node.attrs, node.location), [r.type for r in node.results], before)
     for old_r, new_r in zip(node.results, new.results, strict=True):
         new_r.origins, new_r.name = old_r.origins, old_r.name
         mapping[old_r] = new_r
