@@ -30,9 +30,9 @@ class Swiglu(Rewrite):
         return b.swiglu(m.gate, m.up)
 
 
-def rule(pattern, replace, when=lambda self, m: None):
+def rule(pattern, replace, when=lambda self, m: None, **options):
     cls = type("Rule", (Rewrite,), {"pattern": pattern, "replace": replace, "when": when})
-    return dataclass(frozen=True)(cls)()
+    return dataclass(frozen=True)(cls)(**options)
 
 
 def graph_of(body, inputs=("x", "y")):
@@ -346,6 +346,14 @@ class Unsilu(Rewrite):
 
     def replace(self, b, m):
         return b.silu(m.x)
+
+
+def test_swapping_commutative_operands_is_no_change():
+    swap = rule(lambda s, p, x, y: p.mul(p.silu(x), y), lambda s, b, m: b.mul(m.y, b.silu(m.x)))
+    with pytest.raises(CompileError, match="would fire forever"):
+        swap.run(graph_of(lambda b, x, y: b.mul(b.silu(x), y)))
+    turn = rule(lambda s, p, x, y: p.sub(x, y), lambda s, b, m: b.neg(b.sub(m.y, m.x)), max=1)
+    assert ops(turn.run(graph_of(lambda b, x, y: b.sub(x, y)))) == ["math.sub", "math.neg"]
 
 
 def test_what_is_no_rule_is_refused():
