@@ -66,22 +66,25 @@ def combine_rows(factors: Value) -> Routing | None:
 
 
 def same_rows(v: Value, tokens: Any) -> Value | None:
-    """x [tokens, d] which v repeats for every expert: v is x, [E, tokens, d], or [E·tokens, d] with the experts
-    outermost; axes of size 1 may stand between. None where v is anything else."""
+    """The rows [tokens, d], perhaps as [1, tokens, d], which v repeats for every expert: v is [tokens, d],
+    [E, tokens, d], or [E·tokens, d] with the experts outermost; axes of size 1 may stand between. None where v is
+    anything else."""
     rows = (tokens, v.shape[-1])
     if v.shape != rows and v.type.rank == 2:
         stack = producer(v, "tensor.reshape")
-        if stack is None or not _stacks(stack.operands[0].shape, rows):
+        if stack is None:
             return None
         v = stack.operands[0]
     while v.shape != rows:
+        if not _stacks(v.shape, rows):
+            return None
+        if v.shape[0] == 1:
+            return v
         spread, reshaped = producer(v, "tensor.expand"), producer(v, "tensor.reshape")
         inner = (spread or reshaped).operands[0] if spread or reshaped else None
-        if inner is None or not _stacks(v.shape, rows):
+        if inner is None or (spread is not None and inner.shape not in ((1, *v.shape[1:]), v.shape[1:])):
             return None
-        if spread is not None and inner.shape != (1, *v.shape[1:]) and inner.shape != v.shape[1:]:
-            return None
-        if reshaped is not None and inner.shape != rows and inner.shape[0] != v.shape[0]:
+        if reshaped is not None and inner.shape[0] != v.shape[0]:
             return None
         v = inner
     return v

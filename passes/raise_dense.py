@@ -45,11 +45,11 @@ class DenseExperts(Rewrite):
         if routing is None:
             return m.no("the factors are not a routing's combine matrix", at=m.factors)
         x = same_rows(m.rows, routing[1].shape[0])
-        if x is None or x.type != m.root.type:
+        if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
         num, width, _ = expert_weights.shape_of(m, "gate_up")
         reason = why_not_halves(m, width) or _why_not_bias(m, "gate_up_bias", num, width)
-        reason = reason or _why_not_bias(m, "down_bias", num, x.shape[1])
+        reason = reason or _why_not_bias(m, "down_bias", num, x.shape[-1])
         return m.no(reason) if reason else None
 
     def replace(self, b: Any, m: Match) -> Any:
@@ -58,7 +58,8 @@ class DenseExperts(Rewrite):
         weights, experts = routing
         matrices = expert_weights.build(b, m, "gate_up"), expert_weights.build(b, m, "down")
         biases = m.get("gate_up_bias"), m.get("down_bias")
-        return b.moe_experts(same_rows(m.rows, experts.shape[0]), weights, experts, *matrices, *biases, **unit_attrs(m))
+        x = b.reshape(same_rows(m.rows, experts.shape[0]), shape=m.root.shape)
+        return b.moe_experts(x, weights, experts, *matrices, *biases, **unit_attrs(m))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ScaledInputExperts(Rewrite):
         if routing is None:
             return m.no("the factors are not a routing's combine matrix", at=m.factors)
         x = same_rows(m.rows, routing[1].shape[0])
-        if x is None or x.type != m.root.type:
+        if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
         reason = why_not_halves(m, expert_weights.shape_of(m, "gate_up")[1])
         return m.no(reason) if reason else None
@@ -88,10 +89,10 @@ class ScaledInputExperts(Rewrite):
         routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
         weights, experts = routing
-        x: Any = same_rows(m.rows, experts.shape[0])
-        (tokens, k), d = experts.shape, x.shape[1]
+        (tokens, k), d = experts.shape, m.root.shape[-1]
+        x = b.reshape(same_rows(m.rows, tokens), shape=(tokens, 1, d))
         weights = weights if weights.dtype == x.dtype else b.cast(weights, dtype=x.dtype)
-        rows = b.mul(b.reshape(x, shape=(tokens, 1, d)), b.reshape(weights, shape=(tokens, k, 1)))
+        rows = b.mul(x, b.reshape(weights, shape=(tokens, k, 1)))
         ones = b.full(shape=(tokens * k, 1), value=1.0, dtype=x.dtype)
         y = b.moe_experts(
             b.reshape(rows, shape=(tokens * k, d)),

@@ -1,56 +1,88 @@
-"""Routers to `moe.route`: a selection rule per form, then normalisation, scale and casts are folded in."""
+"""Routers to `moe.route`: one rule for each way of choosing; `fold_route` then folds in what follows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from moec.ir import Value
+from moec.ir import DType, Value
 from moec.passes.rewrite import Match, Refused, Rewrite
 from moec.passes.structure import is_filled
 
-_ROUTE_ATTRS = (
-    "k", "scoring", "normalize", "normalize_eps", "scale", "n_group", "topk_group", "group_score", "masked_score",
-)  # fmt: skip
+_SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 
-def _route(p: Any, **fixed: Any) -> Any:
-    """A route whose other attributes are captured under their names."""
-    attrs = {a: fixed.get(a, p.attr(a)) for a in _ROUTE_ATTRS}
-    return p.route(p.any("logits"), p.optional("bias"), **attrs)
+def _scored(p: Any, logits: Any, scoring: str) -> Any:
+    match scoring:
+        case "softmax":
+            return p.softmax(logits, axis=-1)
+        case "sigmoid":
+            return p.sigmoid(logits)
+    return p.sqrt(p.softplus(logits))
 
 
-def _again(b: Any, m: Match, **changed: Any) -> Any:
-    """The matched route with some attributes changed."""
-    attrs = {a: m.get(a) for a in _ROUTE_ATTRS if m.get(a) is not None}
-    return b.route(m.logits, m.bias, **{**attrs, **changed})
+def _best_groups(p: Any, choice: Any) -> Any:
+    """Scores outside the best groups masked: per group on [T, G, E/G], or flat on [T, E]."""
+    grouped = p.shared(p.reshape(choice, shape=p.attr("grouped")))
+    best, _ = p.topk(grouped, k=2, axis=-1)
+    group = p.either(p.amax(grouped, axes=(-1,)), p.sum(p.bind("top2", best), axes=(-1,)))
+    _, chosen = p.topk(group, k=p.attr("topk_group"), axis=-1)
+    keep = p.scatter_elements(p.any("zeros"), chosen, p.any("ones"), axis=-1)
+    keep = p.reshape(keep, shape=p.attr())
+    spread = p.maybe(lambda v: p.cast(v, dtype="bool"), p.maybe(lambda v: p.expand(v, shape=p.attr()), keep))
+
+    def masked(kept: Any, scores: Any) -> Any:
+        value = p.const("masked_score")
+        return p.either(p.where(p.not_(kept), value, scores), p.where(kept, scores, value))
+
+    return p.either(masked(p.reshape(spread, shape=p.attr()), choice), p.reshape(masked(keep, grouped), shape=p.attr()))
 
 
-def _flat_route(b: Any, m: Match, bias: Value | None = None, **attrs: Any) -> Any:
+def _group_attrs(m: Match) -> dict[str, Any]:
+    if m.get("grouped") is None:
+        return {}
+    score = "max" if m.get("top2") is None else "top2_sum"
+    return {"n_group": m.grouped[1], "topk_group": m.topk_group, "group_score": score}
+
+
+def _why_not(m: Match) -> Refused | None:
+    """Refuses what is no routing over [..., E] with an optional bias [E] and groups of equal size."""
+    logits, bias, grouped = m.logits, m.get("bias"), m.get("grouped")
+    e = logits.shape[-1]
+    if not isinstance(e, int) or logits.type.rank < 2:
+        return m.no(f"logits {logits.type} are not [tokens, experts]", at=logits)
+    if bias is not None and bias.shape not in ((e,), (1, e)):
+        return m.no(f"{bias.type} is no bias for {e} experts", at=bias)
+    if grouped is not None:
+        if logits.type.rank != 2 or len(grouped) != 3 or grouped[0] != logits.shape[0]:
+            return m.no(f"groups {list(grouped)} of logits {logits.type}", at=logits)
+        if m.k > m.topk_group * grouped[2]:
+            return m.no(f"{m.k} are chosen from {m.topk_group} groups of {grouped[2]}: masked experts among them")
+        for name, want in (("zeros", 0), ("ones", 1)):
+            if not is_filled(m.get(name), want):
+                return m.no(f"the group mask is not built from {want}s", at=m.get(name))
+    return None
+
+
+def _route(b: Any, m: Match, logits: Value, **attrs: Any) -> Any:
     """Route over [T, E]; logits of more axes are flattened and the results shaped back."""
-    logits, k = m.logits, attrs["k"]
-    lead = logits.shape[:-1]
+    e, lead = logits.shape[-1], logits.shape[:-1]
+    bias = m.get("bias")
+    if bias is not None and bias.type.rank == 2:
+        bias = b.reshape(bias, shape=(e,))
     if len(lead) == 1:
         return b.route(logits, bias, **attrs)
     tokens: Any = 1
     for s in lead:
         tokens = tokens * s
-    weights, experts = b.route(b.reshape(logits, shape=(tokens, logits.shape[-1])), bias, **attrs)
-    return b.reshape(weights, shape=(*lead, k)), b.reshape(experts, shape=(*lead, k))
-
-
-def _check_logits(m: Match, bias: Value | None = None) -> Refused | None:
-    e = m.logits.shape[-1]
-    if not isinstance(e, int) or m.logits.type.rank < 2:
-        return m.no(f"logits {m.logits.type} are not [tokens, experts]", at=m.logits)
-    if bias is not None and bias.shape != (e,):
-        return m.no(f"{bias.type} is no bias for {e} experts", at=bias)
-    return None
+    weights, experts = b.route(b.reshape(logits, shape=(tokens, e)), bias, **attrs)
+    shape = (*lead, attrs["k"])
+    return b.reshape(weights, shape=shape), b.reshape(experts, shape=shape)
 
 
 @dataclass(frozen=True)
 class RouteTopK(Rewrite):
-    """topk(softmax(logits)) or topk(sigmoid(logits)) → route without normalisation"""
+    """topk(scores(logits)), the scores perhaps limited to the best groups → route without normalisation"""
 
     scoring: str = "softmax"
 
@@ -59,16 +91,19 @@ class RouteTopK(Rewrite):
         return f"route_topk_{self.scoring}"
 
     def pattern(self, p: Any, logits: Any) -> Any:
-        scores = p.softmax(logits, axis=-1) if self.scoring == "softmax" else p.sigmoid(logits)
-        return p.topk(p.shared(scores), k=p.attr("k"), axis=-1)
+        scores = p.shared(_scored(p, logits, self.scoring))
+        return p.topk(p.either(scores, _best_groups(p, scores)), k=p.attr("k"), axis=-1)
 
     def when(self, m: Match) -> Refused | None:
-        if not m.roots[0].uses:
+        if not m.roots[0].uses and not m.roots[0].is_output:
             return m.no("only the indices are used; the weights may be gathered")
-        return _check_logits(m)
+        if m.get("grouped") is not None and m.masked_score > 0:
+            return m.no(f"scores outside the best groups become {m.masked_score}, which may be chosen as a weight")
+        return _why_not(m)
 
     def replace(self, b: Any, m: Match) -> Any:
-        return _flat_route(b, m, k=m.k, scoring=self.scoring, normalize=False)
+        # no score is below 0, so what is masked is chosen with weight 0 or not at all: the default mask, −inf, will do
+        return _route(b, m, m.logits, k=m.k, scoring=self.scoring, normalize=False, **_group_attrs(m))
 
 
 @dataclass(frozen=True)
@@ -77,113 +112,121 @@ class RouteGathered(Rewrite):
     with a bias, or either limited to the best groups → route without normalisation"""
 
     scoring: str = "sigmoid"
-    biased: bool = True
-    groups: str | None = None  # None, "top2_sum" or "max"
 
     @property
     def name(self) -> str:
-        parts = ["route", self.scoring, "biased" if self.biased else "", self.groups or ""]
-        return "_".join(x for x in parts if x)
+        return f"route_gathered_{self.scoring}"
 
     def pattern(self, p: Any, logits: Any) -> Any:
-        scores = p.shared(p.softmax(logits, axis=-1) if self.scoring == "softmax" else p.sigmoid(logits))
-        choice = p.shared(p.add(scores, p.any("bias"))) if self.biased else scores
-        if self.groups is not None:
-            choice = self._limited(p, choice)
-        _, experts = p.topk(choice, k=p.attr("k"), axis=-1)
+        scores = p.shared(_scored(p, logits, self.scoring))
+        choice = p.either(p.shared(p.add(scores, p.any("bias"))), scores)
+        _, experts = p.topk(p.either(choice, _best_groups(p, choice)), k=p.attr("k"), axis=-1)
         return p.gather_elements(scores, experts, axis=-1), experts
 
-    def _limited(self, p: Any, choice: Any) -> Any:
-        """Scores outside the best groups masked: per group on [T, G, E/G], or flat on [T, E]."""
-        grouped = p.shared(p.reshape(choice, shape=p.attr("grouped")))
-        if self.groups == "max":
-            group = p.amax(grouped, axes=(-1,))
-        else:
-            best, _ = p.topk(grouped, k=2, axis=-1)
-            group = p.sum(best, axes=(-1,))
-        _, chosen = p.topk(group, k=p.attr("topk_group"), axis=-1)
-        keep = p.scatter_elements(p.any("zeros"), chosen, p.any("ones"), axis=-1)
-        keep = p.reshape(keep, shape=p.attr())
-        spread = p.maybe(lambda v: p.expand(v, shape=p.attr()), keep)
-        keep_flat = p.reshape(p.maybe(lambda v: p.cast(v, dtype="bool"), spread), shape=p.attr())
-        masked_flat = p.where(p.not_(keep_flat), p.const("masked_score"), choice)
-        masked_grouped = p.reshape(p.where(p.not_(keep), p.const("masked_score"), grouped), shape=p.attr())
-        return p.either(masked_flat, masked_grouped)
-
     def when(self, m: Match) -> Refused | None:
-        if self.groups is not None:
-            if m.logits.type.rank != 2 or len(m.grouped) != 3 or m.grouped[0] != m.logits.shape[0]:
-                return m.no(f"groups {m.grouped} of logits {m.logits.type}", at=m.logits)
-            for name, want in (("zeros", 0), ("ones", 1)):
-                value = m.get(name)
-                if value is not None and not is_filled(value, want):
-                    return m.no(f"the group mask is not built from {want}s", at=value)
-        return _check_logits(m, m.get("bias"))
+        return _why_not(m)
 
     def replace(self, b: Any, m: Match) -> Any:
-        attrs: dict[str, Any] = {"k": m.k, "scoring": self.scoring, "normalize": False}
-        if self.groups is not None:
-            attrs |= {
-                "n_group": m.grouped[1],
-                "topk_group": m.topk_group,
-                "group_score": self.groups,
-                "masked_score": float(m.masked_score),
-            }
-        return _flat_route(b, m, m.get("bias"), **attrs)
+        attrs = _group_attrs(m)
+        if attrs:
+            attrs["masked_score"] = float(m.masked_score)
+        return _route(b, m, m.logits, k=m.k, scoring=self.scoring, normalize=False, **attrs)
+
+
+def _wide(b: Any, m: Match) -> Value:
+    """The logits in the dtype in which the weights are computed."""
+    wide = m.get("wide")
+    return m.logits if wide in (None, m.logits.dtype) else b.cast(m.logits, dtype=wide)
+
+
+def _why_not_wide(m: Match) -> Refused | None:
+    narrow, wide = m.logits.dtype, m.get("wide")
+    if wide in (None, narrow) or (wide in (DType.F32, DType.F64) and narrow.bits <= wide.bits):
+        return _why_not(m)
+    return m.no(f"the chosen logits are rounded from {narrow} to {wide}", at=m.logits)
 
 
 @dataclass(frozen=True)
 class RouteOverTopK(Rewrite):
-    """softmax over the k chosen logits → route with topk_softmax"""
+    """softmax or sigmoid of the k chosen logits, chosen by themselves or with a bias → route with topk_softmax
+    or topk_sigmoid"""
 
-    def pattern(self, p: Any, logits: Any) -> Any:
-        values, experts = p.topk(logits, k=p.attr("k"), axis=-1)
-        return p.softmax(values, axis=-1), experts
-
-    def when(self, m: Match) -> Refused | None:
-        return _check_logits(m)
-
-    def replace(self, b: Any, m: Match) -> Any:
-        return _flat_route(b, m, k=m.k, scoring="topk_softmax", normalize=False)
-
-
-@dataclass(frozen=True)
-class RouteNormalize(Rewrite):
-    """weights / (sum(weights) + eps) → route with normalize"""
-
-    eps: bool = False
+    scoring: str = "softmax"
 
     @property
     def name(self) -> str:
-        return "route_normalize_eps" if self.eps else "route_normalize"
+        return f"route_over_topk_{self.scoring}"
 
-    def pattern(self, p: Any) -> Any:
-        weights, experts = _route(p, normalize=False, scale=1.0)
-        total = p.sum(weights, axes=(-1,), keepdim=True)
-        return p.div(weights, p.add(total, p.const("eps")) if self.eps else total), experts
+    def pattern(self, p: Any, logits: Any) -> Any:
+        values, experts = p.topk(p.either(p.add(logits, p.any("bias")), logits), k=p.attr("k"), axis=-1)
+        gathered = p.gather_elements(logits, experts, axis=-1)
+        chosen = p.either(p.bind("values", values), gathered)
+        return _scored(p, p.maybe(lambda v: p.cast(v, dtype=p.attr("wide")), chosen), self.scoring), experts
+
+    def when(self, m: Match) -> Refused | None:
+        if m.get("bias") is not None and m.get("values") is not None:
+            return m.no("the weights are computed with the bias", at=m.bias)
+        return _why_not_wide(m)
 
     def replace(self, b: Any, m: Match) -> Any:
-        return _again(b, m, normalize=True, scale=1.0, normalize_eps=float(m.get("eps") or 0.0))
+        return _route(b, m, _wide(b, m), k=m.k, scoring=f"topk_{self.scoring}", normalize=False)
 
 
 @dataclass(frozen=True)
-class RouteScale(Rewrite):
-    """weights · constant → route with scale"""
+class RouteScattered(Rewrite):
+    """softmax or sigmoid of scatter(−inf, experts, chosen logits) → the weights of route, scattered over zeros"""
 
-    def pattern(self, p: Any) -> Any:
-        weights, experts = _route(p)
-        return p.mul(weights, p.const("factor")), experts
+    scoring: str = "sigmoid"
+
+    @property
+    def name(self) -> str:
+        return f"route_scattered_{self.scoring}"
+
+    def pattern(self, p: Any, logits: Any, nothing: Any) -> Any:
+        values, experts = p.topk(logits, k=p.attr("k"), axis=-1)
+        dense = p.scatter_elements(nothing, experts, values, axis=-1)
+        return _scored(p, p.maybe(lambda v: p.cast(v, dtype=p.attr("wide")), dense), self.scoring), experts
+
+    def when(self, m: Match) -> Refused | None:
+        if not is_filled(m.nothing, float("-inf")):
+            return m.no("the logits that are not chosen are not −inf", at=m.nothing)
+        if m.nothing.shape != m.logits.shape:
+            return m.no(f"{m.logits.type} is scattered into {m.nothing.type}", at=m.nothing)
+        return _why_not_wide(m)
 
     def replace(self, b: Any, m: Match) -> Any:
-        return _again(b, m, scale=m.scale * float(m.factor))
+        weights, experts = _route(b, m, _wide(b, m), k=m.k, scoring=f"topk_{self.scoring}", normalize=False)
+        zeros = b.full(shape=m.root.shape, value=0.0, dtype=m.root.dtype)
+        return b.scatter_elements(zeros, experts, weights, axis=-1), experts
 
 
-ROUTE_RULES: tuple[Rewrite, ...] = (
-    *(RouteGathered(s, b, g) for s in ("sigmoid", "softmax") for b in (True, False) for g in ("top2_sum", "max", None)),
-    RouteTopK("softmax"),
-    RouteTopK("sigmoid"),
-    RouteOverTopK(),
-    RouteNormalize(False),
-    RouteNormalize(True),
-    RouteScale(),
+@dataclass(frozen=True)
+class RouteTop1(Rewrite):
+    """max(scores(logits)), argmax of the same → route with k = 1 (Switch Transformer)"""
+
+    scoring: str = "softmax"
+
+    @property
+    def name(self) -> str:
+        return f"route_top1_{self.scoring}"
+
+    def pattern(self, p: Any, logits: Any) -> Any:
+        scores = p.shared(_scored(p, logits, self.scoring))
+        best = p.amax(scores, axes=(-1,), keepdim=p.attr("keep_weight"))
+        return best, p.argmax(scores, axis=-1, keepdim=p.attr("keep_index"))
+
+    def when(self, m: Match) -> Refused | None:
+        return _why_not(m)
+
+    def replace(self, b: Any, m: Match) -> Any:
+        both = _route(b, m, m.logits, k=1, scoring=self.scoring, normalize=False)
+        return tuple(v if v.type == r.type else b.reshape(v, shape=r.shape) for v, r in zip(both, m.roots, strict=True))
+
+
+SELECTION_RULES: tuple[Rewrite, ...] = (
+    *(RouteGathered(s) for s in _SCORES),
+    *(RouteTopK(s) for s in _SCORES),
+    *(RouteTop1(s) for s in _SCORES),
+    *(RouteOverTopK(s) for s in ("softmax", "sigmoid")),
+    *(RouteScattered(s) for s in ("softmax", "sigmoid")),
 )

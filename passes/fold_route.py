@@ -1,0 +1,82 @@
+"""What follows a `moe.route` and belongs to it: normalisation and scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moec.passes.raise_route import SELECTION_RULES
+from moec.passes.rewrite import Match, Refused, Rewrite
+
+_ROUTE_ATTRS = (
+    "k", "scoring", "normalize", "normalize_eps", "normalize_min", "scale", "n_group", "topk_group", "group_score",
+    "masked_score",
+)  # fmt: skip
+
+
+def _route(p: Any, **fixed: Any) -> Any:
+    """A route whose other attributes are captured under their names."""
+    attrs = {a: fixed.get(a, p.attr(a)) for a in _ROUTE_ATTRS}
+    return p.route(p.any("logits"), p.optional("bias"), **attrs)
+
+
+def _again(b: Any, m: Match, **changed: Any) -> Any:
+    """The matched route with some attributes changed."""
+    attrs = {a: m.get(a) for a in _ROUTE_ATTRS if m.get(a) is not None}
+    return b.route(m.logits, m.bias, **{**attrs, **changed})
+
+
+@dataclass(frozen=True)
+class RouteNormalize(Rewrite):
+    """weights / total → route with normalize; total is sum(weights), sum(|weights|) (they are not negative), either
+    with + eps or clamped from below"""
+
+    def pattern(self, p: Any) -> Any:
+        weights, experts = _route(p, normalize=False, scale=1.0, normalize_eps=0.0, normalize_min=0.0)
+        total = p.sum(p.maybe(p.abs, weights), axes=(-1,), keepdim=True)
+        total = p.maybe(lambda v: p.add(v, p.const("eps")), total)
+        return p.div(weights, p.maybe(lambda v: p.clamp(v, low=p.attr("least"), high=None), total)), experts
+
+    def when(self, m: Match) -> Refused | None:
+        eps, least = m.get("eps", 0.0), m.get("least", 0.0)
+        if eps < 0 or least < 0:
+            return m.no(f"the sum of the weights is changed by {eps}, at least {least}")
+        if m.scoring == "topk_softmax" and (eps or least > 1):
+            return m.no("weights that add up to 1 are divided by something else")
+        return None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        if m.scoring == "topk_softmax":
+            return _again(b, m, normalize=False, scale=1.0)
+        eps, least = float(m.get("eps", 0.0)), float(m.get("least", 0.0))
+        return _again(b, m, normalize=True, scale=1.0, normalize_eps=eps, normalize_min=least)
+
+
+@dataclass(frozen=True)
+class RouteScale(Rewrite):
+    """weights · constant → route with scale"""
+
+    def pattern(self, p: Any) -> Any:
+        weights, experts = _route(p)
+        return p.mul(weights, p.const("factor")), experts
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return _again(b, m, scale=m.scale * float(m.factor))
+
+
+@dataclass(frozen=True)
+class RouteDivided(Rewrite):
+    """weights / constant → route with scale"""
+
+    def pattern(self, p: Any) -> Any:
+        weights, experts = _route(p)
+        return p.div(weights, p.const("divisor")), experts
+
+    def when(self, m: Match) -> Refused | None:
+        return m.no("the weights are divided by 0") if m.divisor == 0 else None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return _again(b, m, scale=m.scale / float(m.divisor))
+
+
+ROUTE_RULES: tuple[Rewrite, ...] = (*SELECTION_RULES, RouteNormalize(), RouteScale(), RouteDivided())
