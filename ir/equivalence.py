@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Value
 from moec.ir.interpreter import run
 from moec.ir.promote import Promoted, is_wide, promote_with_slack
-from moec.ir.routers import PINS, pinned, router_logits
+from moec.ir.routers import PINS, pinned, router_logits, selects_by_size
 
 # float64 has a unit of 1e-16; sums over thousands of terms and ill-conditioned steps (a softmax of large scores)
 # cost some digits, and a wrong rule is off by far more than one part in 10⁹
@@ -23,6 +23,8 @@ RELATIVE = 1e-9
 F32_FACTOR = 8 * 2.0**-24
 # a rewrite may drop the roundings that `promote_with_slack` describes, and add its own in their place
 SLACK_FACTOR = 2.0
+# … but never so much that an error of 1 % could hide in it (bf16 constants are known to 0.2 %)
+SLACK_LIMIT = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Reference:
+    """What the graph gives in a case; `logits` are its routers' where they are not pinned."""
+
     case: Case
     outputs: list[torch.Tensor]
     slack: list[float]
+    logits: list[torch.Tensor]
 
 
 @dataclass
@@ -125,16 +130,21 @@ class Oracle:
             positive = make_inputs(self.graph, binding, seed, positive=True)
             found.append(self._run(Case(f"{label}, positive inputs", binding, positive)))
         if self._logits and not zero:
-            found += [self._run(Case(f"{label}, {pin} in the router", binding, inputs, pin)) for pin in PINS]
+            pins = [Case(f"{label}, {pin} in the router", binding, inputs, pin) for pin in PINS]
+            found += [self._run(case, first.slack) for case in pins]
+        if selects_by_size(self._promoted.graph) and not zero:
+            # ties again, in a form that depends on no router being recognised
+            for what, change in (("zero", torch.zeros_like), ("whole-number", torch.round)):
+                plain = tuple(change(t) if t.is_floating_point() else t for t in inputs)
+                found.append(self._run(Case(f"{label}, {what} inputs: ties", binding, plain)))
         return found
 
-    def _run(self, case: Case) -> _Reference:
-        outputs = evaluate_promoted(self._promoted.graph, case, self._logits)
-        slack = [0.0] * len(outputs)
-        if self._promoted.rounded is not None:
-            moved = evaluate_promoted(self._promoted.rounded, case, router_logits(self._promoted.rounded))
-            slack = [_distance(a, b) for a, b in zip(outputs, moved, strict=True)]
-        return _Reference(case, outputs, slack)
+    def _run(self, case: Case, slack: list[float] | None = None) -> _Reference:
+        seen: dict[Value, torch.Tensor] = {}
+        outputs = evaluate_promoted(self._promoted.graph, case, self._logits, seen.__setitem__)
+        if slack is None:
+            slack = _slack(outputs, self._promoted.rounded, case)
+        return _Reference(case, outputs, slack, [seen[v] for v in self._logits])
 
     @property
     def cases(self) -> list[Case]:
@@ -161,13 +171,19 @@ class Oracle:
             promoted = promote_with_slack(_sharing_data(self.graph, other, self.seed))
         except CompileError as e:
             return Difference(f"it does not run in float64: {e.message}")
-        logits = router_logits(promoted.graph)
+        routers = _Routers(self._logits)
+        slack = [0.0] * len(self.graph.outputs)
         for reference in self.references:
             case = reference.case
-            if case.pin is not None and not self._same_routers(logits, case):
+            if case.pin is None:
+                routers.start(reference.logits)
+            elif not routers.all_found:
                 continue
             try:
-                got, slack = self._other(promoted, logits, case)
+                see = routers.see if case.pin is None else None
+                got = evaluate_promoted(promoted.graph, case, routers.values, see)
+                if case.pin is None and _has_derived_weights(promoted):
+                    slack = _slack(got, promoted.rounded, case)
             except CompileError as e:
                 return Difference(f"it fails: {e.message}", case)
             f32 = max(_f32_length(g, case.binding) for g in (self._promoted.graph, promoted.graph))
@@ -181,22 +197,31 @@ class Oracle:
                     return Difference(reason, case, name, error, allowed, index, a, b)
         return None
 
-    @staticmethod
-    def _other(promoted: Promoted, logits: list[Value], case: Case) -> tuple[list[torch.Tensor], list[float]]:
-        got = evaluate_promoted(promoted.graph, case, logits)
-        if promoted.rounded is None or not _has_derived_weights(promoted):
-            return got, [0.0] * len(got)
-        moved = evaluate_promoted(promoted.rounded, case, router_logits(promoted.rounded))
-        return got, [_distance(a, b) for a, b in zip(got, moved, strict=True)]
 
-    def _same_routers(self, logits: list[Value], case: Case) -> bool:
-        """Pinned logits stand for the same thing in both graphs: one value each, of as many rows and experts."""
+class _Routers:
+    """Finds, in another graph, the values that are the routers' logits of the first: those of the same elements
+    in a run where nothing is pinned. It finds them whatever the other graph makes of them."""
 
-        def sizes(values: list[Value]) -> list[tuple[int, int]]:
-            shapes = [[evaluate(s, case.binding) for s in v.shape] for v in values]
-            return sorted({(math.prod(s), s[-1]) for s in shapes})
+    def __init__(self, logits: Sequence[Value]):
+        self.count = len(logits)
+        self.values: list[Value] = []
+        self._wanted: list[torch.Tensor] = []
+        self._found: set[int] = set()
 
-        return sizes(self._logits) == sizes(logits)
+    def start(self, wanted: list[torch.Tensor]) -> None:
+        self.values, self._wanted, self._found = [], wanted, set()
+
+    def see(self, value: Value, tensor: torch.Tensor) -> None:
+        for i, w in enumerate(self._wanted):
+            if tensor.dtype != w.dtype or tensor.shape[-1:] != w.shape[-1:] or tensor.numel() != w.numel():
+                continue
+            if compare(w, tensor.reshape(w.shape), RELATIVE) is None:
+                self.values.append(value)
+                self._found.add(i)
+
+    @property
+    def all_found(self) -> bool:
+        return len(self._found) == self.count
 
 
 def first_difference(
@@ -222,11 +247,19 @@ def bindings(graph: Graph) -> list[dict[str, int]]:
     return result
 
 
-def evaluate_promoted(graph: Graph, case: Case, logits: Sequence[Value] = ()) -> list[torch.Tensor]:
-    """Outputs of a promoted graph on a case's inputs, its routers' logits pinned as the case says."""
+def evaluate_promoted(
+    graph: Graph,
+    case: Case,
+    logits: Sequence[Value] = (),
+    see: Callable[[Value, torch.Tensor], None] | None = None,
+) -> list[torch.Tensor]:
+    """Outputs of a promoted graph on a case's inputs, its routers' logits pinned as the case says; `see` is called
+    with every value."""
     pins = set(logits)
 
     def tap(value: Value, tensor: torch.Tensor) -> torch.Tensor | None:
+        if see is not None:
+            see(value, tensor)
         return pinned(tensor, case.pin) if case.pin is not None and value in pins else None
 
     wide = [t.to(v.dtype.torch) for v, t in zip(graph.inputs, case.inputs, strict=True)]
@@ -237,7 +270,8 @@ def compare(
     expected: torch.Tensor, got: torch.Tensor, relative: float, slack: float = 0.0
 ) -> tuple[str, float, float, tuple[int, ...]] | None:
     """None where equal: (what differs, largest error, tolerance, index of it) otherwise. Floats within `relative`
-    of the largest finite magnitude plus `slack`, NaN where NaN is, infinities and everything else exactly."""
+    of the largest finite magnitude plus `slack` (at most SLACK_LIMIT of that magnitude), NaN where NaN is,
+    infinities and everything else exactly."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return f"{got.dtype} {list(got.shape)} for {expected.dtype} {list(expected.shape)}", math.inf, 0.0, ()
     if not expected.numel():
@@ -248,7 +282,7 @@ def compare(
     error = torch.where(error.isnan() | ~same & a.isinf(), math.inf, error)
     tolerance = 0.0
     if is_wide_torch(expected.dtype):
-        tolerance = relative * _largest(a) + slack
+        tolerance = relative * _largest(a) + min(slack, SLACK_LIMIT * _largest(a))
     worst = int(error.argmax())
     largest = float(error.reshape(-1)[worst])
     if largest <= tolerance:
@@ -272,6 +306,13 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     if not a.is_floating_point() or not a.numel() or a.shape != b.shape:
         return 0.0
     return _largest(a.to(torch.float64) - b.to(torch.float64))
+
+
+def _slack(outputs: list[torch.Tensor], rounded: Graph | None, case: Case) -> list[float]:
+    """How far the outputs are from those of the rounded variant."""
+    if rounded is None:
+        return [0.0] * len(outputs)
+    return [_distance(a, b) for a, b in zip(outputs, evaluate_promoted(rounded, case), strict=True)]
 
 
 def _signature(before: Graph, after: Graph) -> str | None:

@@ -149,10 +149,10 @@ class _Promotion:
         """The value of a constant expression, as a weight."""
         tensor = scope.known[v]
         assert v.producer is not None
-        if is_wide(v.dtype):
+        if v.producer.op == "tensor.constant" and is_wide(v.dtype):
+            tensor = _moved(_literal(v.producer), v.dtype)
+        elif is_wide(v.dtype):
             tensor = tensor.to(torch.float64)
-            if v.producer.op == "tensor.constant":
-                tensor = _moved(tensor, v.dtype)
         name = self.graph.fresh_weight_name(f"constant.{len(self.graph.weights)}")
         return self.graph.add_weight(Weight(name, TensorType.of(tensor), TensorSource(tensor)))
 
@@ -176,9 +176,9 @@ class _Promotion:
             scope.known[r] = t
             # integers and moved data are the same in any precision
             self.inexact = self.inexact or (is_wide(r.dtype) and node.op.split(".")[0] != "tensor")
-        if node.op == "tensor.constant":
-            tensor = scope.known[node.result]
-            self.inexact = self.inexact or not torch.equal(_moved(tensor, node.result.dtype), tensor)
+        if node.op == "tensor.constant" and is_wide(node.result.dtype):
+            exact = _literal(node)
+            self.inexact = self.inexact or not torch.equal(_moved(exact, node.result.dtype), exact)
         return True
 
     def _call(self, node: Node, scope: _Scope) -> None:
@@ -326,11 +326,15 @@ def _rounded(weight: Weight) -> torch.Tensor:
     return tensor if exact else _moved(tensor, weight.type.dtype, short_too=True)
 
 
+def _literal(constant: Node) -> torch.Tensor:
+    """The numbers of a constant as they are written."""
+    static: Any = constant.result.shape
+    return torch.tensor(constant.attrs["value"], dtype=torch.float64).reshape(static)
+
+
 def _moved(tensor: torch.Tensor, dtype: DType, *, short_too: bool = False) -> torch.Tensor:
     """Numbers that `dtype` can only have rounded (no eighths, no powers of two) moved by its unit roundoff, up and
     down in turn."""
-    if not is_wide(dtype):
-        return tensor
     x = tensor.to(torch.float64)
     sign = 1.0 - 2.0 * (torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape) % 2)
     moved = x * (1.0 + UNIT_ROUNDOFF[dtype] * sign)

@@ -17,7 +17,7 @@ _SAME = {"math.cast", "tensor.reshape", "tensor.transpose"}
 # what logits come from; anything else (a quotient of exponentials) may be scores in a form not known here
 _PRODUCERS = {"linear.linear", "linear.matmul", "quant.scaled_linear", "tensor.split", "tensor.slice"}
 
-PINS = ("ties", "some ties", "one expert")
+PINS = ("ties", "some ties", "one expert", "experts in turn")
 
 
 def router_logits(graph: Graph) -> list[Value]:
@@ -32,6 +32,11 @@ def router_logits(graph: Graph) -> list[Value]:
             if logits is not None:
                 found[logits] = None
     return list(found)
+
+
+def selects_by_size(graph: Graph) -> bool:
+    """Whether the graph chooses among floats, so that ties matter."""
+    return any(n.op in _SELECTS and n.operands[0] is not None and n.operands[0].dtype.is_float for n in graph.nodes)
 
 
 def _logits(chosen: Value) -> Value | None:
@@ -73,7 +78,8 @@ def _plausible(v: Value) -> bool:
 
 def pinned(logits: torch.Tensor, pin: str) -> torch.Tensor:
     """Logits [..., E] that depend on the row and the expert only: all tied; tied in groups that change with
-    the row; or every row's first choice the last expert, the others tied."""
+    the row; every row's first choice the last expert, the others tied; or row r's first choices the experts
+    r, r + 1, … without ties, so that every expert is used as soon as there are as many rows."""
     experts = logits.shape[-1]
     if pin == "ties":
         return torch.zeros_like(logits)
@@ -82,4 +88,6 @@ def pinned(logits: torch.Tensor, pin: str) -> torch.Tensor:
         row = torch.where(e == experts - 1, 4.0, 0.0)
         return row.expand(logits.shape).to(logits.dtype)
     rows = torch.arange(logits.numel() // experts if experts else 0)[:, None]
+    if pin == "experts in turn":
+        return (-((e - rows) % experts) / experts).to(logits.dtype).reshape(logits.shape)
     return ((rows * 5 + e * 3 + rows * e) % 4).to(logits.dtype).reshape(logits.shape)
