@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 
@@ -57,3 +58,18 @@ class Location:
 
     def __bool__(self) -> bool:
         return bool(self.frames)
+
+
+def source_of_class(cls: type) -> tuple[str, int]:
+    """File and line of a class, ("", 0) where it has none. Where its text is out of reach (a notebook, exec), those
+    of its first method, else of a base's."""
+    try:
+        return inspect.getsourcefile(cls) or "", inspect.getsourcelines(cls)[1]
+    except (OSError, TypeError):
+        for base in cls.__mro__:
+            codes = [fn.__code__ for fn in vars(base).values() if inspect.isfunction(fn)]
+            written = [(c.co_firstlineno, c.co_filename) for c in codes if c.co_filename != "<string>"]  # a dataclass's
+            if written:
+                line, file = min(written)
+                return file, line
+        return "", 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from moec.ir.dims import Dim
 from moec.ir.errors import CompileError
+from moec.ir.location import source_of_class
 from moec.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def op(
 
     def declare(cls: type) -> type:
         operands, attrs = [], {}
-        file, line = _source(cls)
+        file, line = source_of_class(cls)
         where = f"op {name} ({file}:{line})" if file else f"op {name}"
         try:
             hints = typing.get_type_hints(cls, include_extras=True)
@@ -226,16 +227,6 @@ def redeclared() -> int:
 
 def _path(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
-
-
-def _source(cls: type) -> tuple[str, int]:
-    """File and line of a class; those of its first method where the text is out of reach (a notebook, exec)."""
-    try:
-        return inspect.getsourcefile(cls) or "", inspect.getsourcelines(cls)[1]
-    except (OSError, TypeError):
-        codes = [fn.__code__ for fn in vars(cls).values() if inspect.isfunction(fn)]
-        first = min(codes, key=lambda code: code.co_firstlineno, default=None)
-        return (first.co_filename, first.co_firstlineno) if first is not None else ("", 0)
 
 
 def known(name: str) -> OpDef | None:

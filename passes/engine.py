@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.ir import Builder, CompileError, Graph, Location, Node, Value
 from moec.ir.compare import same_attrs
+from moec.ir.location import source_of_class
 from moec.ir.opdef import redeclared
 from moec.passes.base import Pass, Refusal, active_record
 from moec.passes.match import Match, Refused
@@ -63,11 +63,8 @@ def limited(limit: int | None = None) -> Iterator[Applications]:
 
 @lru_cache(maxsize=1024)
 def _source_of_class(cls: Any) -> str:
-    try:
-        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
-    except (OSError, TypeError):  # a class made at run time still has methods from somewhere
-        code = getattr(getattr(cls, "pattern", getattr(cls, "run", None)), "__code__", None)
-        return f"{code.co_filename}:{code.co_firstlineno}" if code else f"{cls.__module__}.{cls.__qualname__}"
+    file, line = source_of_class(cls)
+    return f"{file}:{line}" if file else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def source_of(rule: object) -> str:

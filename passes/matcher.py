@@ -213,6 +213,8 @@ class Matcher:
                     captured = extended.capture(p.name, value)
                     if captured is not None:
                         yield captured
+                    else:
+                        self._fail(extended, user, value, f"the same value as {p.name!r}", value)
             case Shared():
                 yield from self._value(p.inner, value, b, user)
             case Either():
@@ -248,6 +250,9 @@ class Matcher:
             captured = b.capture(p.name, number)
             if captured is not None:
                 yield captured
+            else:
+                expected = f"the constant {b.captures[p.name]}, as {p.name!r} is elsewhere"
+                self._fail(b, user, value, expected, f"the constant {number}")
         elif p.value is not None and same_constant(number, p.value, value.dtype, p.rtol):
             yield b
         else:
