@@ -18,6 +18,7 @@ from moec.passes.quantize import QuantizeFP8
 from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
 from moec.passes.rewrite import Match, Rewrite, RuleSet
+from moec.passes.simplify_positions import SimplifyPositions
 from moec.passes.spec import parse_pass, parse_passes, print_pass, print_passes
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Refusal",
     "Rewrite",
     "RuleSet",
+    "SimplifyPositions",
     "build_pipeline",
     "default_pipeline",
     "expert_coactivation",

@@ -1,11 +1,15 @@
-"""Attention: head sharing, and the eager form to `attention.sdpa`."""
+"""Attention: the eager form to `attention.sdpa`, head sharing, scales, and what masks prove."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from moec.ir import Value
+import torch
+
+from moec.ir import DType, Value
+from moec.passes.canonicalise import TransposeOfTranspose
+from moec.passes.fuse_mask import MASK_RULES, allowed_where, attention, attention_again, keeps_own_key
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 
@@ -25,8 +29,8 @@ class SharedHeads(Rewrite):
         k_all = p.reshape(p.expand(p.reshape(k, shape=p.attr("k5")), shape=p.attr("k_rep")), shape=p.attr())
         v_all = p.reshape(p.expand(p.reshape(v, shape=p.attr("v5")), shape=p.attr("v_rep")), shape=p.attr())
         return p.sdpa(
-            q, p.bind("k_all", k_all), p.bind("v_all", v_all), p.optional("mask"),
-            scale=p.attr("scale"), causal=p.attr("causal"),
+            q, p.bind("k_all", p.shared(k_all)), p.bind("v_all", p.shared(v_all)), p.optional("mask"),
+            p.optional("sinks"), scale=p.attr("scale"), causal=p.attr("causal"), softcap=p.attr("softcap"),
         )  # fmt: skip
 
     def when(self, m: Match) -> Refused | None:
@@ -39,43 +43,168 @@ class SharedHeads(Rewrite):
         return None
 
     def replace(self, b: Any, m: Match) -> Any:
-        return b.sdpa(m.q, m.k, m.v, m.mask, scale=m.scale, causal=m.causal)
+        return attention_again(b, m)
+
+
+@dataclass(frozen=True)
+class SoftmaxShift(Rewrite):
+    """softmax(x − amax(x)) → softmax(x), which takes its largest element off by itself"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return p.softmax(p.sub(x, p.amax(x, axes=(-1,), keepdim=True)), axis=-1)
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return b.softmax(m.x, axis=-1)
 
 
 @dataclass(frozen=True)
 class EagerAttention(Rewrite):
-    """softmax(q kᵀ · scale + mask) v → sdpa(q, k, v, mask)"""
+    """softmax(cap · tanh(q kᵀ · scale / cap) + mask) v → sdpa(q, k, v, mask), with or without scale, cap and mask; the
+    scale may divide, the mask may choose by `where`, the softmax may run in f32. `sunk`: with a column of sinks that
+    is cut off after the softmax."""
 
-    masked: bool = True
+    sunk: bool = False
 
     @property
     def name(self) -> str:
-        return "eager_attention" if self.masked else "eager_attention_unmasked"
+        return "eager_attention_sinks" if self.sunk else "eager_attention"
 
-    def pattern(self, p: Any, q: Any, k: Any, v: Any) -> Any:
-        scores = p.mul(p.matmul(q, p.transpose(k, perm=(0, 1, 3, 2))), p.const("scale"))
-        if self.masked:
-            scores = p.add(scores, p.any("mask"))
-        wide = p.maybe(lambda s: p.cast(s, dtype="f32"), scores)
-        weights = p.softmax(wide, axis=-1)
-        return p.matmul(p.maybe(lambda w: p.cast(w, dtype=p.attr()), weights), v)
+    def pattern(self, p: Any, q: Any, keys: Any, v: Any) -> Any:
+        raw = p.matmul(q, keys)
+        scores = p.either(p.mul(raw, p.const("scale")), p.div(raw, p.const("divisor")), raw)
+        inner = p.either(p.div(scores, p.const("softcap")), p.mul(scores, p.const("inverse_cap")))
+        scores = p.either(p.mul(p.tanh(inner), p.const("cap")), scores)
+        masked = p.either(
+            p.add(scores, p.any("mask")),
+            p.where(p.any("keep"), scores, p.const("low")),
+            p.where(p.not_(p.any("keep")), p.const("low"), scores),
+            p.where(p.any("drop"), p.const("low"), scores),
+            scores,
+        )
+        wide = p.maybe(lambda s: p.cast(s, dtype=p.attr("wide")), masked)
+        if self.sunk:
+            wide = p.concat(wide, p.bind("column", p.expand(p.any("sinks"), shape=p.attr())), axis=-1)
+        weights = p.maybe(lambda w: p.cast(w, dtype=p.attr("narrow")), p.softmax(wide, axis=-1))
+        if self.sunk:
+            weights = p.slice(weights, axis=-1, start=0, end=p.attr("end"))
+        return p.matmul(p.maybe(lambda w: p.cast(w, dtype=p.attr("narrow_later")), weights), v)
 
     def when(self, m: Match) -> Refused | None:
-        if not (m.q.type.rank == m.k.type.rank == m.v.type.rank == 4):
-            return m.no(f"q {m.q.type}, k {m.k.type} and v {m.v.type} must have rank 4", at=m.q)
-        if m.q.shape[1] != m.k.shape[1] or m.q.shape[0] != m.k.shape[0] or m.v.shape[:2] != m.k.shape[:2]:
-            return m.no(f"q {m.q.type}, k {m.k.type} and v {m.v.type} broadcast", at=m.k)
+        q, keys, v = m.q, m.keys, m.v
+        if not (q.type.rank == keys.type.rank == v.type.rank == 4):
+            return m.no(f"q {q.type}, kᵀ {keys.type} and v {v.type} must have rank 4", at=q)
+        if q.shape[:2] != keys.shape[:2] or v.shape[:2] != keys.shape[:2] or not isinstance(q.shape[1], int):
+            return m.no(f"q {q.type}, kᵀ {keys.type} and v {v.type} broadcast", at=keys)
+        if v.shape[2] != keys.shape[3] or not q.dtype == keys.dtype == v.dtype:
+            return m.no(f"v {v.type} are not the values of the keys {keys.type}", at=v)
+        wide = m.get("wide")
+        if wide is not None and wide not in (DType.F32, DType.F64, q.dtype):
+            return m.no(f"the softmax runs in {wide}", at=q)
+        if m.get("softcap", 1.0) <= 0 or (m.get("cap") is not None and not _same_cap(m)):
+            return m.no("the factors around tanh are not each other's inverse", at=q)
+        return self._check_mask(m) or (self._check_sinks(m) if self.sunk else None)
+
+    @staticmethod
+    def _check_mask(m: Match) -> Refused | None:
         mask = m.get("mask")
         if mask is not None and (mask.dtype != m.q.dtype or mask.type.rank > 4):
             return m.no(f"mask {mask.type} cannot be added in attention", at=mask)
+        choice = m.get("keep") or m.get("drop")
+        if choice is not None and choice.type.rank > 4:
+            return m.no(f"mask {choice.type} has more axes than the scores", at=choice)
+        low = m.get("low")
+        if low is not None and low > 0.99 * torch.finfo(m.q.dtype.torch).min:
+            return m.no(f"the mask writes {low}, which is not the lowest number", at=choice)
+        if low is not None and m.q.dtype == "f16" and not _never_empty(m):
+            return m.no(
+                "a query may be allowed no key at all, and f16 scores count beside the lowest number", at=choice
+            )
         return None
 
+    @staticmethod
+    def _check_sinks(m: Match) -> Refused | None:
+        heads = m.q.shape[1]
+        if m.sinks.shape not in ((1, heads, 1, 1), (heads, 1, 1)):
+            return m.no(f"sinks {m.sinks.type} are not one number per head", at=m.sinks)
+        if m.column.shape[-1] != 1 or m.end != m.keys.shape[3]:
+            return m.no(f"what is cut off after the softmax is not the sinks' column {m.column.type}", at=m.column)
+        return m.no(f"sinks {m.sinks.type} with q {m.q.type}", at=m.sinks) if m.sinks.dtype != m.q.dtype else None
+
     def replace(self, b: Any, m: Match) -> Any:
-        return b.sdpa(m.q, m.k, m.v, m.get("mask"), scale=m.scale)
+        scale = float(m.get("scale", 1.0)) / float(m.get("divisor", 1.0))
+        mask, low = m.get("mask"), m.get("low")
+        if low is not None:
+            allowed = m.get("keep") if m.get("keep") is not None else b.not_(m.drop)
+            zero, lowest = b.const(0.0, m.q.dtype), b.const(low, m.q.dtype)
+            mask = allowed if _never_empty(m) else b.where(allowed, zero, lowest)
+        k = b.transpose(m.keys, perm=(0, 1, 3, 2))
+        cap = m.get("cap")
+        sinks = b.reshape(m.sinks, shape=m.q.shape[1:2]) if self.sunk else None
+        return b.sdpa(m.q, k, m.v, mask, sinks, scale=scale, softcap=None if cap is None else float(cap))
+
+
+def _same_cap(m: Match) -> bool:
+    """tanh(x / cap) · cap, the division maybe a product with the inverse."""
+    inner = m.get("softcap") or 1.0 / m.inverse_cap
+    return m.cap > 0 and abs(inner - m.cap) <= 1e-5 * m.cap
+
+
+def _never_empty(m: Match) -> bool:
+    keep = m.get("keep")
+    return keep is not None and keeps_own_key(allowed_where(keep), m.q.shape[2], m.keys.shape[3])
+
+
+@dataclass(frozen=True)
+class ScaledOperand(Rewrite):
+    """sdpa(q · c, k, v) or sdpa(q, k · c, v), c a number → sdpa(q, k, v) with scale · c"""
+
+    side: str = "q"
+    divides: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"scaled_{self.side}{'_divided' if self.divides else ''}"
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        factor = p.const("factor")
+        scaled = p.bind("scaled", p.shared(p.div(x, factor) if self.divides else p.mul(x, factor)))
+        if self.side == "q":
+            return attention(p, p.optional("mask"), q=scaled)
+        return attention(p, p.optional("mask"), k=scaled)
+
+    def when(self, m: Match) -> Refused | None:
+        return m.no(f"{m.scaled.type} broadcasts {m.x.type}", at=m.x) if m.x.type != m.scaled.type else None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        scale = m.scale / m.factor if self.divides else m.scale * m.factor
+        return attention_again(b, m, **{self.side: m.x}, scale=scale)
+
+
+@dataclass(frozen=True)
+class MovedUnitAxes(Rewrite):
+    """transpose that only moves axes of one element (one key head, say) → reshape"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return p.transpose(x, perm=p.attr("perm"))
+
+    def when(self, m: Match) -> Refused | None:
+        order = [i for i in m.perm if m.x.shape[i] != 1]
+        return m.no("it moves longer axes") if order != sorted(order) else None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return b.reshape(m.x, shape=m.root.shape)
 
 
 @dataclass(frozen=True)
 class FuseAttention(RuleSet):
-    """Eager attention and repeated heads to `attention.sdpa`."""
+    """Attention however it is written, to `attention.sdpa` with as little mask as there has to be."""
 
-    rules: tuple[Rewrite, ...] = (SharedHeads(), EagerAttention(True), EagerAttention(False))
+    rules: tuple[Rewrite, ...] = (
+        SoftmaxShift(),
+        EagerAttention(),
+        EagerAttention(sunk=True),
+        TransposeOfTranspose(),
+        SharedHeads(),
+        *(ScaledOperand(side, divides) for side in ("q", "k") for divides in (False, True)),
+        *MASK_RULES,
+    )

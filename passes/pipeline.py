@@ -23,6 +23,7 @@ from moec.passes.quantize import QuantizeFP8
 from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
 from moec.passes.rewrite import Rewrite, RuleSet, source_of
+from moec.passes.simplify_positions import SimplifyPositions
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,9 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
     """What `moec.compile` runs with passes=None."""
     quantization = Quantization.of(quantize)
     # single numbers only: the fusions look for masks, tables and transposed weights as they were written
-    clean = (DeadCode(), Canonicalise(), FoldConstants(limit=8), CommonSubexpressions())
-    fuse = (FuseNorm(), FuseRoPE(), FuseAttention(), RaiseMoE(), RaiseUnrolledExperts(), FuseMLP())
+    clean = (DeadCode(), Canonicalise(), FoldConstants(limit=8), CommonSubexpressions(), SimplifyPositions())
+    # rotary embedding before norms: the sum that ends it is no residual
+    fuse = (FuseRoPE(), FuseNorm(), FuseAttention(), RaiseMoE(), RaiseUnrolledExperts(), FuseMLP())
     tidy = (FoldConstants(), Canonicalise(), CommonSubexpressions(), DeadCode())
     phases = [Phase("clean", clean), Phase("fuse", fuse), Phase("tidy", tidy)]
     if quantization is not None:
