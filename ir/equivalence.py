@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moec.ir.cases import Case, candidate_bindings, fits, make_inputs, with_data
+from moec.ir.compare import difference
 from moec.ir.dims import evaluate
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Value
@@ -67,8 +68,9 @@ class Oracle:
     """What `graph` means: its outputs on seeded cases, computed once; `difference(other)` compares.
 
     The cases are at least three bindings of the dims (all 1, odd, larger; each symbol 0 where the graph runs
-    there), and where a router is seen also ties and all tokens to one expert. `inputs`: run on these tensors
-    only (in the graph's own dtypes). Raises CompileError where the graph itself runs under no binding.
+    there), and where it chooses among floats also ties, all tokens to one expert, every expert in turn.
+    `inputs`: run on these tensors only (in the graph's own dtypes). Raises CompileError where the graph itself
+    runs under no binding.
     """
 
     graph: Graph
@@ -107,7 +109,7 @@ class Oracle:
             tried.append(binding)
             seed = self.seed if symbols else self.seed + i
             try:
-                found += self._at(binding, seed, zero)
+                found += self._at(binding, seed, None if zero else runs)
                 runs += not zero
             except CompileError as e:
                 failure = e  # sizes that this graph does not take, unless it takes none
@@ -121,7 +123,9 @@ class Oracle:
             )
         return found
 
-    def _at(self, binding: dict[str, int], seed: int, zero: bool) -> list[_Reference]:
+    def _at(self, binding: dict[str, int], seed: int, run: int | None) -> list[_Reference]:
+        """The cases of one binding: `run` counts the bindings without zeros. Choices of experts are tried in the
+        second, where there are few rows, and in the third, where there are many."""
         label = ", ".join(f"{n}={s}" for n, s in binding.items()) or f"seed {seed}"
         inputs = make_inputs(self.graph, binding, seed)
         first = self._run(Case(label, binding, inputs))
@@ -129,10 +133,9 @@ class Oracle:
         if any(bool(t.isnan().any()) for t in first.outputs if t.is_floating_point()):
             positive = make_inputs(self.graph, binding, seed, positive=True)
             found.append(self._run(Case(f"{label}, positive inputs", binding, positive)))
-        if self._logits and not zero:
-            pins = [Case(f"{label}, {pin} in the router", binding, inputs, pin) for pin in PINS]
-            found += [self._run(case, first.slack) for case in pins]
-        if selects_by_size(self._promoted.graph) and not zero:
+        for pin in {1: PINS[:-1], 2: PINS[-1:]}.get(run or 0, ()) if self._logits else ():
+            found.append(self._run(Case(f"{label}, {pin} in the router", binding, inputs, pin), first.slack))
+        if run == 1 and selects_by_size(self._promoted.graph) and any(t.is_floating_point() for t in inputs):
             # ties again, in a form that depends on no router being recognised
             for what, change in (("zero", torch.zeros_like), ("whole-number", torch.round)):
                 plain = tuple(change(t) if t.is_floating_point() else t for t in inputs)
@@ -140,11 +143,16 @@ class Oracle:
         return found
 
     def _run(self, case: Case, slack: list[float] | None = None) -> _Reference:
-        seen: dict[Value, torch.Tensor] = {}
-        outputs = evaluate_promoted(self._promoted.graph, case, self._logits, seen.__setitem__)
+        logits: dict[Value, torch.Tensor] = dict.fromkeys(self._logits, torch.empty(0))
+
+        def see(value: Value, tensor: torch.Tensor) -> None:
+            if value in logits:
+                logits[value] = tensor
+
+        outputs = evaluate_promoted(self._promoted.graph, case, self._logits, see)
         if slack is None:
             slack = _slack(outputs, self._promoted.rounded, case)
-        return _Reference(case, outputs, slack, [seen[v] for v in self._logits])
+        return _Reference(case, outputs, slack, list(logits.values()))
 
     @property
     def cases(self) -> list[Case]:
@@ -164,6 +172,8 @@ class Oracle:
         """How `other` differs first, or None. `tolerance`: what may remain, relative to the largest magnitude of
         an output (None: what float64 leaves, see RELATIVE; more where ops with f32 inside take part). Weights of
         `other` without data get the data that the same names have here."""
+        if _same(self.graph, other):
+            return None
         signature = _signature(self.graph, other)
         if signature is not None:
             return Difference(signature)
@@ -313,6 +323,15 @@ def _slack(outputs: list[torch.Tensor], rounded: Graph | None, case: Case) -> li
     if rounded is None:
         return [0.0] * len(outputs)
     return [_distance(a, b) for a, b in zip(outputs, evaluate_promoted(rounded, case), strict=True)]
+
+
+def _same(before: Graph, after: Graph) -> bool:
+    """Equal, down to where the weights' data comes from."""
+    if difference(before, after) is not None:
+        return False
+    pairs = [(before, after), *((fn, after.functions[name]) for name, fn in before.functions.items())]
+    sources = [(v.weight, b.weights[n].weight) for a, b in pairs for n, v in a.weights.items()]
+    return all(v is not None and w is not None and v.source is w.source for v, w in sources)
 
 
 def _signature(before: Graph, after: Graph) -> str | None:

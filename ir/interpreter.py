@@ -85,7 +85,7 @@ def evaluate_node(
         )
     for r, v in zip(results, node.results, strict=True):
         shape = tuple(evaluate(s, binding) for s in v.shape)
-        if TensorType.of(r) != TensorType(v.dtype, shape):
+        if DType.of(r.dtype) is not v.dtype or tuple(r.shape) != shape:
             raise CompileError(
                 f"{node.op} gave {TensorType.of(r)}, its type says {v.dtype}{list(shape)}",
                 code="execution",
