@@ -45,7 +45,7 @@ class Names:
     or stands for the same traced value, so that listings differ only where graphs do."""
 
     def __init__(self, graph: Graph, earlier: Names | None = None):
-        self.next = earlier.next if earlier else 0
+        self.next: int = earlier.next if earlier else 0
         self.by_meaning: dict[tuple, list[str]] = {}
         self.by_origin: dict[str, str] = {}
         self.of: dict[Value, str] = {}
