@@ -11,6 +11,7 @@ from moec.passes.base import Pass
 from moec.passes.cleanup import DeadCode
 from moec.passes.matcher import scalar_constant
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
+from moec.passes.simplify_math import MATH_RULES
 
 # ops whose `axis`/`axes` count from the end, so that patterns can say "the last axis" for any rank
 _FROM_END = {
@@ -85,21 +86,35 @@ class CastToSame(Rewrite):
         return m.x
 
 
+# what holds every value of a dtype; any number type tells 0 from 1
+_HOLDS = {
+    DType.BF16: (DType.F32, DType.F64),
+    DType.F16: (DType.F32, DType.F64),
+    DType.F32: (DType.F64,),
+    DType.I32: (DType.I64, DType.F64),
+    DType.I16: (DType.I32, DType.I64, DType.F32, DType.F64),
+    DType.I8: (DType.I16, DType.I32, DType.I64, DType.BF16, DType.F16, DType.F32, DType.F64),
+    DType.U8: (DType.I16, DType.I32, DType.I64, DType.BF16, DType.F16, DType.F32, DType.F64),
+    DType.BOOL: (
+        DType.U8, DType.I8, DType.I16, DType.I32, DType.I64, DType.BF16, DType.F16, DType.F32, DType.F64,
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
-class CastThereAndBack(Rewrite):
-    """cast(cast(x, wider), dtype of x) → x"""
+class CastOfCast(Rewrite):
+    """cast(cast(x, wider), dtype) → cast(x, dtype), or x where that is its own dtype"""
 
     def pattern(self, p: Any, x: Any) -> Any:
-        return p.cast(p.cast(x, dtype=p.attr("wide")), dtype=p.attr("dtype"))
+        return p.cast(p.shared(p.cast(x, dtype=p.attr("wide"))), dtype=p.attr("dtype"))
 
     def when(self, m: Match) -> Refused | None:
-        lossless = {DType.BF16: (DType.F32, DType.F64), DType.F16: (DType.F32, DType.F64), DType.F32: (DType.F64,)}
-        if m.dtype != m.x.dtype or m.wide not in lossless.get(m.x.dtype, ()):
-            return m.no(f"{m.x.dtype} → {m.wide} → {m.dtype} does not return every value")
+        if m.wide not in _HOLDS.get(m.x.dtype, ()):
+            return m.no(f"{m.wide} does not hold every {m.x.dtype} that becomes {m.dtype}")
         return None
 
     def replace(self, b: Any, m: Match) -> Any:
-        return m.x
+        return m.x if m.dtype == m.x.dtype else b.cast(m.x, dtype=m.dtype)
 
 
 @dataclass(frozen=True)
@@ -296,10 +311,10 @@ class MatMulToLinear(Rewrite):
 
 @dataclass(frozen=True)
 class LinearBias(Rewrite):
-    """linear(x, w) + bias → linear(x, w, bias)"""
+    """linear(x, w, b) + bias → linear(x, w, b + bias), or linear(x, w, bias) without b"""
 
     def pattern(self, p: Any, x: Any, w: Any, bias: Any) -> Any:
-        return p.add(p.linear_linear(x, w), bias)
+        return p.add(p.linear_linear(x, w, p.optional("first")), bias)
 
     def when(self, m: Match) -> Refused | None:
         if m.bias.shape != m.w.shape[:1] or not is_parameter(m.bias):
@@ -307,7 +322,7 @@ class LinearBias(Rewrite):
         return None
 
     def replace(self, b: Any, m: Match) -> Any:
-        return b.linear_linear(m.x, m.w, m.bias)
+        return b.linear_linear(m.x, m.w, m.bias if m.first is None else b.add(m.first, m.bias))
 
 
 def is_parameter(v: Value) -> bool:
@@ -321,7 +336,7 @@ def is_parameter(v: Value) -> bool:
 
 RULES: tuple[Rewrite, ...] = (
     CastToSame(),
-    CastThereAndBack(),
+    CastOfCast(),
     CastOfReshape(),
     ReshapeOfReshape(),
     *(NoOpShape(f"tensor.{op}") for op in ("reshape", "expand", "slice", "transpose", "concat", "split")),
@@ -339,6 +354,7 @@ RULES: tuple[Rewrite, ...] = (
     Silu(),
     MatMulToLinear(),
     LinearBias(),
+    *MATH_RULES,
 )
 
 
@@ -348,6 +364,7 @@ class Canonicalise(Pass):
     use would keep later rules from matching."""
 
     def run(self, graph: Graph) -> Graph:
-        graph = NormaliseAxes().run(graph)
+        # broadcasts go first, since rules look for the scalars under them, and again where rules uncovered more
+        graph = DropBroadcasts().run(NormaliseAxes().run(graph))
         graph = RuleSet(RULES, quiet=True).run(graph)
         return DeadCode().run(DropBroadcasts().run(graph))
