@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -146,24 +146,32 @@ class _Search:
         p, graph = self.passes[index], self.stages[index]
         self.step(f"applications of {p.name}")
 
+        @cache
         def trial(limit: int | None) -> tuple[Graph | None, Fault | None, list[Application]]:
             with limited(limit) as applied:
-                result, fault = attempt(p, graph)
-            return result, judge.examine(result) if result is not None else fault, applied.applications
+                return *attempt(p, graph), applied.applications
 
-        _, whole, applications = trial(None)
+        @cache
+        def fault_after(limit: int) -> Fault | None:
+            result, raised, _ = trial(limit)
+            return judge.examine(result) if result is not None else raised
+
+        whole, raised, applications = trial(None)
         count = len(applications)
-        first, at_zero, _ = trial(0)
-        if whole is None or at_zero is not None or not count:
-            return self._pass_culprit(index, at_zero or fault, first)
-        if whole.kind == "endless":
+        if raised is None and fault.kind in ("crash", "endless"):
+            self.notices.append("the pass raised in one run and not in the next: it is not deterministic")
+        # without an application, a rule or rule set changes nothing
+        by_itself = None if isinstance(p, Rewrite | RuleSet) or not count else fault_after(0)
+        if not count or by_itself is not None:
+            return self._pass_culprit(index, by_itself or fault, trial(0)[0])
+        if fault.kind == "endless":
             number = _start_of_loop(applications)
-        elif trial(count)[1] is not None:
-            number, _ = self._first(0, count, lambda n: trial(n)[1])
+        elif whole is not None or trial(count)[0] is None:
+            number, fault = self._first(0, count, lambda n: fault_after(n) if n < count else raised or fault)
         else:  # it raised between applications: in a pattern or a `when`
-            return self._pass_culprit(index, whole, trial(count)[0])
+            return self._pass_culprit(index, fault, trial(count)[0])
         before = trial(number - 1)[0]
-        after, fault_there, there = trial(number)
+        after, _, there = trial(number)
         application = applications[number - 1]
         if there[-1].name != application.name or there[-1].location != application.location:
             self.notices.append("rules are applied in another order in every run; the application may be another one")
@@ -174,7 +182,7 @@ class _Search:
             index,
             number,
             count,
-            whole if whole.kind == "endless" else fault_there or whole,
+            fault,
             application.location,
             before,
             after,

@@ -193,14 +193,14 @@ def _lookup(module: ModuleType, qualname: str) -> Any:
 
 
 def _importable(module: str, file: str) -> bool:
-    """Whether `import module` in a process with this `sys.path` finds that file."""
+    """Whether `import module` in a process with this `sys.path` finds that file, in a package with `__init__.py`."""
     path = None
     spec = None
     name = ""
     for part in module.split("."):
         name = f"{name}.{part}" if name else part
         spec = PathFinder.find_spec(name, path)
-        if spec is None:
+        if spec is None or spec.origin is None:
             return False
         path = spec.submodule_search_locations
     return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == Path(file).resolve()
