@@ -11,10 +11,14 @@ from moec.ir.printer import print_graph
 
 def canonical_text(graph: Graph, *, unused_weights: bool = True) -> str:
     """The text format without locations and origins; nodes in the order in which the outputs need them (dead ones
-    last), weights by name. `unused_weights=False` drops weights without uses."""
+    last), weights by name. `unused_weights=False` drops weights and constants without uses, such as those that a rule
+    matched by value."""
     graph = graph.clone()
     for g in (graph, *graph.functions.values()):
         if not unused_weights:
+            for node in list(g.nodes):
+                if node.op == "tensor.constant" and not node.result.uses and not node.result.is_output:
+                    g.erase(node)
             g.prune_weights()
         for v in g.inputs:
             v.origins = frozenset([v.name or ""])
