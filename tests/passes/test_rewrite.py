@@ -332,6 +332,38 @@ def test_an_escaping_inner_value_is_reported_with_the_rule_and_its_line():
     )
 
 
+def test_a_loop_ends_early_in_a_large_graph():
+    def body(b, x, y):
+        for _ in range(500):
+            x = b.exp(x)
+        return b.silu(x)
+
+    loops = rule(lambda s, p, x: p.silu(x), lambda s, b, m: b.silu(b.neg(m.x)))
+    with pytest.raises(CompileError, match="do not terminate") as error:
+        loops.run(graph_of(body))
+    fired = int(re.search(r"fired (\d+) times", str(error.value))[1])
+    assert fired < 2000
+
+
+def test_a_rule_that_multiplies_ends():
+    grows = rule(lambda s, p, x: p.silu(x), lambda s, b, m: b.add(b.silu(b.neg(m.x)), b.silu(b.exp(m.x))))
+    with pytest.raises(CompileError, match="do not terminate"):
+        grows.run(graph_of(lambda b, x, y: b.silu(x)))
+
+
+def test_a_shared_part_lends_neither_its_location_nor_its_life():
+    def body(b, x, y):
+        b.location = Location.at("tables", "m.py", 1)
+        s = b.silu(x)
+        b.location = Location.at("mlp", "m.py", 2)
+        return b.mul(s, y)
+
+    r = rule(lambda s, p, x, y: p.mul(p.shared(p.silu(x)), y), lambda s, b, m: b.swiglu(m.x, m.y))
+    after = r.run(graph_of(body))
+    assert ops(after) == ["math.silu", "math.swiglu"]
+    assert after.find("swiglu")[0].location == Location.at("mlp", "m.py", 2)
+
+
 def test_two_rules_that_undo_each_other_are_both_named():
     a = rule(lambda s, p, x: p.silu(x), lambda s, b, m: b.mul(m.x, b.sigmoid(m.x)))
     b = Unsilu()
