@@ -28,21 +28,21 @@ def shape_of(m: Match, name: str) -> tuple:
 
 
 def build(b: Any, m: Match, name: str) -> Value:
-    """[E, N, K] of what `stored` matched; a weight that is stored [E, K, N] is transposed when it is first read."""
+    """[E, N, K] of what `stored` matched"""
     if m.get(name) is not None:
         return m.get(name)
     return transposed(b, m.get(f"{name}_t"))
 
 
 def transposed(b: Any, value: Value) -> Value:
-    """value [E, K, N] → [E, N, K]."""
+    """value [E, K, N] → [E, N, K]; of a weight a view, which takes no memory of its own."""
     weight = value.weight
     if weight is None:
         return b.transpose(value, perm=(0, 2, 1))
     e, k, n = weight.type.shape
 
     def compute() -> torch.Tensor:
-        return weight.load().transpose(1, 2).contiguous()
+        return weight.load().transpose(1, 2)
 
     return b.weight(f"{weight.name}.transposed", compute, weight.type.with_shape((e, n, k)))
 

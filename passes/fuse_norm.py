@@ -1,10 +1,11 @@
-"""RMSNorm and residual add + RMSNorm."""
+"""RMSNorm, residual add + RMSNorm, and the pass over all norms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from moec.passes.fuse_layer_norm import LAYER_NORM_RULES
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 
@@ -44,12 +45,14 @@ class RMSNormWeight(Rewrite):
         return p.mul(weight, p.rms(x, None, eps=p.attr("eps")))
 
     def when(self, m: Match) -> Refused | None:
-        if m.weight.shape != m.x.shape[-1:]:
-            return m.no(f"weight {m.weight.type} is not one number per channel", at=m.weight)
+        w, x = m.weight, m.x
+        if w.shape[-1:] != x.shape[-1:] or any(s != 1 for s in w.shape[:-1]) or w.type.rank > x.type.rank:
+            return m.no(f"weight {w.type} is not one number per channel", at=w)
         return None
 
     def replace(self, b: Any, m: Match) -> Any:
-        return b.rms(m.x, m.weight, eps=m.eps)
+        weight = m.weight if m.weight.type.rank == 1 else b.reshape(m.weight, shape=m.weight.shape[-1:])
+        return b.rms(m.x, weight, eps=m.eps)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class AddRMSNorm(Rewrite):
 
 @dataclass(frozen=True)
 class FuseNorm(RuleSet):
-    """RMSNorm in f32 or with casts, its weight, and the residual add before it."""
+    """RMSNorm and LayerNorm in f32 or with casts, their weights and biases, and the residual add before an RMSNorm."""
 
-    rules: tuple[Rewrite, ...] = (RMSNormCore(), RMSNormCast(), RMSNormWeight(), AddRMSNorm())
+    # a LayerNorm is also the RMSNorm of the centred value, so its rules come first
+    rules: tuple[Rewrite, ...] = (*LAYER_NORM_RULES, RMSNormCore(), RMSNormCast(), RMSNormWeight(), AddRMSNorm())
