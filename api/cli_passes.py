@@ -19,7 +19,8 @@ def explain(
     source: Source,
     at: Annotated[str | None, typer.Option(help="only in this module, as layers.3.mlp")] = None,
     before: Annotated[
-        str | None, typer.Option(help="on the graph before this pass; default: where the rule is in the pipeline")
+        str | None,
+        typer.Option(help="on the graph before this pass or phase; default: where the pipeline has the rule"),
     ] = None,
     batch: Batch = 2,
     seq: Seq = 24,
@@ -41,7 +42,7 @@ def _graph_for(rule: Pass, source: str, before: str | None, batch: int, seq: int
     """The graph that a rule meets, and which one it is in words."""
     import moec
     from moec.ir import Graph
-    from moec.passes import Pipeline, default_pipeline
+    from moec.passes import DeadCode, Pipeline, default_pipeline
     from moec.specs import resolve
 
     if Path(source).is_dir():
@@ -51,13 +52,15 @@ def _graph_for(rule: Pass, source: str, before: str | None, batch: int, seq: int
         return target.model, f"the graph in {source}"
     graph = moec.trace(target.model, target.args, dynamic_shapes=target.dynamic_shapes)
     passes = default_pipeline().passes
-    names = [p.name for p in passes]
     if before is not None:
-        default_pipeline().drop(before)  # raises with the nearest name
-        count = names.index(before.rpartition(".")[2])
+        marker = DeadCode()
+        marked = default_pipeline().insert_before(before, marker).passes
+        count = next(i for i, p in enumerate(marked) if p is marker)
     else:
         count = next((i for i, p in enumerate(passes) if _holds(p, rule)), len(passes))
-    stage = f"the graph before pass {names[count]}" if count < len(passes) else "the graph after the default passes"
+    stage = (
+        f"the graph before pass {passes[count].name}" if count < len(passes) else "the graph after the default passes"
+    )
     return Pipeline(passes[:count]).run(graph)[0], stage
 
 

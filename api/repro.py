@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moec.ir import ArgumentValueError, CompileError, Graph, parse
@@ -46,8 +47,9 @@ def load_graph(path: str | Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
     try:
         data = load_file(beside)
         graph.bind_weights({n.removeprefix(_WEIGHT): t for n, t in data.items() if n.startswith(_WEIGHT)})
-    except (OSError, ValueError) as e:
-        raise ArgumentValueError(f"cannot use {beside}: {e}", code="arguments") from None
+    except (OSError, SafetensorError, CompileError) as e:
+        reason = e.message if isinstance(e, CompileError) else str(e)
+        raise ArgumentValueError(f"cannot use {beside}: {reason}", code="arguments") from None
     given = [data.get(f"{_INPUT}{v.name}") for v in graph.inputs]
     return graph, tuple(t for t in given if t is not None) if all(t is not None for t in given) else ()
 

@@ -8,11 +8,16 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import moec
 from moec.cli import app
 from moec.ir import CompileError
+from moec.repro import load_graph, save_graph
+
+from . import wrong_rules
+from .samples import MLP, bind
 
 runner = CliRunner()
 
@@ -71,6 +76,118 @@ def test_generate_from_a_saved_folder(compiled_lm, tmp_path):
 def test_compare_exits_with_one_where_backends_differ(module, monkeypatch):
     monkeypatch.setattr("moec.comparison.Comparison.ok", False)
     assert call("compare", f"{module}:model").exit_code == 1
+
+
+WRONG = f"{wrong_rules.__file__}:WrongSilu"
+
+
+@pytest.fixture
+def ir_file(tmp_path):
+    path = tmp_path / "mlp.ir"
+    path.write_text(MLP)
+    return path
+
+
+def test_passes_by_name(module, tmp_path, ir_file):
+    """--pass on every command that runs passes."""
+    dump = tmp_path / "dump"
+    done = call("compile", f"{module}:model", "--out", tmp_path / "o", "--backend", "reference", "--dump", dump,
+                "--pass", "fuse_swiglu{max=3}", "--pass", "dead_code, fold_constants{limit=8}")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    names = [p.stem.split("_", 1)[1] for p in sorted(dump.glob("*.ir"))]
+    assert names[-4:] == ["fuse_swiglu", "dead_code", "fold_constants", "legalise"]
+    done = call("inspect", f"{module}:model", "--pass", WRONG)
+    assert done.exit_code == 0, done.output
+    assert "math.sigmoid(" in done.output
+    assert "math.silu(" not in done.output
+    done = call("compare", f"{module}:model", "--backends", "eager,reference", "--pass", WRONG)
+    assert done.exit_code == 1, done.output
+
+
+def test_ir_files(ir_file, tmp_path):
+    done = call("inspect", ir_file)
+    assert done.exit_code == 0, done.output
+    assert "norm.rms(%x, @norm)" in done.output
+    done = call("inspect", ir_file, "--pass", WRONG, "--no-ir")
+    assert done.exit_code == 0, done.output
+    assert "math.sigmoid" in done.output
+    assert "norm.rms(%x" not in done.output
+    done = call("compare", ir_file)
+    assert done.exit_code == 0, done.output
+    with pytest.raises(CompileError, match="has no data"):
+        runner.invoke(app, ["compile", str(ir_file), "--out", str(tmp_path / "o")], catch_exceptions=False)
+    inputs = (torch.randn(5, 16), torch.arange(5))
+    save_graph(bind(moec.parse(MLP)), ir_file, inputs, header="what it is\nand why")
+    graph, stored = load_graph(ir_file)
+    assert all(torch.equal(a, b) for a, b in zip(stored, inputs, strict=True))
+    done = call("compile", ir_file, "--out", tmp_path / "o", "--backend", "onnxruntime")
+    assert done.exit_code == 0, done.output
+    expected = moec.compile(graph, backend="reference")(*inputs)[0]
+    torch.testing.assert_close(moec.load(tmp_path / "o")(*inputs)[0], expected)
+
+
+@pytest.mark.parametrize("text", [b"graph(%x: f32[2]) -> (%y: f32[2]) {", b"\xff\xfe", None])
+def test_bad_ir_files(tmp_path, text):
+    path = tmp_path / "bad.ir"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(CompileError, match=r"bad\.ir"):
+        runner.invoke(app, ["inspect", str(path)], catch_exceptions=False)
+
+
+def test_bad_data_beside_an_ir_file(ir_file):
+    beside = ir_file.with_suffix(".safetensors")
+    beside.write_bytes(b"nonsense")
+    with pytest.raises(CompileError, match=r"mlp\.safetensors: .*header"):
+        load_graph(ir_file)
+    save_file({"weight.up": torch.ones(3)}, beside)
+    with pytest.raises(CompileError, match=r"mlp\.safetensors: 'up': declared f32\[32, 16\], got f32\[3\]"):
+        load_graph(ir_file)
+
+
+def test_explain(module, ir_file, tmp_path):
+    done = call("explain", "silu", f"{module}:model")
+    assert done.exit_code == 0, done.output
+    assert "there is no math.mul" in done.output
+    done = call("explain", WRONG, ir_file)
+    assert done.output.startswith(f"the graph in {ir_file}")
+    assert "1 match" in done.output
+    assert "wrong_rules.py:" in done.output
+    done = call("explain", f"{wrong_rules.__file__}:RightThenWrong", ir_file, "--at", "elsewhere")
+    assert "there is no math.mul in elsewhere" in done.output
+    done = call("explain", "fuse_norm", f"{module}:model", "--before", "clean")
+    assert done.output.startswith("the graph before pass dead_code")
+    done = call("explain", "fuse_norm", f"{module}:model")
+    assert done.output.startswith("the graph before pass fuse_norm")
+    done = call("explain", "fuse_norm", f"{module}:model", "--before", "tidy.canonicalise")
+    assert done.output.startswith("the graph before pass canonicalise")
+    assert "there is no" in done.output
+    for says, words in (
+        ("no pass 'fuse_nrm'", ["fuse_norm", f"{module}:model", "--before", "fuse_nrm"]),
+        ("occurs 2 times", ["fuse_norm", f"{module}:model", "--before", "dead_code"]),
+        ("is not a Rewrite", ["dead_code", str(ir_file)]),
+    ):
+        with pytest.raises(CompileError, match=says):
+            runner.invoke(app, ["explain", *words], catch_exceptions=False)
+
+
+def test_bisect(module, ir_file, tmp_path):
+    done = call("bisect", f"{module}:model")
+    assert done.exit_code == 0, done.output
+    assert "nothing is wrong" in done.output
+    done = call("bisect", ir_file, "--backend", "onnxruntime")
+    assert done.exit_code == 0, done.output
+    done = call("bisect", f"{module}:model", "--pass", f"dead_code, {WRONG}", "--out", tmp_path / "small")
+    assert done.exit_code == 1, done.output
+    assert "rule wrong_silu" in done.output
+    done = call("bisect", tmp_path / "small" / "culprit.ir", "--pass", WRONG)
+    assert done.exit_code == 1, done.output
+    assert "number 1 of the pipeline" in done.output
+
+
+def test_bad_passes_name_the_column():
+    with pytest.raises(CompileError, match="column 13: fuse_swiglu has no option 'mx'"):
+        runner.invoke(app, ["bisect", "trained", "--pass", "fuse_swiglu{mx=3}"], catch_exceptions=False)
 
 
 def test_place(tmp_path):
