@@ -70,6 +70,33 @@ def test_reference_keeps_inputs_unchanged():
             ), opdef.name
 
 
+def test_declared_and_inferred_results_must_agree():
+    from moec.ir.opdef import _BARE, _OPS, Operand, op
+
+    class Halves:
+        """Both halves of the last axis."""
+
+        x: Operand
+
+        def infer(self):
+            return self.x, self.x
+
+        def reference(self):
+            return self.x, self.x
+
+    Halves.__annotations__ = {"x": Operand}
+    op("test.halves")(Halves)
+    try:
+        graph = Graph()
+        x = graph.add_input("x", TensorType("f32", (3,)))
+        with pytest.raises(
+            CompileError, match=r"declared with 1 results, infer\(\) gives 2\n.*results=2\) at .*test_ops"
+        ):
+            Builder(graph).op("test.halves", [x])
+    finally:
+        _BARE.pop("halves"), _OPS.pop("test.halves")
+
+
 def test_every_op_has_a_docstring():
     assert [o.name for o in all_ops() if not o.doc.strip()] == []
 

@@ -228,6 +228,13 @@ def test_a_diff_shows_only_what_changed(tmp_path):
     assert [s["name"] for s in steps] == ["dead_code", "twice"]
 
 
+def test_a_diff_keeps_the_name_of_a_traced_value(tmp_path):
+    graph = parse(TEXT)
+    graph.outputs[0].origins = frozenset({"mul_3"})
+    Pipeline((FuseMLP(),)).run(graph, dump=tmp_path)
+    assert "+  %1: f32[B, 4] = math.swiglu(%x, %y)" in (tmp_path / "01_fuse_mlp.diff").read_text().splitlines()
+
+
 def test_the_replay_page_holds_no_markup_of_the_model(tmp_path):
     graph = parse(TEXT.replace("%x", '%"</script><b>"'))
     Pipeline((DeadCode(),)).run(graph, dump=tmp_path)
