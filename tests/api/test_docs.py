@@ -1,8 +1,11 @@
-"""Every Python block of README.md and docs/ runs, in order, in a fresh folder."""
+"""Every code block of README.md and docs/ runs, in order, in a fresh folder; one with a title becomes that file."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,18 +14,39 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(path: Path) -> list[tuple[int, str]]:
+def blocks(path: Path) -> list[tuple[int, str, str | None, str]]:
+    """(line, language, title, text)"""
     text = path.read_text("utf-8")
-    return [(text.count("\n", 0, m.start(1)), m[1]) for m in re.finditer(r"^```python\n(.*?)^```", text, re.S | re.M)]
+    found = re.finditer(r'^```(python|sh)(?: title="([^"]+)")?\n(.*?)^```', text, re.S | re.M)
+    return [(text.count("\n", 0, m.start(3)), m[1], m[2], m[3]) for m in found]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A fresh current folder, whose modules are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(f"{tmp_path}/"):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
-def test_code_runs(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_code_runs(path, folder, capsys):
     assert blocks(path)
     namespace: dict = {"__name__": "docs"}
-    for line, code in blocks(path):
-        exec(compile("\n" * line + code, str(path), "exec"), namespace)
+    for line, language, title, code in blocks(path):
+        if title is not None:
+            (folder / title).write_text(code, "utf-8")
+        elif language == "sh":
+            programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            done = subprocess.run(
+                ["sh", "-ec", code], env=os.environ | {"PATH": programs}, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{path.name}:{line}\n{done.stdout}{done.stderr}"
+        else:
+            exec(compile("\n" * line + code, str(path), "exec"), namespace)
 
 
 def test_links_lead_somewhere():
