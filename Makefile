@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs clean bench-passes
+.PHONY: demo test lint graphs matrix clean bench-passes
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -20,6 +20,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=typelinks $(BIN)/mypy -p moec
+
+# every pass on every stored graph
+matrix: $(STAMP)
+	MOEC_MATRIX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/passes/test_matrix.py
 
 # the stored graphs of tests/model_matrix.py, traced again
 graphs: $(STAMP)

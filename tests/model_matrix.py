@@ -36,6 +36,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 WIDE_HEADS = {"head_dim": 16}
+SPARSE = {"mlp_layer_types": ["sparse"]}
 TWO_LAYERS = {"num_hidden_layers": 2}
 DENSE_FIRST = TWO_LAYERS | {"first_k_dense_replace": 1}
 WINDOW_THEN_FULL = TWO_LAYERS | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -94,7 +95,7 @@ FAMILIES: dict[str, Family] = {
         experts=False,
     ),
     "glm4_moe": Family("Glm4MoeConfig", WIDE_HEADS | DENSE_FIRST | {"use_qk_norm": True}),
-    "glm4_moe_lite": Family("Glm4MoeLiteConfig", LATENT),
+    "glm4_moe_lite": Family("Glm4MoeLiteConfig", LATENT | SPARSE),
     "ernie4_5_moe": Family("Ernie4_5_MoeConfig", TWO_LAYERS | {"moe_layer_start_index": 1, "moe_layer_end_index": 1}),
     "hunyuan_v1_moe": Family("HunYuanMoEV1Config", WIDE_HEADS),
     "dots1": Family("Dots1Config", DENSE_FIRST),
@@ -142,8 +143,8 @@ FAMILIES: dict[str, Family] = {
         experts=False,
     ),
     "mimo_v2_flash": Family("MiMoV2FlashConfig", WIDE_HEADS | WINDOW_THEN_FULL | {"v_head_dim": 12}, EAGER),
-    "hy_v3": Family("HYV3Config", WIDE_HEADS),
-    "laguna": Family("LagunaConfig", WIDE_HEADS),
+    "hy_v3": Family("HYV3Config", WIDE_HEADS | SPARSE),
+    "laguna": Family("LagunaConfig", WIDE_HEADS | SPARSE),
     "nemotron_h": Family(
         "NemotronHConfig",
         WIDE_HEADS | {"layers_block_type": ["moe", "attention"], "moe_shared_expert_intermediate_size": 28},
@@ -187,14 +188,21 @@ OWN = {
     "own_qwen3": "qwen3-30b-a3b-mini",
 }
 
-# families that the front end refuses, or whose own code keeps them from being exported, with the reason
+# families that the front end refuses today, with the reason
+_LOOP = "its experts run in a Python loop over how many tokens each one got (data-dependent sizes)"
 REFUSED = {
+    "jetmoe": "it splits the tokens by lists of counts read from a tensor (data-dependent sizes)",
+    "dbrx": _LOOP,
+    "longcat_flash": _LOOP,
     "minimax": "lightning attention counts blocks in Python: export fixes S to (8, 16]",
     "qwen3_next": "aten::convolution (causal 1-D convolution of the linear attention) has no lowering",
     "qwen3_5_moe": "aten::slice_scatter with a step (interleaved multi-axis rotary table) has no lowering",
     "jamba": "aten::convolution (Mamba's causal convolution) has no lowering",
     "lfm2_moe": "aten::convolution (short convolution) has no lowering",
+    "afmoe": "the traced program differs from the model at lengths it was not traced at",
 }
+# a cached step that is refused: export ties the new length to the rotary table's
+REFUSED_DECODE = {"llama": "Max(0, s0 - Min(P, s0)) for S", "phi3": "Max(0, s0 - Min(P, s0)) for S"}
 
 
 @dataclass(frozen=True)
@@ -254,7 +262,7 @@ def call(entry: Entry, model: torch.nn.Module) -> tuple[torch.nn.Module, dict[st
 
 
 # a cache of past tokens as inputs and outputs, and narrow floats: for a few families each
-DECODED = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "granitemoe", "llama", "phi3")
+DECODED = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "granitemoe")
 BFLOAT16 = (
     Entry("mixtral", "sdpa", "grouped_mm", dtype="bf16"),
     Entry("qwen3_moe", "eager", "batched_mm", "masked", "bf16"),
