@@ -10,22 +10,18 @@ from typing import Any
 
 import torch
 
+from moec.backend_fault import blame
 from moec.backends import Backend, get_backend
-from moec.comparison import compare
 from moec.culprit import Culprit
-from moec.ir import CompileError, Graph, Location, Node, Placement, Quantization
-from moec.ir.cases import Case, with_data
-from moec.ir.interpreter import bind_inputs
-from moec.judging import Fault, Judge, attempt, fault_of, is_lossy
-from moec.minimise import minimise
+from moec.ir import Graph, Placement, Quantization
+from moec.ir.cases import with_data
+from moec.judging import Fault, Judge, attempt, is_lossy
 from moec.passes.base import Pass
-from moec.passes.engine import Application, compiled_patterns, limited
-from moec.passes.match import Match
-from moec.passes.matcher import Matcher
+from moec.passes.engine import Application, limited
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.passes.rewrite import Rewrite, RuleSet
 from moec.progress import progress
-from moec.repro import repro_line, save_graph
+from moec.reproduce import reproduce
 from moec.sources import acquire
 
 Step = Callable[[str], None]
@@ -63,7 +59,7 @@ def bisect(
     """
     with progress("bisect") as step:
         step("trace")
-        pipeline = build_pipeline(passes, quantize, placement)
+        target, pipeline = get_backend(backend), build_pipeline(passes, quantize, placement)
         example, named = ((), None) if isinstance(model, Graph) else (args, kwargs)
         graph, signature = acquire(model, example, named, dynamic_shapes)
         inputs = signature.flatten(args, kwargs) if args or kwargs else None
@@ -71,14 +67,15 @@ def bisect(
         graph = with_data(graph)
         search = _Search(graph, [p for p in pipeline.passes if isinstance(p, Pass)], inputs, step)
         found = search.run()
-        if not found and get_backend(backend).name != "reference":
-            step(f"compare with {get_backend(backend).name}")
-            found = _backend_culprit(search.stages[-1], search.inputs, get_backend(backend))
+        if not found and target.name != "reference" and search.inputs is not None:
+            step(f"compare with {target.name}")
+            found = blame(target, search.stages[-1], search.inputs)
         found.notices[:0] = search.notices
-        if found.culprit is not None and seconds > 0:
+        if found and seconds > 0:
             step("minimise")
-            _minimise(found, search.inputs, seconds)
-            _save(found, Path(out) if out is not None else None)
+            suspects = [*search.suspects, *(p for p in (found.culprit, found.pass_) if p is not None)]
+            folder = Path(out) if out is not None else None
+            reproduce(found, list(dict.fromkeys(suspects)), search.inputs, seconds, folder, target)
         return found
 
 
@@ -89,6 +86,7 @@ class _Search:
     inputs: Sequence[torch.Tensor] | None
     step: Step
     notices: list[str] = field(default_factory=list)
+    suspects: list[Pass] = field(default_factory=list)  # what else than the culprit shows the fault by itself
 
     def run(self) -> Culprit:
         self.stages = [self.graph]
@@ -165,7 +163,8 @@ class _Search:
         if not count or by_itself is not None:
             return self._pass_culprit(index, by_itself or fault, trial(0)[0])
         if fault.kind == "endless":
-            number = _start_of_loop(applications)
+            number, loop = _loop(applications)
+            self.suspects = [RuleSet(loop)]
         elif whole is not None or trial(count)[0] is None:
             number, fault = self._first(0, count, lambda n: fault_after(n) if n < count else raised or fault)
         else:  # it raised between applications: in a pattern or a `when`
@@ -205,82 +204,11 @@ class _Search:
         )
 
 
-def _start_of_loop(applications: Sequence[Application]) -> int:
-    """The number of the application that begins what the last ones repeat."""
+def _loop(applications: Sequence[Application]) -> tuple[int, tuple[Rewrite, ...]]:
+    """(the number of the application that begins what the last ones repeat, the rules of the loop)."""
     names = [(a.name, a.root) for a in applications]
     period = next((p for p in range(1, 50) if names[-p:] * 3 == names[-3 * p :]), 1)
     start = len(names) - period
     while start > 0 and names[start - 1] == names[start - 1 + period]:
         start -= 1
-    return start + 1
-
-
-# -- backends ------------------------------------------------------------------------------------------
-
-
-def _backend_culprit(graph: Graph, inputs: Sequence[torch.Tensor] | None, backend: Backend) -> Culprit:
-    assert inputs is not None
-    try:
-        comparison = compare(graph, inputs, backends=("reference", backend), passes=Pipeline(()))
-    except CompileError as e:
-        fault = Fault("crash", e.message, location=e.location or Location())
-        return Culprit("backend", backend=backend.name, fault=fault, location=fault.location)
-    if comparison.ok:
-        return Culprit("none")
-    divergence = comparison.first_divergence
-    fault = Fault("numbers", f"outputs of {backend.name} are out of tolerance")
-    location = divergence.node.location if divergence is not None else Location()
-    return Culprit("backend", backend=backend.name, divergence=divergence, fault=fault, location=location, before=graph)
-
-
-# -- minimising ----------------------------------------------------------------------------------------
-
-
-def _minimise(found: Culprit, inputs: Sequence[torch.Tensor] | None, seconds: float) -> None:
-    """Look for a small graph on which the culprit alone shows its fault; else on which its pass does."""
-    assert found.before is not None
-    assert found.fault is not None
-    assert found.pass_ is not None
-    rule, graph, fault = found.culprit, found.before, found.fault
-    case = fault.difference.case if fault.difference is not None else None
-    if case is None and inputs is not None:
-        case = Case("the given inputs", bind_inputs(graph, inputs), tuple(inputs))
-    seeds = _matched(rule, graph, found.location) if isinstance(rule, Rewrite) else []
-    alone = [rule] if rule is not None else []
-    if fault.kind == "endless" and isinstance(found.pass_, RuleSet):
-        alone = [RuleSet(found.pass_.rules)]
-    for p in (*alone, *([found.pass_] if found.pass_ is not rule else [])):
-        small = minimise(graph, seeds, fault, partial(fault_of, p), case, seconds=seconds / 2)
-        if small is not None:
-            found.minimised, found.shown_by = small, p
-            return
-    found.notices.append("no part of the graph shows the fault by itself")
-
-
-def _save(found: Culprit, folder: Path | None) -> None:
-    """Write the minimised graph where there is a folder for it, and say how to see the fault again."""
-    small, shown_by = found.minimised, found.shown_by
-    if small is None or shown_by is None:
-        return
-    found.path = folder / "culprit.ir" if folder is not None else None
-    found.repro, problem = repro_line(shown_by, found.path or "culprit.ir")
-    if problem:
-        found.notices.append(f"the repro is Python, to be run where the class is defined: {problem}")
-    if found.path is None:
-        found.notices.append("moec.bisect(…, out=folder) saves the minimised graph as culprit.ir")
-    else:
-        header = f"{found.kind} {found.name} ({found.source})\n{small.fault.kind}: {small.fault}\n{found.repro}"
-        save_graph(small.graph, found.path, small.inputs, header)
-
-
-def _matched(rule: Rewrite, graph: Graph, location: Location) -> list[Node]:
-    """The nodes that the rule matches at a location (anywhere, where it matches nowhere there)."""
-    anywhere: list[Node] = []
-    for pattern in compiled_patterns(rule):
-        for node in graph.find(pattern.roots[0].node.opdef.name, unique=True):
-            for bindings in Matcher(pattern).at(node):
-                m = Match(bindings, pattern)
-                if m.location == location:
-                    return list(m.nodes)
-                anywhere = anywhere or list(m.nodes)
-    return anywhere
+    return start + 1, tuple(dict.fromkeys(a.rule for a in applications[start : start + period]))

@@ -58,10 +58,8 @@ def _graph_for(rule: Pass, source: str, before: str | None, batch: int, seq: int
         count = next(i for i, p in enumerate(marked) if p is marker)
     else:
         count = next((i for i, p in enumerate(passes) if _holds(p, rule)), len(passes))
-    stage = (
-        f"the graph before pass {passes[count].name}" if count < len(passes) else "the graph after the default passes"
-    )
-    return Pipeline(passes[:count]).run(graph)[0], stage
+    where = f"before pass {passes[count].name}" if count < len(passes) else "after the default passes"
+    return Pipeline(passes[:count]).run(graph)[0], f"the graph {where}"
 
 
 def _holds(p: object, rule: Pass) -> bool:
@@ -79,6 +77,10 @@ def bisect(
     backend: BackendName = "reference",
     out: Annotated[Path | None, typer.Option(help="folder for culprit.ir, the smallest graph that shows it")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="how long to look for a smaller graph")] = 60.0,
+    default: Annotated[
+        bool | None,
+        typer.Option("--default/--no-default", help="run the default passes too; an .ir file with --pass: not"),
+    ] = None,
     batch: Batch = 2,
     seq: Seq = 24,
 ) -> None:
@@ -94,13 +96,14 @@ def bisect(
 
     target = resolve(source, batch, seq)
     chosen = passes_of(passes)
-    alone = isinstance(target.model, Graph) and chosen and quantize is None
+    if default is None:
+        default = not (isinstance(target.model, Graph) and chosen and quantize is None)
     culprit = moec.bisect(
         target.model,
         target.args,
         backend=backend,
         dynamic_shapes=target.dynamic_shapes,
-        passes=Pipeline(tuple(chosen)) if alone else chosen,
+        passes=chosen if default else Pipeline(tuple(chosen)),
         quantize=quantize,
         out=out,
         seconds=seconds,

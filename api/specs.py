@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from moec.graph_file import load_graph
 from moec.ir import ArgumentValueError, Graph
 from moec.ir.cases import with_data
 from moec.ir.equivalence import Oracle
-from moec.repro import load_graph
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import moec
 from moec import models
 from moec.backends.reference.backend import ReferenceBackend, ReferenceExecutable
 from moec.cli import app
+from moec.graph_file import load_graph
 from moec.ir import CompileError, DType, run
 from moec.passes import DeadCode, Pipeline, QuantizeFP8, Rewrite, RuleSet, default_pipeline
 from moec.passes.canonicalise import RULES
 from moec.passes.fuse_mlp import FuseSwiGLU
 from moec.passes.rewrite import limited
-from moec.repro import load_graph
 
 from . import wrong_rules as wrong
 from .samples import MLP, bind
@@ -274,9 +274,9 @@ def test_a_rule_inside_a_function_is_shown_in_python(graph, tmp_path):
     culprit = moec.bisect(graph, passes=Pipeline((Local(),)), out=tmp_path)
     assert culprit.culprit == Local()
     assert "it is defined inside a function" in str(culprit)
-    assert culprit.repro.startswith("moec.bisect(*moec.repro.load_graph(")
-    load = load_graph(tmp_path / "culprit.ir")
-    assert moec.bisect(load[0], load[1], passes=Pipeline((Local(),)), seconds=0).culprit == Local()
+    assert culprit.repro.startswith("moec.bisect(*moec.graph_file.load_graph(")
+    code = culprit.repro.replace(repr(Local()), "Local()")
+    assert eval(code, {"moec": moec, "Local": Local}).culprit == Local()
 
 
 def test_without_a_folder_the_graph_is_in_the_text(graph):
@@ -312,9 +312,32 @@ def test_the_backend_is_to_blame(graph):
     assert (culprit.kind, culprit.name) == ("backend", "perturbed")
     assert culprit.divergence.node.op == "math.silu"
     assert "perturbed first diverges at math.silu" in str(culprit)
+    assert [n.op for n in culprit.minimised.graph.nodes] == ["math.silu"]
+    assert culprit.repro == (
+        "moec.bisect(*moec.graph_file.load_graph('culprit.ir'), passes=moec.passes.Pipeline(), backend=…)"
+    )
     culprit = moec.bisect(graph, backend=backend, passes=Pipeline((wrong.WrongSilu(),)), seconds=0)
     assert culprit.culprit == wrong.WrongSilu(), "passes come first"
     assert not moec.bisect(graph, backend="onnxruntime", passes=Pipeline((DeadCode(),)))
+
+
+def test_a_lowering_that_raises_is_the_backends(graph, tmp_path, monkeypatch):
+    from moec.backends.onnxruntime import backend
+
+    def broken(*operands):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setitem(backend.lowerings, "math.silu", broken)
+    culprit = moec.bisect(graph, backend="onnxruntime", passes=Pipeline((DeadCode(),)), out=tmp_path)
+    assert (culprit.kind, culprit.name, culprit.fault.kind) == ("backend", "onnxruntime", "crash")
+    assert "math.silu" in [n.op for n in culprit.minimised.graph.nodes]
+    assert len(culprit.minimised.graph) == 1
+    assert culprit.repro == f"moec bisect {tmp_path}/culprit.ir --no-default --backend onnxruntime"
+    code, output = again(culprit.repro)
+    assert code == 1, output
+    assert "backend onnxruntime" in output
+    monkeypatch.undo()
+    assert again(culprit.repro)[0] == 0
 
 
 def test_a_traced_graph_that_does_not_run_is_an_error():

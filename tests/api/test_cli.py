@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import moec
 from moec.cli import app
+from moec.graph_file import load_graph, save_graph
 from moec.ir import CompileError
-from moec.repro import load_graph, save_graph
 
 from . import wrong_rules
 from .samples import MLP, bind

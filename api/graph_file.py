@@ -1,8 +1,7 @@
-"""Minimised graphs on disk, and the line that shows a fault again."""
+"""Graphs as `.ir` files, and the numbers beside them."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import torch
@@ -10,8 +9,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moec.ir import ArgumentValueError, CompileError, Graph, parse
-from moec.passes.base import Pass
-from moec.passes.spec import print_pass
 
 _INPUT, _WEIGHT = "input.", "weight."
 
@@ -52,13 +49,3 @@ def load_graph(path: str | Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
         raise ArgumentValueError(f"cannot use {beside}: {reason}", code="arguments") from None
     given = [data.get(f"{_INPUT}{v.name}") for v in graph.inputs]
     return graph, tuple(t for t in given if t is not None) if all(t is not None for t in given) else ()
-
-
-def repro_line(shown_by: Pass, path: str | Path) -> tuple[str, str]:
-    """(one line that shows again what `shown_by` does wrong to the graph at `path`, why it is no command): a
-    command where text names the pass, else Python."""
-    try:
-        return f"moec bisect {shlex.quote(str(path))} --pass {shlex.quote(print_pass(shown_by))}", ""
-    except ArgumentValueError as e:
-        call = f"moec.bisect(*moec.repro.load_graph({str(path)!r}), passes=moec.passes.Pipeline([{shown_by!r}]))"
-        return call, e.message

@@ -1,0 +1,1 @@
+../../api/graph_file.py
