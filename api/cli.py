@@ -68,6 +68,8 @@ def compile_(
     console = Console()
     for table in compiled.report.tables():
         console.print(table)
+    for note in compiled.report.notes():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         compiled.report.save(report)
     console.print(f"saved to {out}", markup=False, highlight=False)

@@ -67,6 +67,19 @@ class Report:
             found.append(table)
         return found
 
+    def notes(self) -> list[str]:
+        """Sentences: what analyses found, rules that were applied nowhere and why, nodes outside the backend."""
+        found = []
+        for name, program in self.to_dict()["programs"].items():
+            for p in program["passes"]:
+                found += [f"{name}: {p['name']} found {p['result']}"] if "result" in p else []
+                found += [f"{name}: {p['unfired']}"] if p["unfired"] else []
+            found += [
+                f"{name}: {f['op']} at {f['location']} runs in the reference: {f['reason']}"
+                for f in program["fallbacks"]
+            ]
+        return found
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -74,10 +87,8 @@ class Report:
         console = Console(file=out, width=140)
         for table in self.tables():
             console.print(table)
-        for name, program in self.to_dict()["programs"].items():
-            for fallback in program["fallbacks"]:
-                console.print(f"{name}: {fallback['op']} at {fallback['location']} runs in the reference: "
-                              f"{fallback['reason']}", markup=False)  # fmt: skip
+        for note in self.notes():
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
         return out.getvalue()
 
 

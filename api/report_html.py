@@ -46,6 +46,11 @@ def _program(p: Mapping[str, Any]) -> Iterable[str]:
     ]
     yield "<h3>Passes</h3>"
     yield _table(["pass", "ms", "nodes before", "nodes after", "rules fired", "rules refused"], rows, {1, 2, 3})
+    for r in p["passes"]:
+        if "result" in r:
+            yield f"<h3>{escape(r['name'])} found</h3><pre>{escape(r['result'])}</pre>"
+        if r["unfired"]:
+            yield f'<h3 class="warn">{escape(r["name"])} was applied nowhere</h3><pre>{escape(r["unfired"])}</pre>'
     if p["fallbacks"]:
         yield '<h3 class="warn">Nodes in the reference interpreter</h3>'
         yield _table(["op", "location", "reason"], [[f["op"], f["location"], f["reason"]] for f in p["fallbacks"]])

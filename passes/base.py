@@ -29,7 +29,8 @@ class Refusal:
 
 @dataclass
 class Record:
-    """What a pass did; the pipeline makes one per pass. `result` is an analysis's."""
+    """What a pass did; the pipeline makes one per pass. `result` is an analysis's, `unfired` tells why a single rule
+    was applied nowhere."""
 
     name: str
     phase: str = ""
@@ -40,6 +41,7 @@ class Record:
     refused: list[Refusal] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     result: Any = None
+    unfired: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         refused: dict[str, int] = {}

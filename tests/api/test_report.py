@@ -48,6 +48,34 @@ def test_html_escapes_names(mlp, tmp_path):
     assert "<script>" not in (tmp_path / "r.html").read_text("utf-8")
 
 
+class CountRms(moec.passes.Analysis):
+    def run(self, graph):
+        return {"norm.rms": len(graph.find("norm.rms"))}
+
+
+class Never(moec.passes.Rewrite):
+    def pattern(self, p, x):
+        return p.rms(p.silu(x), p.any("w"), eps=p.attr())
+
+    def replace(self, b, m):
+        return m.x
+
+
+def test_a_rule_that_is_applied_nowhere_says_why(mlp, tmp_path):
+    compiled = moec.compile(mlp, backend="reference", passes=[CountRms(), Never()])
+    found, unfired = compiled.report.notes()
+    assert found == "forward: count_rms found {'norm.rms': 1}"
+    assert unfired.startswith("forward: never (")
+    assert "test_report.py:" in unfired
+    assert "expected math.silu" in unfired
+    assert unfired in str(compiled.report)
+    compiled.report.save(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert "never was applied nowhere" in page
+    assert "expected math.silu" in page
+    assert not moec.compile(mlp, backend="reference").report.notes()
+
+
 def test_json(compiled, tmp_path):
     compiled.report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["programs"]["forward"]["passes"]
