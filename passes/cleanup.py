@@ -24,7 +24,8 @@ class DeadCode(Pass):
                 if not any(r.uses or r.is_output for r in node.results):
                     g.erase(node)
             g.prune_weights()
-        called = {n.attrs["callee"] for g in (graph, *graph.functions.values()) for n in g.find("call.graph")}
+        # from the graph itself, through what it calls: a function that only a dead one calls is dead too
+        called = {n.attrs["callee"] for n in graph.find("call.graph")}
         graph.functions = {name: fn for name, fn in graph.functions.items() if name in called}
         return graph
 

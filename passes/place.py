@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ class PlaceExperts(Pass):
     """
 
     placement: Placement
+
+    once: ClassVar[bool] = True  # a second run would take slots for experts, and refuses
 
     def run(self, graph: Graph) -> Graph:
         graph = graph.clone()

@@ -23,6 +23,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from moec.ir import ArgumentValueError, CompileError
 from moec.passes.base import Pass
 from moec.passes.registry import find_pass, name_of
@@ -132,6 +134,8 @@ class _Converter:
             return self._convert(raw, args[0])
         if wanted is tuple or origin is tuple:
             return self._tuple(content, args)
+        if wanted is np.ndarray and isinstance(content, tuple):
+            return self._array(raw)
         if wanted is Any:
             return self._natural(raw)
         if isinstance(wanted, builtins.type):
@@ -173,6 +177,16 @@ class _Converter:
         if len(content) != len(items):
             raise _Mismatch
         return tuple(self._convert(raw, t) for raw, t in zip(content, items, strict=True))
+
+    def _array(self, raw: Raw) -> np.ndarray:
+        """Nested lists of numbers, all rows of one length."""
+        try:
+            array = np.array(self._natural(raw))
+        except ValueError:  # rows of several lengths
+            raise _Mismatch from None
+        if array.dtype.kind not in "bif":
+            raise _Mismatch
+        return array
 
     def _natural(self, raw: Raw) -> Any:
         """A value by itself, where the field has no type to go by."""
@@ -231,6 +245,8 @@ def _advice(wanted: Any) -> str | None:
         return "write true or false"
     if wanted is tuple or typing.get_origin(wanted) is tuple:
         return "write [first, second]"
+    if wanted is np.ndarray:
+        return "write [[0, 1], [1, 0]], rows of equal length"
     if isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and not issubclass(wanted, Pass):
         return f"write {{{', '.join(f'{f.name}=…' for f in dataclasses.fields(wanted))}}}"
     return None
