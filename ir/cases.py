@@ -115,8 +115,8 @@ def make_inputs(
     graph: Graph, binding: Mapping[str, int], seed: int = 0, *, positive: bool = False
 ) -> tuple[torch.Tensor, ...]:
     """Seeded inputs. Floats are normal (`positive`: |x| + 0.1), float masks 0 or −10⁴. Integers that index
-    something stay below its size; offsets of groups ascend to the number of rows; positions count up; masks
-    are 0 or 1. Of masks the first and last columns are alive, so every row sees something."""
+    something stay below its size; offsets of groups ascend to the number of rows; positions count up
+    and start again; masks are 0 or 1. Of masks the first and last columns are alive, so every row sees something."""
     r = torch.Generator().manual_seed(zlib.crc32(f"{seed} {sorted(binding.items())}".encode()))
     return tuple(_input(v, binding, r, positive) for v in graph.inputs)
 
@@ -143,8 +143,11 @@ def _input(v: Value, binding: Mapping[str, int], r: torch.Generator, positive: b
         return ends.to(v.dtype.torch)
     bound = index_bound(v, binding)
     if "pos" in name and shape:
-        counted = torch.arange(shape[-1]).expand(shape)
-        return (counted if bound is None else counted % max(1, bound)).to(v.dtype.torch).contiguous()
+        # every row starts somewhere and starts again, so that a rule cannot take positions for 0, 1, 2, …
+        rows = (*shape[:-1], 1)
+        period = shape[-1] // 2 + 1 + torch.randint(0, 3, rows, generator=r)
+        counted = (torch.arange(shape[-1]) + torch.randint(0, 3, rows, generator=r)) % period
+        return (counted if bound is None else counted % max(1, bound)).to(v.dtype.torch)
     return torch.randint(0, _FREE if bound is None else max(1, bound), shape, generator=r).to(v.dtype.torch)
 
 
