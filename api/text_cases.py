@@ -14,7 +14,8 @@
 
 Cases are separated by `// -----`. Lines of a case, in any order around its graph:
 
-    RUN: passes        passes and rules by name with their options, as on the command line; from left to right
+    RUN: passes        passes and rules by name with their options, as on the command line, from left to right; your
+                       own as `module:Class` or `file.py:Class`, with the path from the folder of the text file
     CHECK: line        the whole resulting graph, line by line
     UNCHANGED          the passes leave the graph as it is
     REFUSED: text      a rule gives a reason that holds `text`; the graph stays unless there are CHECK lines
@@ -28,6 +29,7 @@ verifies and means the same, the passes change nothing when run again, the input
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable
@@ -142,7 +144,7 @@ def _list() -> str:
 def run_case(case: TextCase) -> Outcome:
     """Run one case. All problems are in the outcome; nothing is written."""
     try:
-        passes = parse_passes(case.run)
+        passes = _parse_run(case)
         graph = with_data(parse(case.graph))
     except CompileError as e:
         return Outcome(f"{case.where}: {e}")
@@ -150,6 +152,12 @@ def run_case(case: TextCase) -> Outcome:
         return _judge(case, passes, graph)
     except AssertionError as e:
         return Outcome(f"{case.where}: {e}")
+
+
+def _parse_run(case: TextCase) -> tuple[Pass, ...]:
+    """The passes; files of rules are named from the folder of the text file, wherever pytest was started."""
+    with contextlib.chdir(case.path.parent):
+        return parse_passes(case.run)
 
 
 def _judge(case: TextCase, passes: tuple[Pass, ...], graph: Graph) -> Outcome:

@@ -6,9 +6,9 @@
     pytest tests/texts            runs them
     pytest tests/texts --accept   writes the results of cases that have no or other expectations into the files
 
-Your own rules are named by module or file: `// RUN: my_rules:FuseX` or `// RUN: rules/fuse_x.py:FuseX`. `--accept` only
-ever writes results that verify and mean the same, and leaves RUN lines and comments alone; a case that it rewrites
-passes. Another folder name is set by `moec_texts = name` in the pytest configuration.
+Your own rules are named by module, `// RUN: my_rules:FuseX`, or by file, from the folder of the text file:
+`// RUN: fuse_x.py:FuseX`. `--accept` only ever writes results that verify and mean the same, and leaves RUN lines and
+comments alone; a case that it rewrites passes. Another folder name is set by `moec_texts = name` in the pytest configuration.
 """
 
 from __future__ import annotations
