@@ -15,8 +15,8 @@ from moec.passes.pipeline import Phase, Pipeline, build_pipeline, default_pipeli
 from moec.passes.place import PlaceExperts
 from moec.passes.placement import place_experts
 from moec.passes.quantize import QuantizeFP8
-from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
+from moec.passes.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.rewrite import Match, Rewrite, RuleSet
 from moec.passes.simplify_positions import SimplifyPositions
 from moec.passes.spec import parse_pass, parse_passes, print_pass, print_passes

@@ -10,7 +10,7 @@ import torch
 
 from moec.ir import TensorType, Value, Weight
 from moec.passes.rewrite import Match
-from moec.passes.structure import unit_attrs, why_not_halves
+from moec.passes.structure import reshaped, unit_attrs, why_not_halves
 
 
 def stored(p: Any, name: str) -> Any:
@@ -90,5 +90,5 @@ def routed_experts(b: Any, m: Match) -> Any:
     """`moe.experts` of what `why_not_routed` accepts."""
     matrices = build(b, m, "gate_up"), build(b, m, "down")
     biases = m.get("gate_up_bias"), m.get("down_bias")
-    x = m.x if m.x.type == m.root.type else b.reshape(m.x, shape=m.root.shape)
+    x = reshaped(b, m.x, m.root.shape)
     return b.moe_experts(x, m.weights, m.experts, *matrices, *biases, **unit_attrs(m))

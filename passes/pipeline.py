@@ -21,8 +21,8 @@ from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rope import FuseRoPE
 from moec.passes.place import PlaceExperts
 from moec.passes.quantize import QuantizeFP8
-from moec.passes.raise_dense import RaiseUnrolledExperts
 from moec.passes.raise_moe import RaiseMoE
+from moec.passes.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.rewrite import Rewrite, RuleSet, source_of
 from moec.passes.simplify_positions import SimplifyPositions
 

@@ -25,14 +25,21 @@ class BatchedExperts(Rewrite):
             """Each row [S, K] with its expert's matrix: as a column behind [E, N, K], as a row before [E, K, N]."""
             behind = p.matmul(p.gather(p.any(name), flat, axis=0), p.reshape(rows, shape=p.attr(f"{name}_rows")))
             before = p.matmul(p.reshape(rows, shape=p.attr(f"{name}_rows")), p.gather(p.any(f"{name}_t"), flat, axis=0))
-            y = p.reshape(p.either(behind, before), shape=p.attr())
-            return p.maybe(lambda v: p.add(v, p.gather(p.any(f"{name}_bias"), flat, axis=0)), y)
+            return p.either(behind, before)
+
+        def biased(y: Any, name: str) -> Any:
+            rows = p.reshape(y, shape=p.attr())
+            return p.maybe(lambda v: p.add(v, p.gather(p.any(f"{name}_bias"), flat, axis=0)), rows)
 
         repeated = p.expand(p.reshape(x, shape=p.attr("split")), shape=p.attr("repeat"))
-        y = product(gated_unit(p, product(repeated, "gate_up")), "down")
+        act = gated_unit(p, biased(product(repeated, "gate_up"), "gate_up"))
+        plain = product(act, "down")
+        y = biased(plain, "down")
         column = maybe_cast(p, p.reshape(weights, shape=p.attr("factors_as")))
         first = p.reshape(maybe_cast(p, p.mul(maybe_cast(p, y), column)), shape=p.attr("per_token"))
-        after = p.mul(maybe_cast(p, p.reshape(maybe_cast(p, y), shape=p.attr("per_token"))), column)
+        # without a bias the two reshapes are one
+        per_token = p.reshape(p.either(maybe_cast(p, y), maybe_cast(p, plain)), shape=p.attr("per_token"))
+        after = p.mul(maybe_cast(p, per_token), column)
         return maybe_cast(p, p.sum(maybe_cast(p, p.either(first, after)), axes=(-2,)))
 
     def when(self, m: Match) -> Refused | None:

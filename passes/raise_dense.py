@@ -1,16 +1,14 @@
-"""Experts that run on every token and are masked by the combine matrix, to `moe.experts`: stacked weights in one
-batched product, or one module per expert in an unrolled loop."""
+"""Stacked experts that run on every token in one batched product and are masked, to `moe.experts`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from moec.ir import Value
 from moec.passes import expert_weights
-from moec.passes.combine import combine_column, combine_rows, same_rows
+from moec.passes.combine import combine_rows, same_rows
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import gated_unit, is_filled, producer, unit_attrs, why_not_halves
+from moec.passes.structure import gated_unit, reshaped, unit_attrs, why_not_halves
 
 
 def _batched_mlp(p: Any, rows: Any, biased: bool) -> Any:
@@ -58,7 +56,9 @@ class DenseExperts(Rewrite):
         weights, experts = routing
         matrices = expert_weights.build(b, m, "gate_up"), expert_weights.build(b, m, "down")
         biases = m.get("gate_up_bias"), m.get("down_bias")
-        x = b.reshape(same_rows(m.rows, experts.shape[0]), shape=m.root.shape)
+        rows = same_rows(m.rows, experts.shape[0])
+        assert rows is not None  # when() saw it
+        x = reshaped(b, rows, m.root.shape)
         return b.moe_experts(x, weights, experts, *matrices, *biases, **unit_attrs(m))
 
 
@@ -90,93 +90,20 @@ class ScaledInputExperts(Rewrite):
         assert routing is not None  # when() saw it
         weights, experts = routing
         (tokens, k), d = experts.shape, m.root.shape[-1]
-        x = b.reshape(same_rows(m.rows, tokens), shape=(tokens, 1, d))
+        x = same_rows(m.rows, tokens)
+        assert x is not None  # when() saw it
         weights = weights if weights.dtype == x.dtype else b.cast(weights, dtype=x.dtype)
-        rows = b.mul(x, b.reshape(weights, shape=(tokens, k, 1)))
+        if k == 1:
+            rows = b.mul(reshaped(b, x, (tokens, d)), weights)
+        else:
+            rows = b.mul(reshaped(b, x, (tokens, 1, d)), reshaped(b, weights, (tokens, k, 1)))
         ones = b.full(shape=(tokens * k, 1), value=1.0, dtype=x.dtype)
         y = b.moe_experts(
-            b.reshape(rows, shape=(tokens * k, d)),
+            reshaped(b, rows, (tokens * k, d)),
             ones,
-            b.reshape(experts, shape=(tokens * k, 1)),
+            reshaped(b, experts, (tokens * k, 1)),
             expert_weights.build(b, m, "gate_up"),
             expert_weights.build(b, m, "down"),
             **unit_attrs(m),
         )
         return y if k == 1 else b.sum(b.reshape(y, shape=(tokens, k, d)), axes=(-2,))
-
-
-@dataclass(frozen=True)
-class RaiseUnrolledExperts(Rewrite):
-    """Σ_e column_e · mlp_e(x) (+ others), one MLP per expert with weights of its own → moe.experts on their stack
-
-    gate and up are two linear layers or one; all E experts must be there, each once. The stacked weights are built when
-    they are first read.
-    """
-
-    def pattern(self, p: Any, x: Any) -> Any:
-        separate, merged = p.repeat(self._expert(p, x, False)), p.repeat(self._expert(p, x, True))
-        return p.either(p.tree("add", separate, p.rest("others")), p.tree("add", merged, p.rest("others")))
-
-    @staticmethod
-    def _expert(p: Any, x: Any, merged: bool) -> Any:
-        def separate(gate: Any, gate_bias: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, factor: Any) -> Any:
-            g = p.linear_linear(x, gate, p.optional(gate_bias.name))
-            u = p.linear_linear(x, up, p.optional(up_bias.name))
-            attrs = {name: p.attr(name) for name in ("activation", "limit", "alpha", "up_offset")}
-            unit = p.either(p.swiglu(g, u), p.glu(g, u, **attrs))
-            return p.mul(p.linear_linear(unit, down, p.optional(down_bias.name)), factor)
-
-        def together(gate_up: Any, gate_up_bias: Any, down: Any, down_bias: Any, factor: Any) -> Any:
-            h = p.linear_linear(x, gate_up, p.optional(gate_up_bias.name))
-            return p.mul(p.linear_linear(gated_unit(p, h), down, p.optional(down_bias.name)), factor)
-
-        return together if merged else separate
-
-    def when(self, m: Match) -> Refused | None:
-        columns = [combine_column(f) for f in m.factor]
-        routings = {c[:2] for c in columns if c is not None}
-        if len(routings) != 1 or None in columns:
-            return m.no("the factors are not columns of one routing's combine matrix")
-        weights, _ = routings.pop()
-        route = producer(weights, "moe.route")
-        if route is None:
-            return m.no("the number of experts is known behind moe.route only", at=weights)
-        if m.x.type.rank != 2 or m.root.type != m.x.type:
-            return m.no(f"x is {m.x.type}, the sum {m.root.type}", at=m.x)
-        found, num = [c[2] for c in columns if c is not None], route.operands[0].shape[-1]
-        if sorted(found) != list(range(num)):
-            return m.no(f"experts {sorted(found)} of {num}")
-        for rows in (*self._matrices(m), *self._biases(m)):
-            if rows is not None and any(v is None or v.weight is None for row in rows for v in row):
-                return m.no("some expert's weights are computed, or it lacks a bias that others have")
-        if m.get("gate") is None:
-            reason = why_not_halves(m, m.gate_up[0].shape[0])
-            return m.no(reason) if reason else None
-        return None
-
-    @staticmethod
-    def _ordered(m: Match, *names: str) -> list[tuple[Any, ...]] | None:
-        """Each expert's captures in the order of the experts; None where all are absent."""
-        order = sorted(range(len(m.factor)), key=lambda i: combine_column(m.factor[i])[2])  # type: ignore[index]
-        rows = [tuple(m.get(n)[i] for n in names) for i in order]
-        return None if all(v is None for row in rows for v in row) else rows
-
-    def _matrices(self, m: Match) -> tuple[Any, Any]:
-        first = ("gate_up",) if m.get("gate") is None else ("gate", "up")
-        return self._ordered(m, *first), self._ordered(m, "down")
-
-    def _biases(self, m: Match) -> tuple[Any, Any]:
-        first = ("gate_up_bias",) if m.get("gate") is None else ("gate_bias", "up_bias")
-        return self._ordered(m, *first), self._ordered(m, "down_bias")
-
-    def replace(self, b: Any, m: Match) -> Any:
-        column = combine_column(m.factor[0])
-        assert column is not None  # when() saw it
-        weights, experts, _ = column
-        stacks = [
-            None if rows is None else expert_weights.stacked(b, rows) for rows in (*self._matrices(m), *self._biases(m))
-        ]
-        y: Value = b.moe_experts(m.x, weights, experts, *stacks, **unit_attrs(m))
-        for other in m.others:
-            y = y if is_filled(other, 0) else b.add(y, other)
-        return y

@@ -67,7 +67,7 @@ class GroupedExperts(Rewrite):
 
     @staticmethod
     def _unsorted(p: Any, y: Any) -> Any:
-        return p.reshape(p.gather(y, p.any("inverse"), axis=0), shape=p.attr("per_token"))
+        return p.reshape(maybe_cast(p, p.gather(y, p.any("inverse"), axis=0)), shape=p.attr("per_token"))
 
     def when(self, m: Match) -> Refused | None:
         reason = (

@@ -14,9 +14,12 @@ def gated_unit(p: Any, h: Any) -> Any:
     first, second = p.split(h, axis=-1, sizes=p.attr("halves"), results=2)
     cut = p.slice(h, axis=-1, start=p.attr("gate_start"), end=p.attr("gate_end"), step=p.attr("step"))
     other = p.slice(h, axis=-1, start=p.attr("up_start"), end=p.attr("up_end"), step=p.attr("step"))
-    attrs = {name: p.attr(name) for name in _UNIT_ATTRS}
-    forms = [(first, second), (cut, other)]
-    return p.either(*(unit for g, u in forms for unit in (p.swiglu(g, u), p.glu(g, u, **attrs))))
+    return p.either(glu(p, first, second), glu(p, cut, other))
+
+
+def glu(p: Any, gate: Any, up: Any) -> Any:
+    """`math.swiglu` or `math.glu` of gate and up."""
+    return p.either(p.swiglu(gate, up), p.glu(gate, up, **{name: p.attr(name) for name in _UNIT_ATTRS}))
 
 
 def unit_attrs(m: Any) -> dict[str, Any]:
@@ -43,6 +46,13 @@ def through(v: Value | None, *ops: str) -> Value | None:
     while v is not None and v.producer is not None and v.producer.op in ops:
         v = v.producer.operands[0]
     return v
+
+
+def reshaped(b: Any, v: Value, shape: tuple) -> Value:
+    """v in another shape, without a chain of reshapes."""
+    source = through(v, "tensor.reshape")
+    assert source is not None
+    return v if v.shape == shape else source if source.shape == shape else b.reshape(source, shape=shape)
 
 
 def producer(v: Value | None, op: str) -> Any:
