@@ -1,3 +1,38 @@
-"""What all tests share: files `texts/*.ir` are tests too, and `--accept` rewrites their expectations."""
+"""What all tests share: files `texts/*.ir` are tests too, `--accept` rewrites their expectations, and what a test
+declares ends with it."""
+
+import sys
+
+import pytest
+
+from moec.ir import opdef
 
 pytest_plugins = ["moec.text_tests", "pytester"]  # the second runs the first in tests of itself
+
+
+def _tables():
+    """Where ops and lowerings are registered, as far as it is loaded."""
+    yield opdef._OPS
+    yield opdef._BARE
+    for name in ("onnxruntime", "triton"):
+        backend = getattr(sys.modules.get(f"moec.backends.{name}"), "backend", None)
+        if backend is not None:
+            yield from (backend.lowerings, backend.checks, backend.unsupported)
+    codegen = sys.modules.get("moec.backends.triton.codegen")
+    if codegen is not None:
+        yield codegen.EXPRESSIONS
+
+
+@pytest.fixture(autouse=True)
+def _declarations_end_with_their_test():
+    """Ops and lowerings that a test declares are gone after it: other tests go through all there are."""
+    opdef.all_ops()
+    before = [(table, dict(table)) for table in _tables()]
+    names = {name: list(full) for name, full in opdef._BARE.items()}
+    yield
+    for table, old in before:
+        for key in table.keys() - old.keys():
+            del table[key]
+        table.update(old)
+    for name, full in names.items():
+        opdef._BARE[name][:] = full
