@@ -1,5 +1,6 @@
 """Passes: graph in, graph out. Every pass and rule that ships, by name."""
 
+from moec.passes.absorb_mla import AbsorbMLA
 from moec.passes.base import Analysis, Pass, Record, Refusal
 from moec.passes.calibrate import expert_coactivation, expert_load
 from moec.passes.canonicalise import Canonicalise, DropBroadcasts, NormaliseAxes
@@ -11,6 +12,7 @@ from moec.passes.fuse_mlp import FuseMLP, FuseSwiGLU
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rope import FuseRoPE
 from moec.passes.legalise import Legalise
+from moec.passes.merge_linear import MergeLinears
 from moec.passes.pipeline import Phase, Pipeline, build_pipeline, default_pipeline, run_pass
 from moec.passes.place import PlaceExperts
 from moec.passes.placement import place_experts
@@ -22,6 +24,7 @@ from moec.passes.simplify_positions import SimplifyPositions
 from moec.passes.spec import parse_pass, parse_passes, print_pass, print_passes
 
 __all__ = [
+    "AbsorbMLA",
     "Analysis",
     "Canonicalise",
     "CommonSubexpressions",
@@ -36,6 +39,7 @@ __all__ = [
     "FuseSwiGLU",
     "Legalise",
     "Match",
+    "MergeLinears",
     "NormaliseAxes",
     "Pass",
     "Phase",
