@@ -95,7 +95,11 @@ def _random_weight(v: Value, seed: int) -> torch.Tensor:
     shape = tuple(evaluate(s, {}) for s in v.shape)
     r = torch.Generator().manual_seed(zlib.crc32(f"{seed} {v.weight.name} {v.type}".encode()))
     if v.dtype.is_integer:
-        return torch.randint(0, index_bound(v, {}) or _FREE, shape, generator=r).to(v.dtype.torch)
+        replicas = [
+            n.operand("table").shape[1] for _, n, role in _reached(v) if n.op == "moe.remap" and role == "count"
+        ]
+        low, high = (1, replicas[0] + 1) if replicas else (0, index_bound(v, {}) or _FREE)
+        return torch.randint(low, high, shape, generator=r).to(v.dtype.torch)
     if v.dtype is DType.BOOL:
         return torch.rand(shape, generator=r) < 0.5
     if v.dtype.is_float:
@@ -112,27 +116,38 @@ def _random_weight(v: Value, seed: int) -> torch.Tensor:
 
 
 def make_inputs(
-    graph: Graph, binding: Mapping[str, int], seed: int = 0, *, positive: bool = False
+    graph: Graph, binding: Mapping[str, int], seed: int = 0, *, positive: bool = False, wide: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """Seeded inputs. Floats are normal (`positive`: |x| + 0.1), float masks 0 or −10⁴. Integers that index
+    """Seeded inputs. Floats are normal (`positive`: |x| + 0.1; `wide`: of all magnitudes from 0.01 to 30, which
+    meet clamps on both sides), float masks 0 or −10⁴. Integers that index
     something stay below its size; offsets of groups ascend to the number of rows; positions count up
     and start again; masks are 0 or 1. Of masks the first and last columns are alive, so every row sees something."""
     r = torch.Generator().manual_seed(zlib.crc32(f"{seed} {sorted(binding.items())}".encode()))
-    return tuple(_input(v, binding, r, positive) for v in graph.inputs)
+    inputs = tuple(_input(v, binding, r) for v in graph.inputs)
+    for v, t in zip(graph.inputs, inputs, strict=True):
+        if v.dtype.is_float and not _masks(v):
+            if wide:
+                exponent = torch.linspace(-2, 1.5, t.numel())[torch.randperm(t.numel(), generator=r)]
+                t.copy_(t.to(torch.float32).sign() * 10 ** exponent.reshape(t.shape))
+            elif positive:
+                t.copy_(t.to(torch.float32).abs() + 0.1)
+    return inputs
 
 
-def _input(v: Value, binding: Mapping[str, int], r: torch.Generator, positive: bool) -> torch.Tensor:
+def _masks(v: Value) -> bool:
+    return "mask" in (v.name or "").lower() or _is_mask(v)
+
+
+def _input(v: Value, binding: Mapping[str, int], r: torch.Generator) -> torch.Tensor:
     shape = tuple(evaluate(s, binding) for s in v.shape)
     name = (v.name or "").lower()
-    masks = "mask" in name or _is_mask(v)
-    if v.dtype is DType.BOOL or masks:
+    if v.dtype is DType.BOOL or _masks(v):
         alive = _alive(torch.rand(shape, generator=r) < 0.6)
         if v.dtype.is_float:
             return torch.where(alive, 0.0, -1e4).to(v.dtype.torch)
         return alive.to(v.dtype.torch)
     if v.dtype.is_float:
-        x = torch.randn(shape, generator=r)
-        return (x.abs() + 0.1 if positive else x).to(v.dtype.torch)
+        return torch.randn(shape, generator=r).to(v.dtype.torch)
     if not v.dtype.is_integer:
         raise CompileError(f"no random data for input {v.name!r} of {v.type}", code="arguments")
     rows = _offset_rows(v)
@@ -144,9 +159,9 @@ def _input(v: Value, binding: Mapping[str, int], r: torch.Generator, positive: b
     bound = index_bound(v, binding)
     if "pos" in name and shape:
         # every row starts somewhere and starts again, so that a rule cannot take positions for 0, 1, 2, …
-        rows = (*shape[:-1], 1)
-        period = shape[-1] // 2 + 1 + torch.randint(0, 3, rows, generator=r)
-        counted = (torch.arange(shape[-1]) + torch.randint(0, 3, rows, generator=r)) % period
+        each = (*shape[:-1], 1)
+        period = shape[-1] // 2 + 1 + torch.randint(0, 3, each, generator=r)
+        counted = (torch.arange(shape[-1]) + torch.randint(0, 3, each, generator=r)) % period
         return (counted if bound is None else counted % max(1, bound)).to(v.dtype.torch)
     return torch.randint(0, _FREE if bound is None else max(1, bound), shape, generator=r).to(v.dtype.torch)
 
@@ -173,7 +188,7 @@ def _reached(v: Value) -> Iterator[tuple[Value, Node, str]]:
             elif node.op in _MOVES and (i == 0 or node.op in ("tensor.concat", "math.max", "math.min")):
                 following = [r for r in node.results if r.dtype == held.dtype or r.dtype.is_integer][:1]
                 following = list(node.results) if node.op == "tensor.split" else following
-            elif node.op == "math.where" and i > 0:
+            elif (node.op == "math.where" and i > 0) or (node.op == "moe.remap" and flat[i] == "table"):
                 following = [node.result]
             else:
                 following = []

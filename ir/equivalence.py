@@ -68,9 +68,9 @@ class Oracle:
     """What `graph` means: its outputs on seeded cases, computed once; `difference(other)` compares.
 
     The cases are at least three bindings of the dims (all 1, odd, larger; each symbol 0 where the graph runs
-    there), and where it chooses among floats also ties, all tokens to one expert, every expert in turn.
-    `inputs`: run on these tensors only (in the graph's own dtypes). Raises CompileError where the graph itself
-    runs under no binding.
+    there), normal inputs and some of many magnitudes, and where the graph chooses among floats also ties, all
+    tokens to one expert, every expert in turn. `inputs`: run on these tensors only (in the graph's own dtypes).
+    Raises CompileError where the graph itself runs under no binding.
     """
 
     graph: Graph
@@ -133,6 +133,9 @@ class Oracle:
         if any(bool(t.isnan().any()) for t in first.outputs if t.is_floating_point()):
             positive = make_inputs(self.graph, binding, seed, positive=True)
             found.append(self._run(Case(f"{label}, positive inputs", binding, positive)))
+        if run == 2 and any(t.is_floating_point() for t in inputs):
+            wide = make_inputs(self.graph, binding, seed, wide=True)
+            found.append(self._run(Case(f"{label}, inputs of many magnitudes", binding, wide)))
         for pin in {1: PINS[:-1], 2: PINS[-1:]}.get(run or 0, ()) if self._logits else ():
             found.append(self._run(Case(f"{label}, {pin} in the router", binding, inputs, pin), first.slack))
         if run == 1 and selects_by_size(self._promoted.graph) and any(t.is_floating_point() for t in inputs):

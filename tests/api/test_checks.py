@@ -329,3 +329,96 @@ class Rounds(Rewrite):
 
     def replace(self, b, m):
         return b.softmax(b.cast(b.cast(m.x, dtype="bf16"), dtype="f32"), axis=-1)
+
+
+@dataclass(frozen=True)
+class WrongAt(Rewrite):
+    """sum(x) over all → the same, but 1 more at some sizes"""
+
+    size: int
+    odd_only: bool = False
+
+    def pattern(self, p, x):
+        return p.sum(x, axes=(0, 1))
+
+    def replace(self, b, m):
+        size = b.dim(value=m.x.shape[0])
+        wrong = b.and_(b.eq(b.mod(size, 2), 1), b.gt(size, 1)) if self.odd_only else b.eq(size, self.size)
+        right = b.sum(b.sum(m.x, axes=(-1,)), axes=(0,))
+        return b.add(right, b.cast(wrong, dtype="f32"))
+
+
+SUM_ALL = """
+graph(%x: f32[T, 8]) -> (%y: f32[]) {
+  %0: f32[] = math.sum(%x) {axes=[0, 1]}
+  return %0
+}
+"""
+
+
+@pytest.mark.parametrize(("size", "odd_only", "seen_at"), [(1, False, "T=1"), (0, False, "T=0"), (0, True, "T=3")])
+def test_a_rule_that_is_wrong_at_some_sizes(size, odd_only, seen_at):
+    with pytest.raises(AssertionError, match=rf"rule wrong_at .* changes the meaning.*\({seen_at}\)"):
+        check_pass(WrongAt(size, odd_only), SUM_ALL)
+    check_pass(WrongAt(10**6), SUM_ALL)
+
+
+@dataclass(frozen=True)
+class DropsCasts(Rewrite):
+    """cast(cast(x, a), b) → x where b is the dtype of x, whatever a loses"""
+
+    def pattern(self, p, x):
+        return p.cast(p.cast(x, dtype=p.attr("inner")), dtype=p.attr("outer"))
+
+    def when(self, m):
+        return m.no("another dtype") if m.outer != m.x.dtype else None
+
+    def replace(self, b, m):
+        return m.x
+
+
+@pytest.mark.parametrize(
+    ("own", "between", "right"),
+    [
+        ("f32", "f16", False), ("f32", "bf16", False), ("f32", "f8e4m3fn", False), ("f32", "i32", False),
+        ("f32", "f64", True), ("bf16", "f32", True), ("f16", "f32", True), ("f16", "bf16", False),
+    ],
+)  # fmt: skip
+def test_dropped_casts(own, between, right):
+    graph = f"""
+graph(%x: {own}[T, 8]) -> (%y: {own}[T, 8]) {{
+  %0: {between}[T, 8] = math.cast(%x) {{dtype={between}}}
+  %1: {own}[T, 8] = math.cast(%0) {{dtype={own}}}
+  return %1
+}}
+"""
+    if right:
+        check_pass(DropsCasts(), graph)
+    else:
+        with pytest.raises(AssertionError, match="changes the meaning"):
+            check_pass(DropsCasts(), graph)
+
+
+@dataclass(frozen=True)
+class DropsClamp(Rewrite):
+    """clamp(x) → x, as if nothing were beyond it"""
+
+    def pattern(self, p, x):
+        return p.clamp(x, low=p.attr("low"), high=p.attr("high"))
+
+    def replace(self, b, m):
+        return m.x
+
+
+@pytest.mark.parametrize(("low", "high"), [("none", "7.0"), ("-7.0", "none"), ("-20.0", "20.0")])
+def test_limits_that_normal_numbers_do_not_meet(low, high):
+    with pytest.raises(AssertionError, match=r"changes the meaning.*many magnitudes"):
+        check_pass(
+            DropsClamp(),
+            f"""
+graph(%x: f32[T, 8]) -> (%y: f32[T, 8]) {{
+  %0: f32[T, 8] = math.clamp(%x) {{low={low}, high={high}}}
+  return %0
+}}
+""",
+        )
