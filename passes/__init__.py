@@ -7,12 +7,15 @@ from moec.passes.canonicalise import Canonicalise, DropBroadcasts, NormaliseAxes
 from moec.passes.cleanup import CommonSubexpressions, DeadCode, FoldConstants
 from moec.passes.coverage import Coverage, quantized_coverage
 from moec.passes.explain import explain
+from moec.passes.fold_linear import FoldNormWeight, FoldScale, FoldScales
+from moec.passes.fold_scalars import FoldScalars
 from moec.passes.fuse_attention import FuseAttention
 from moec.passes.fuse_mlp import FuseMLP, FuseSwiGLU
 from moec.passes.fuse_norm import FuseNorm
 from moec.passes.fuse_rope import FuseRoPE
 from moec.passes.legalise import Legalise
 from moec.passes.merge_linear import MergeLinears
+from moec.passes.merge_shared import AppendSharedExperts, MergeSharedExperts
 from moec.passes.pipeline import Phase, Pipeline, build_pipeline, default_pipeline, run_pass
 from moec.passes.place import PlaceExperts
 from moec.passes.placement import place_experts
@@ -21,17 +24,23 @@ from moec.passes.raise_moe import RaiseMoE
 from moec.passes.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.rewrite import Match, Rewrite, RuleSet
 from moec.passes.simplify_positions import SimplifyPositions
+from moec.passes.simplify_transposes import SimplifyTransposes
 from moec.passes.spec import parse_pass, parse_passes, print_pass, print_passes
 
 __all__ = [
     "AbsorbMLA",
     "Analysis",
+    "AppendSharedExperts",
     "Canonicalise",
     "CommonSubexpressions",
     "Coverage",
     "DeadCode",
     "DropBroadcasts",
     "FoldConstants",
+    "FoldNormWeight",
+    "FoldScalars",
+    "FoldScale",
+    "FoldScales",
     "FuseAttention",
     "FuseMLP",
     "FuseNorm",
@@ -40,6 +49,7 @@ __all__ = [
     "Legalise",
     "Match",
     "MergeLinears",
+    "MergeSharedExperts",
     "NormaliseAxes",
     "Pass",
     "Phase",
@@ -53,6 +63,7 @@ __all__ = [
     "Rewrite",
     "RuleSet",
     "SimplifyPositions",
+    "SimplifyTransposes",
     "build_pipeline",
     "default_pipeline",
     "expert_coactivation",

@@ -310,6 +310,25 @@ class MatMulToLinear(Rewrite):
 
 
 @dataclass(frozen=True)
+class StoredMatMul(Rewrite):
+    """matmul(x, w) with a stored 2-D w → linear(x, wᵀ), the transpose being a view of the stored weight"""
+
+    def pattern(self, p: Any, x: Any, w: Any) -> Any:
+        return p.matmul(x, w)
+
+    def when(self, m: Match) -> Refused | None:
+        if m.w.weight is None or m.w.type.rank != 2:
+            return m.no(f"{m.w.type} is no stored matrix", at=m.w)
+        return None
+
+    def replace(self, b: Any, m: Match) -> Any:
+        weight = m.w.weight
+        shape = weight.type.shape[::-1]
+        w = b.weight(f"{weight.name}.transposed", lambda: weight.load().t(), weight.type.with_shape(shape))
+        return b.linear_linear(m.x, w)
+
+
+@dataclass(frozen=True)
 class LinearBias(Rewrite):
     """linear(x, w, b) + bias → linear(x, w, b + bias), or linear(x, w, bias) without b"""
 
@@ -353,6 +372,7 @@ RULES: tuple[Rewrite, ...] = (
     AndTrue(),
     Silu(),
     MatMulToLinear(),
+    StoredMatMul(),
     LinearBias(),
     *MATH_RULES,
 )

@@ -15,6 +15,7 @@ from moec.passes.canonicalise import Canonicalise
 from moec.passes.cleanup import CommonSubexpressions, DeadCode, FoldConstants
 from moec.passes.dump import Dump
 from moec.passes.explain import explain
+from moec.passes.fold_scalars import FoldScalars
 from moec.passes.fuse_attention import FuseAttention
 from moec.passes.fuse_mlp import FuseMLP
 from moec.passes.fuse_norm import FuseNorm
@@ -25,6 +26,7 @@ from moec.passes.raise_moe import RaiseMoE
 from moec.passes.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.rewrite import Rewrite, RuleSet, source_of
 from moec.passes.simplify_positions import SimplifyPositions
+from moec.passes.simplify_transposes import SimplifyTransposes
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,14 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
     clean = (DeadCode(), Canonicalise(), FoldConstants(limit=8), CommonSubexpressions(), SimplifyPositions())
     # rotary embedding before norms: the sum that ends it is no residual
     fuse = (FuseRoPE(), FuseNorm(), FuseAttention(), RaiseMoE(), RaiseUnrolledExperts(), FuseMLP())
-    tidy = (FoldConstants(), Canonicalise(), CommonSubexpressions(), DeadCode())
+    tidy = (
+        FoldConstants(),
+        FoldScalars(),
+        SimplifyTransposes(),
+        Canonicalise(),
+        CommonSubexpressions(),
+        DeadCode(),
+    )
     phases = [Phase("clean", clean), Phase("fuse", fuse), Phase("tidy", tidy)]
     if quantization is not None:
         phases.append(Phase("quantize", (QuantizeFP8(quantization),)))
