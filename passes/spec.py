@@ -60,7 +60,7 @@ def print_pass(p: Pass) -> str:
     """The text that `parse_pass` reads back to an equal pass; options at their defaults are left out.
 
     Raises ArgumentValueError where a class cannot be named (it is defined inside a function or in the main
-    script), or an option holds something that has no text form (a Placement).
+    script), or an option holds something that has no text form (a backend).
     """
     name = name_of(type(p))
     where, colon, qualname = name.rpartition(":")
@@ -282,8 +282,10 @@ def _print_value(value: Any, what: str) -> str:
         case str():
             plain = _PLAIN.match(value) and value not in _KEYWORDS
             return value if plain else json.dumps(value, ensure_ascii=False)
-        case tuple():
+        case tuple() | list():
             return f"[{', '.join(_print_value(v, what) for v in value)}]"
+        case np.ndarray():
+            return _print_value(value.tolist(), what)
         case Pass():
             return print_pass(value)
     if dataclasses.is_dataclass(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.ir import ArgumentValueError, DType, Graph
-from moec.passes import FoldConstants, Pass, QuantizeFP8, Rewrite, RuleSet, parse_pass, parse_passes, print_pass
+from moec.passes import (
+    FoldConstants,
+    Pass,
+    PlaceExperts,
+    QuantizeFP8,
+    Rewrite,
+    RuleSet,
+    parse_pass,
+    parse_passes,
+    print_pass,
+)
 from moec.passes.fuse_mlp import FuseSwiGLU
 from moec.passes.registry import load_file, shipped_passes
 from moec.passes.spec import print_passes
@@ -159,6 +170,22 @@ def test_options_are_converted():
         "dead_code",
         "fold_constants",
     ]
+
+
+def test_arrays():
+    mesh = "{nodes=1, gpus_per_node=2, slots_per_gpu=2}"
+    text = f"place_experts{{placement={{mesh={mesh}, physical_to_logical=[[0, 1, 2, 0]]}}}}"
+    p = parse_pass(text)
+    assert isinstance(p, PlaceExperts)
+    assert p.placement.physical_to_logical.tolist() == [[0, 1, 2, 0]]
+    back = parse_pass(print_pass(p))
+    assert isinstance(back, PlaceExperts)
+    assert json.dumps(back.placement.to_dict()) == json.dumps(p.placement.to_dict())
+    for wrong in ("[[0, 1], [2]]", "[a]", "3", '["x"]', "[none]"):
+        with pytest.raises(ArgumentValueError, match="takes ndarray"):
+            parse_pass(text.replace("[[0, 1, 2, 0]]", wrong))
+    with pytest.raises(ArgumentValueError, match="expected"):
+        parse_pass(text.replace("2, 0]]", "2]]"))
 
 
 @pytest.fixture
