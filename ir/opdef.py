@@ -174,7 +174,7 @@ def op(
         file, line = source_of_class(cls)
         where = f"op {name} ({file}:{line})" if file else f"op {name}"
         try:
-            hints = typing.get_type_hints(cls, include_extras=True)
+            hints = _hints(cls)
         except NameError as e:
             raise CompileError(f"{where}: its fields name {e.name!r}, which is not defined", code="op") from None
         for fname, hint in hints.items():
@@ -223,6 +223,14 @@ _redeclared = 0
 def redeclared() -> int:
     """How often an op was declared again: what was built from the definitions of ops is out of date when it grows."""
     return _redeclared
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except NameError:  # text annotations of a class whose module is not loaded under its name (exec)
+        rule = getattr(cls, "infer", None)
+        return typing.get_type_hints(cls, getattr(rule, "__globals__", None), include_extras=True)
 
 
 def _path(cls: type) -> tuple[str, str]:

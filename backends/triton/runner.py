@@ -245,10 +245,10 @@ def launch(
     from moec.backends.triton.shipping import check_kernel
 
     if mode(device) == "worker" and not direct.recording():
-        check_kernel(kernel)
+        check_kernel(kernel, constants)
         if 0 not in sizes:
             worker().launch(kernel, sizes, args, constants)
         return
     if not direct.interpreted():
-        check_kernel(kernel)
+        check_kernel(kernel, constants)
     direct.launch(kernel, sizes, *args, num_warps=num_warps, num_stages=num_stages, **constants)

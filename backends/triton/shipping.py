@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import ast
 import builtins
+import difflib
 import importlib
 import linecache
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.core import is_builtin
 from triton.runtime.jit import JITFunction
 
 from moec.ir import CompileError
 
 Tree = dict[str, Any]
 
-_HINT = "a process started with TRITON_INTERPRET=1 runs any kernel in place"
 
-
-def check_kernel(kernel: Any) -> None:
-    """Raise CompileError unless `kernel` came from @triton.jit alone."""
+def check_kernel(kernel: Any, constants: Collection[str]) -> None:
+    """Raise CompileError unless `kernel` came from @triton.jit alone, and has parameters of these names."""
     if isinstance(kernel, JITFunction):
+        for name in constants:
+            if name not in kernel.arg_names:
+                near = difflib.get_close_matches(name, kernel.arg_names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"its parameters: {', '.join(kernel.arg_names)}"
+                raise _error(kernel, f"has no parameter {name!r}", hint)
         return
     raise CompileError(
         f"launch() takes a function decorated with @triton.jit, got {type(kernel).__name__} "
@@ -53,7 +58,7 @@ def pack_kernel(kernel: JITFunction) -> list[Tree]:
             if name in scope:
                 named[name] = _pack_global(part, name, scope[name], order)
             elif not hasattr(builtins, name):
-                raise _refused(part, f"names {name!r}, which is not defined")
+                raise _error(part, f"names {name!r}, which is not defined")
         parts.append(
             {"name": part.fn.__name__, "source": part.src, "line": part.def_file_line_number,
              "file": part.file_name, "globals": named}
@@ -73,27 +78,30 @@ def _all_arguments(a: ast.arguments) -> list[ast.arg]:
     return [*a.posonlyargs, *a.args, *a.kwonlyargs, *(x for x in (a.vararg, a.kwarg) if x is not None)]
 
 
-def _refused(kernel: JITFunction, what: str) -> CompileError:
+def _error(kernel: JITFunction, what: str, hint: str | None = None) -> CompileError:
     where = f"{kernel.file_name}:{kernel.def_file_line_number}"
-    return CompileError(f"kernel {kernel.fn.__name__} ({where}) {what}", code="kernel", hint=_HINT)
+    return CompileError(f"kernel {kernel.fn.__name__} ({where}) {what}", code="kernel", hint=hint)
 
 
 def _pack_global(kernel: JITFunction, name: str, value: Any, order: dict[int, JITFunction]) -> Tree:
-    if isinstance(value, JITFunction):
+    module = getattr(value, "__module__", None) or ""
+    if isinstance(value, JITFunction) and module.split(".")[0] != "triton":
         order.setdefault(id(value), value)
         return {"function": list(order).index(id(value))}
     if isinstance(value, ModuleType):
         return {"module": value.__name__}
-    module = getattr(value, "__module__", None) or ""
-    if module.split(".")[0] in ("triton", "math") and not isinstance(value, tl.constexpr | tl.dtype):
+    if is_builtin(value):  # the interpreter replaces these in the module
+        raise _error(kernel, f"names {name!r}, a function of triton.language", f"write tl.{value.__name__} for it")
+    if module.split(".")[0] == "triton" and not isinstance(value, tl.constexpr | tl.dtype):
         return {"attribute": [module, value.__qualname__]}
     try:
         return {"value": pack_value(value)}
     except TypeError:
-        raise _refused(
+        raise _error(
             kernel,
             f"names {name!r}, which is of type {type(value).__name__}; numbers, strings, dtypes, modules "
             "and @triton.jit functions reach the interpreter worker",
+            "a process started with TRITON_INTERPRET=1 runs any kernel in place",
         ) from None
 
 

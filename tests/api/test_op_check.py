@@ -145,9 +145,7 @@ def test_samples_are_asked_for_where_guessing_fails():
         def reference(self):
             return self.x if self.bias is None else self.x + self.bias
 
-    with pytest.raises(
-        AssertionError, match=r"no guessing operands that it takes .*bias must be a row.*give"
-    ):
+    with pytest.raises(AssertionError, match=r"no guessing operands that it takes .*bias must be a row.*give"):
         check_op(Rows, backends=())
     Rows.samples = staticmethod(lambda r: [([r.floats(r.n, r.m), r.floats(r.m)], {}), ([r.floats(r.n, 2), None], {})])
     assert check_op(Rows, backends=()).cases == 6
