@@ -3,30 +3,11 @@
 import pytest
 import torch
 
-from moec.ir import Builder, CompileError, Dim, Graph, TensorType, Weight, parse, run
+from moec.ir import Builder, CompileError, Graph, Weight, parse, run
 from moec.passes.explain import explain
-from moec.passes.rewrite import Rewrite, RuleSet, limited
+from moec.passes.rewrite import RuleSet, limited
 
-B = Dim("B")
-TYPE = TensorType("f32", (B, 4))
-
-
-def rule(pattern, replace, when=lambda self, m: None, **options):
-    cls = type("Rule", (Rewrite,), {"pattern": pattern, "replace": replace, "when": when})
-    return cls(**options)
-
-
-def graph_of(body, inputs=("x", "y")):
-    graph = Graph()
-    values = [graph.add_input(n, TYPE) for n in inputs]
-    out = body(Builder(graph), *values)
-    for v in out if isinstance(out, tuple) else (out,):
-        graph.add_output(v)
-    return graph
-
-
-def ops(graph):
-    return [n.op for n in graph.nodes]
+from .small_rules import TYPE, B, graph_of, ops, rule
 
 
 def apply(r, graph):

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from moec.ir import Builder, CompileError, Dim, Graph, Location, TensorType, Weight, parse, run
+from moec.ir import Builder, CompileError, Graph, Location, TensorType, Weight, parse, run
 from moec.passes.base import Record, active_record
 from moec.passes.explain import explain
 from moec.passes.rewrite import Rewrite, RuleSet
 
-TYPE = TensorType("f32", (Dim("B"), 4))
+from .small_rules import TYPE, graph_of, ops, rule
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,6 @@ class Swiglu(Rewrite):
 
     def replace(self, b, m):
         return b.swiglu(m.gate, m.up)
-
-
-def rule(pattern, replace, when=lambda self, m: None, **options):
-    cls = type("Rule", (Rewrite,), {"pattern": pattern, "replace": replace, "when": when})
-    return dataclass(frozen=True)(cls)(**options)
-
-
-def graph_of(body, inputs=("x", "y")):
-    graph = Graph()
-    values = [graph.add_input(n, TYPE) for n in inputs]
-    out = body(Builder(graph), *values)
-    for v in out if isinstance(out, tuple) else (out,):
-        graph.add_output(v)
-    return graph
-
-
-def ops(graph):
-    return [n.op for n in graph.nodes]
 
 
 def check(rules, graph, expected):
