@@ -38,7 +38,8 @@ def check_op(op: str | type, *, backends: Sequence[str] = ("onnxruntime", "trito
     gives the types of `reference`, with symbolic sizes too; `reference` leaves its operands alone; text comes back;
     what is declared elementwise or commutative is; the decomposition means the same; on each backend the lowering
     agrees with `reference` within the tolerance of one node, at sizes it was not compiled for as well, and that of an
-    elementwise op also on NaN, zeros and large numbers. A backend that an op is not meant for `refuses` it.
+    elementwise op also on NaN, zeros and large numbers; Triton kernels compile for sm_90. A backend that an op is not
+    meant for `refuses` it.
     """
     opdef = lookup(op) if isinstance(op, str) else op.opdef  # type: ignore[attr-defined]  # set by @op
     tries = [_Backend(get_backend(name)) for name in backends]
@@ -54,6 +55,9 @@ def check_op(op: str | type, *, backends: Sequence[str] = ("onnxruntime", "trito
             t.run(case)
     for operands, attrs, others in symbolic_cases(opdef):
         _check_symbolic(opdef, operands, attrs, others, tries)
+    for t in tries:
+        if t.backend.name == "triton" and t.errors:
+            t.refused = "; ".join(x for x in (_compiled_kernels(found), t.refused) if x)
     return OpCheck(opdef.name, len(found), {t.backend.name: t.verdict(opdef) for t in tries})
 
 
@@ -206,6 +210,33 @@ def _check_symbolic(
         for t in tries:
             if t.errors:
                 t.run(case)
+
+
+def _compiled_kernels(found: Sequence[_Case]) -> str:
+    """Compile what the Triton lowering launches on the largest case, in every dtype, for sm_90: the interpreter takes
+    what the compiler refuses. AssertionError with the compiler's words."""
+    from moec.backends.triton.aot import compile_launch, lowering_launches
+    from moec.backends.triton.launch import interpreted
+
+    if interpreted():
+        return "not compiled for sm_90 in a process that interprets"
+    largest = {
+        tuple(t.dtype for t in c.inputs): c for c in sorted(found, key=lambda c: sum(map(torch.numel, c.inputs)))
+    }
+    names = []
+    for case in largest.values():
+        try:
+            launches = lowering_launches(case.node)
+        except Exception as e:  # a lowering may look at values, which tensors without memory have not
+            return f"not compiled for sm_90 ({type(e).__name__} without data)"
+        for launch in launches:
+            try:
+                compile_launch(launch)
+            except Exception as e:  # Triton's compiler has many kinds
+                kernel = launch.kernel.__name__
+                raise AssertionError(f"{case.what}: kernel {kernel} does not compile for sm_90\n{e}") from e
+            names.append(launch.kernel.__name__)
+    return f"{len(names)} kernels compile for sm_90" if names else ""
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moec.backends.base import Backend, Executable
-from moec.ir import DType, Graph, Node, Value, run
+from moec.backends.base import Backend, Check, Executable, F
+from moec.ir import CompileError, DType, Graph, Node, Value, run
 
 
 @dataclass(eq=False)
@@ -31,6 +31,10 @@ class ReferenceExecutable(Executable):
 
 
 class ReferenceBackend(Backend):
+    def lowers(self, *ops: str, check: Check | None = None) -> Callable[[F], F]:
+        """Raises CompileError: an op's own `reference` is what runs here."""
+        raise CompileError("the reference runs reference() of an op's class, and takes no lowerings", code="lowering")
+
     def missing(self, node: Node) -> str | None:
         return None
 

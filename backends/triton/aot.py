@@ -20,7 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from moec.backends.triton.backend import backend
+from moec.backends.triton.codegen import program
+from moec.backends.triton.kernels.elementwise import elementwise
 from moec.backends.triton.launch import FP_FUSION, Launch, interpreted, record_launches
+from moec.ir import Node
 
 SHARED_LIMIT = 232_448
 """Bytes of shared memory a block may use on sm_90 (CUDA C++ Programming Guide, compute capability 9.0: 227 KiB)."""
@@ -84,7 +88,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    values = dict(zip(kernel.arg_names, launch.args, strict=False)) | launch.constexprs
+    values = {p.name: p.default for p in kernel.params if p.has_default}
+    values |= dict(zip(kernel.arg_names, launch.args, strict=False)) | launch.constexprs
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
         if kernel.params[index].is_constexpr or value is None or (type(value) is int and value == 1):
@@ -142,6 +147,23 @@ def inspect_launch(launch: Launch, name: str | None = None, expected: str | None
     counts = {opcode: opcodes[opcode] for opcode in WATCHED if opcodes[opcode]}
     shared = compiled.metadata.shared
     return KernelReport(name or launch.kernel.__name__, counts, _registers(cubin), shared, launch.num_warps, expected)
+
+
+def lowering_launches(node: Node) -> list[Launch]:
+    """The launches that running an IR node with sizes in numbers would make on a GPU, none where torch runs it.
+
+    Raises what the node's lowering raises, which gets tensors without values (on the meta device).
+    """
+    operands = [
+        None if v is None else torch.empty([int(s) for s in v.shape], dtype=v.dtype.torch, device="meta")
+        for v in node.operands
+    ]
+    if not node.opdef.elementwise:
+        return launches_of(lambda: backend.lowerings[node.op](node.opdef.instance(operands, node.attrs)))
+    values = [v for v in node.operands if v is not None]
+    made = program([node], values, {}, node.results)
+    shape = tuple(int(s) for s in node.result.shape)
+    return launches_of(lambda: elementwise(made.body, made.outputs, shape, *(x for x in operands if x is not None)))
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,12 @@ def mode(device: torch.device | str = "cpu") -> Literal["gpu", "interpreter", "w
     return "gpu" if torch.device(device).type == "cuda" else "worker"
 
 
+def _recording() -> bool:
+    """Whether launches are only written down (`launch.record_launches`), for which triton has been imported."""
+    direct = sys.modules.get("moec.backends.triton.launch")
+    return direct is not None and direct.recording()
+
+
 def _plain(value: Any) -> Any:
     return value.tensor if isinstance(value, Resident) else value
 
@@ -218,7 +224,7 @@ def run(kernel: str, *args: Any, **kwargs: Any) -> Any:
     """
     tensors = (_plain(value) for value in (*args, *kwargs.values()))
     device = next((value.device for value in tensors if isinstance(value, torch.Tensor)), torch.device("cpu"))
-    if mode(device) == "worker":
+    if mode(device) == "worker" and not _recording():
         return worker().call(kernel, *args, **kwargs)
     plain_kwargs = {name: _plain(value) for name, value in kwargs.items()}
     return resolve_kernel(kernel)(*(_plain(value) for value in args), **plain_kwargs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import triton as triton_package
+import triton.language as tl
 
 from moec.backends.onnxruntime import backend as onnxruntime
 from moec.backends.triton import backend as triton
@@ -176,6 +178,32 @@ def test_a_refusal_on_purpose_is_reported():
     text = check_op(cap, backends=("onnxruntime",)).backends["onnxruntime"]
     assert text.startswith("6 cases")
     assert text.endswith("; f32 only")
+
+
+@triton_package.jit
+def copy_kernel(x_ptr, y_ptr, n, EARLY: tl.constexpr, BLOCK: tl.constexpr = 8):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for _ in range(1):
+        tl.store(y_ptr + at, tl.load(x_ptr + at, mask=at < n), mask=at < n)
+        if EARLY:
+            break
+
+
+def copied(op, early):
+    x = op.x.contiguous()
+    y = torch.empty_like(x)
+    triton.launch(copy_kernel, -(-x.numel() // 8), x, y, x.numel(), EARLY=early)
+    return y
+
+
+def test_what_only_the_interpreter_takes_is_found():
+    """It runs kernels as Python, which has `break`."""
+    cap = declare(elementwise=False, reference=lambda s: s.x.clone(), onnx=None, expression=None)
+    triton.lowers("test.cap")(lambda op: copied(op, False))
+    assert "; 2 kernels compile for sm_90" in check_op(cap, backends=("triton",)).backends["triton"]
+    triton.lowers("test.cap")(lambda op: copied(op, True))
+    with pytest.raises(AssertionError, match=r"kernel copy_kernel does not compile for sm_90(?s:.*)[Bb]reak"):
+        check_op(cap, backends=("triton",))
 
 
 def test_unknown_ops_are_named():
