@@ -55,7 +55,8 @@ def bisect(
     quantises changes numbers by design: it is only accused of an error beyond half of an output's norm
     (`moec.judging.LOSSY`), and what follows it is held against the quantised graph.
 
-    Raises CompileError where the traced graph itself does not run in the reference.
+    Raises CompileError where the traced graph itself does not run in the reference. A pass that never returns is not
+    found (rules that never end are: the engine stops them).
     """
     with progress("bisect") as step:
         step("trace")

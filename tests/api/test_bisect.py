@@ -261,6 +261,9 @@ def test_quantising_is_no_fault_but_a_wrong_scale_is(graph):
     assert "quantize_fp8 quantises" in str(culprit)
     culprit = moec.bisect(graph, passes=Pipeline((fp8, wrong.WrongSilu())), seconds=0)
     assert culprit.culprit == wrong.WrongSilu(), "what follows is held against the quantised graph"
+    culprit = moec.bisect(graph, passes=Pipeline((fp8, wrong.WrongCodes())))
+    assert culprit.culprit == wrong.WrongCodes()
+    assert [n.op for n in culprit.minimised.graph.nodes] == ["quant.quantize"], "codes may be outputs"
     culprit = moec.bisect(graph, passes=Pipeline((wrong.WrongScale(),)), seconds=0)
     assert (culprit.kind, culprit.culprit) == ("pass", wrong.WrongScale())
     assert "of its norm" in str(culprit)

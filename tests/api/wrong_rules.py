@@ -146,6 +146,21 @@ class OutOfRange(Rewrite):
 
 
 @dataclass(frozen=True)
+class WrongCodes(Rewrite):
+    """A scale of activations times 1.5, in a graph that is quantised already"""
+
+    def pattern(self, p, x):
+        return p.quantize(x, block=p.attr("block"))
+
+    def when(self, m):
+        return m.no("done") if any(u.op == "math.mul" for u in m.roots[1].users) else None
+
+    def replace(self, b, m):
+        codes, scale = b.quantize(m.x, block=m.block)
+        return codes, b.mul(scale, 1.5)
+
+
+@dataclass(frozen=True)
 class Forth(Rewrite):
     """With Back, never ends"""
 
