@@ -181,21 +181,6 @@ class ScaledOperand(Rewrite):
 
 
 @dataclass(frozen=True)
-class MovedUnitAxes(Rewrite):
-    """transpose that only moves axes of one element (one key head, say) → reshape"""
-
-    def pattern(self, p: Any, x: Any) -> Any:
-        return p.transpose(x, perm=p.attr("perm"))
-
-    def when(self, m: Match) -> Refused | None:
-        order = [i for i in m.perm if m.x.shape[i] != 1]
-        return m.no("it moves longer axes") if order != sorted(order) else None
-
-    def replace(self, b: Any, m: Match) -> Any:
-        return b.reshape(m.x, shape=m.root.shape)
-
-
-@dataclass(frozen=True)
 class FuseAttention(RuleSet):
     """Attention however it is written, to `attention.sdpa` with as little mask as there has to be."""
 
