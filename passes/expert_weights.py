@@ -10,7 +10,7 @@ import torch
 
 from moec.ir import TensorType, Value, Weight
 from moec.passes.rewrite import Match
-from moec.passes.structure import reshaped, unit_attrs, why_not_halves
+from moec.passes.structure import narrowed, reshaped, unit_attrs, why_not_halves
 
 
 def stored(p: Any, name: str) -> Any:
@@ -64,6 +64,11 @@ def maybe_cast(p: Any, v: Any) -> Any:
     return p.maybe(lambda inner: p.cast(inner, dtype=p.attr()), v)
 
 
+def cast_weights(p: Any, v: Any) -> Any:
+    """Routing weights, perhaps in the dtype captured as weights_dtype."""
+    return p.maybe(lambda inner: p.cast(inner, dtype=p.attr("weights_dtype")), v)
+
+
 def why_not_routed(m: Match) -> str | None:
     """Why x, weights, experts, the stacked weights and their biases do not make `moe.experts`."""
     if m.weights.type.rank != 2 or m.experts.shape != m.weights.shape:
@@ -91,4 +96,5 @@ def routed_experts(b: Any, m: Match) -> Any:
     matrices = build(b, m, "gate_up"), build(b, m, "down")
     biases = m.get("gate_up_bias"), m.get("down_bias")
     x = reshaped(b, m.x, m.root.shape)
-    return b.moe_experts(x, m.weights, m.experts, *matrices, *biases, **unit_attrs(m))
+    weights = narrowed(b, m.weights, m.get("weights_dtype"))
+    return b.moe_experts(x, weights, m.experts, *matrices, *biases, **unit_attrs(m))

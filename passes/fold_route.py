@@ -7,6 +7,7 @@ from typing import Any
 
 from moec.passes.raise_route import SELECTION_RULES
 from moec.passes.rewrite import Match, Refused, Rewrite
+from moec.passes.structure import with_number
 
 _ROUTE_ATTRS = (
     "k", "scoring", "normalize", "normalize_eps", "normalize_min", "scale", "n_group", "topk_group", "group_score",
@@ -34,7 +35,7 @@ class RouteNormalize(Rewrite):
     def pattern(self, p: Any) -> Any:
         weights, experts = _route(p, normalize=False, scale=1.0, normalize_eps=0.0, normalize_min=0.0)
         total = p.sum(p.maybe(p.abs, weights), axes=(-1,), keepdim=True)
-        total = p.maybe(lambda v: p.add(v, p.const("eps")), total)
+        total = p.maybe(lambda v: with_number(p, "math.add", v, "eps"), total)
         return p.div(weights, p.maybe(lambda v: p.clamp(v, low=p.attr("least"), high=None), total)), experts
 
     def when(self, m: Match) -> Refused | None:
@@ -54,29 +55,36 @@ class RouteNormalize(Rewrite):
 
 @dataclass(frozen=True)
 class RouteScale(Rewrite):
-    """weights · constant → route with scale"""
+    """weights · constant or weights / constant → route with scale
+
+    `wide`: as torch scales narrow floats, in f32 and rounded afterwards.
+    """
+
+    divided: bool = False
+    wide: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"route_{'divided' if self.divided else 'scale'}{'_wide' if self.wide else ''}"
 
     def pattern(self, p: Any) -> Any:
         weights, experts = _route(p)
-        return p.mul(weights, p.const("factor")), experts
-
-    def replace(self, b: Any, m: Match) -> Any:
-        return _again(b, m, scale=m.scale * float(m.factor))
-
-
-@dataclass(frozen=True)
-class RouteDivided(Rewrite):
-    """weights / constant → route with scale"""
-
-    def pattern(self, p: Any) -> Any:
-        weights, experts = _route(p)
-        return p.div(weights, p.const("divisor")), experts
+        op = p.div if self.divided else p.mul
+        if self.wide:
+            return p.cast(op(p.cast(weights, dtype="f32"), p.const("factor")), dtype=p.attr("dtype")), experts
+        return op(weights, p.const("factor")), experts
 
     def when(self, m: Match) -> Refused | None:
-        return m.no("the weights are divided by 0") if m.divisor == 0 else None
+        if self.wide and m.dtype != m.logits.dtype:
+            return m.no(f"the weights of {m.logits.dtype} logits become {m.dtype}", at=m.logits)
+        return m.no("the weights are divided by 0") if self.divided and m.factor == 0 else None
 
     def replace(self, b: Any, m: Match) -> Any:
-        return _again(b, m, scale=m.scale / float(m.divisor))
+        return _again(b, m, scale=m.scale / float(m.factor) if self.divided else m.scale * float(m.factor))
 
 
-ROUTE_RULES: tuple[Rewrite, ...] = (*SELECTION_RULES, RouteNormalize(), RouteScale(), RouteDivided())
+ROUTE_RULES: tuple[Rewrite, ...] = (
+    *SELECTION_RULES,
+    RouteNormalize(),
+    *(RouteScale(divided, wide) for divided in (False, True) for wide in (False, True)),
+)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
+from moec.passes.structure import with_number
 
 
 def _same_type(m: Match) -> Refused | None:
@@ -68,8 +69,8 @@ class FuseClampedSwiGLU(Rewrite):
     def pattern(self, p: Any, gate: Any, up: Any) -> Any:
         g = p.clamp(gate, low=None, high=p.attr("limit"))
         u = p.clamp(up, low=p.attr("low"), high=p.attr("high"))
-        unit = p.either(p.silu(g), p.mul(g, p.sigmoid(p.mul(g, p.const("alpha")))))
-        return p.mul(unit, p.maybe(lambda v: p.add(v, p.const("offset")), u))
+        unit = p.either(p.silu(g), p.mul(g, p.sigmoid(with_number(p, "math.mul", g, "alpha"))))
+        return p.mul(unit, p.maybe(lambda v: with_number(p, "math.add", v, "offset"), u))
 
     def when(self, m: Match) -> Refused | None:
         if m.low is None or m.low != -m.high or m.high != m.limit:

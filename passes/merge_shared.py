@@ -100,7 +100,7 @@ class AppendSharedExperts(Rewrite):
         return None
 
     def replace(self, b: Any, m: Match) -> Any:
-        (tokens, _), (num, two_f, d) = m.experts.shape, m.gate_up.shape
+        (tokens, _), (num, two_f, _) = m.experts.shape, m.gate_up.shape
         f = two_f // 2
         count = m.down.shape[1] // f
         column = m.get("column")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes.expert_weights import maybe_cast, routed_experts, why_not_routed
+from moec.passes.expert_weights import cast_weights, maybe_cast, routed_experts, why_not_routed
 from moec.passes.rewrite import Match, Refused, Rewrite
 from moec.passes.structure import gated_unit
 
@@ -35,7 +35,7 @@ class BatchedExperts(Rewrite):
         act = gated_unit(p, biased(product(repeated, "gate_up"), "gate_up"))
         plain = product(act, "down")
         y = biased(plain, "down")
-        column = maybe_cast(p, p.reshape(weights, shape=p.attr("factors_as")))
+        column = p.reshape(cast_weights(p, weights), shape=p.attr("factors_as"))
         first = p.reshape(maybe_cast(p, p.mul(maybe_cast(p, y), column)), shape=p.attr("per_token"))
         # without a bias the two reshapes are one
         per_token = p.reshape(p.either(maybe_cast(p, y), maybe_cast(p, plain)), shape=p.attr("per_token"))

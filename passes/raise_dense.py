@@ -8,7 +8,7 @@ from typing import Any
 from moec.passes import expert_weights
 from moec.passes.combine import combine_rows, same_rows
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import gated_unit, reshaped, unit_attrs, why_not_halves
+from moec.passes.structure import gated_unit, narrowed, reshaped, unit_attrs, why_not_halves
 
 
 def _batched_mlp(p: Any, rows: Any, biased: bool) -> Any:
@@ -59,6 +59,7 @@ class DenseExperts(Rewrite):
         rows = same_rows(m.rows, experts.shape[0])
         assert rows is not None  # when() saw it
         x = reshaped(b, rows, m.root.shape)
+        weights = narrowed(b, weights, m.factors.dtype)
         return b.moe_experts(x, weights, experts, *matrices, *biases, **unit_attrs(m))
 
 

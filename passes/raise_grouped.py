@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes.expert_weights import maybe_cast, routed_experts, shape_of, stored, why_not_routed
+from moec.passes.expert_weights import cast_weights, maybe_cast, routed_experts, shape_of, stored, why_not_routed
 from moec.passes.rewrite import Match, Refused, Rewrite
 from moec.passes.structure import counts_up, gated_unit, producer, through
 
@@ -59,9 +59,9 @@ class GroupedExperts(Rewrite):
         act = gated_unit(p, biased(h, "gate_up_bias"))
         y = biased(p.grouped_matmul(act, stored(p, "down"), offsets), "down_bias")
         factors = p.gather(p.reshape(weights, shape=p.attr()), perm, axis=0)
-        scaled = p.mul(maybe_cast(p, y), maybe_cast(p, p.reshape(factors, shape=p.attr("factors_as"))))
+        scaled = p.mul(maybe_cast(p, y), p.reshape(cast_weights(p, factors), shape=p.attr("factors_as")))
         first = maybe_cast(p, self._unsorted(p, maybe_cast(p, scaled)))
-        column = maybe_cast(p, p.reshape(weights, shape=p.attr("factors_as")))
+        column = p.reshape(cast_weights(p, weights), shape=p.attr("factors_as"))
         after = maybe_cast(p, p.mul(maybe_cast(p, self._unsorted(p, maybe_cast(p, y))), column))
         return maybe_cast(p, p.sum(p.either(first, after), axes=(-2,)))
 

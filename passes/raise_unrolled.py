@@ -9,7 +9,7 @@ from moec.ir import Value
 from moec.passes import expert_weights
 from moec.passes.combine import combine_column
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import gated_unit, glu, is_filled, producer, unit_attrs, why_not_halves
+from moec.passes.structure import gated_unit, glu, is_filled, narrowed, producer, unit_attrs, why_not_halves
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class RaiseUnrolledExperts(Rewrite):
         stacks = [
             None if rows is None else expert_weights.stacked(b, rows) for rows in (*self._matrices(m), *self._biases(m))
         ]
+        weights = narrowed(b, weights, m.factor[0].dtype)
         y: Value = b.moe_experts(m.x, weights, experts, *stacks, **unit_attrs(m))
         for other in m.others:
             y = y if is_filled(other, 0) else b.add(y, other)

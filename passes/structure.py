@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.ir import Value
+from moec.ir import DType, Value
 
 _UNIT_ATTRS = ("activation", "limit", "alpha", "up_offset")
 
@@ -20,6 +20,13 @@ def gated_unit(p: Any, h: Any) -> Any:
 def glu(p: Any, gate: Any, up: Any) -> Any:
     """`math.swiglu` or `math.glu` of gate and up."""
     return p.either(p.swiglu(gate, up), p.glu(gate, up, **{name: p.attr(name) for name in _UNIT_ATTRS}))
+
+
+def with_number(p: Any, op: str, x: Any, name: str) -> Any:
+    """op(x, number captured as `name`) in the dtype of x, or as torch computes it for narrow floats: in f32, then
+    rounded."""
+    wide = p.op(op, [p.cast(x, dtype="f32"), p.const(name)])
+    return p.either(p.op(op, [x, p.const(name)]), p.cast(wide, dtype=p.attr()))
 
 
 def unit_attrs(m: Any) -> dict[str, Any]:
@@ -53,6 +60,11 @@ def reshaped(b: Any, v: Value, shape: tuple) -> Value:
     source = through(v, "tensor.reshape")
     assert source is not None
     return v if v.shape == shape else source if source.shape == shape else b.reshape(source, shape=shape)
+
+
+def narrowed(b: Any, v: Value, dtype: DType | None) -> Value:
+    """v rounded to `dtype` where that is narrower; a cast to wider floats changes nothing."""
+    return v if dtype is None or dtype.bits >= v.dtype.bits else b.cast(v, dtype=dtype)
 
 
 def producer(v: Value | None, op: str) -> Any:
