@@ -138,6 +138,11 @@ class Backend:
         return self.compile(graph, threads=threads)
 
 
+def ships(fn: Callable[..., Any]) -> bool:
+    """Whether a lowering is part of moec."""
+    return (getattr(fn, "__module__", None) or "").split(".")[0] == "moec"
+
+
 def describe(fn: Callable[..., Any]) -> str:
     """file:line of a function, for messages."""
     code = getattr(fn, "__code__", None)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as onnx
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moec.backends.base import lowering_failed, returned
+from moec.backends.base import lowering_failed, returned, ships
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
 from moec.backends.onnxruntime.emitted import check_emitted
@@ -95,19 +93,14 @@ def emit_nodes(e: Emitter, graph: Graph) -> None:
             try:
                 emitted = fn(e, node)
             except CompileError as error:
-                raise (error.located(node.location) if _ships(fn) else lowering_failed(fn, node, error)) from None
+                raise (error.located(node.location) if ships(fn) else lowering_failed(fn, node, error)) from None
             except Exception as error:  # whatever a lowering does wrong is said with its place
                 raise lowering_failed(fn, node, error) from error
         results = returned(fn, node, emitted, onnx.Value)
-        if not _ships(fn):
+        if not ships(fn):
             try:
                 check_emitted(e, node, e.nodes[before:], results, OPSET)
             except CompileError as error:
                 raise lowering_failed(fn, node, error) from None
         for v, out in zip(node.results, results, strict=True):
             e.bind(v, out)
-
-
-def _ships(fn: Callable[..., Any]) -> bool:
-    """Whether a lowering is part of moec."""
-    return fn.__module__.split(".")[0] == "moec"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moec.backends.base import Backend, F
+from moec.backends.base import Backend, F, ships
 from moec.backends.triton.codegen import EXPRESSIONS, custom_expression, expression
 from moec.backends.triton.runner import launch, mode, run
 from moec.ir import DType, Graph, Node, all_ops, lookup
@@ -99,7 +99,7 @@ class TritonBackend(Backend):
 
     def is_replaced(self, op: str) -> bool:
         """Whether an op that torch or a shipped kernel runs has got a lowering from outside."""
-        return getattr(self.lowerings.get(op), "__module__", __name__).split(".")[0] != "moec"
+        return op in self.lowerings and not ships(self.lowerings[op])
 
     def _register(self, name: str, fn: Callable[..., Any]) -> None:
         super()._register(name, fn)

@@ -54,6 +54,15 @@ def test_code_runs(path, folder, capsys):
             exec(compile("\n" * line + code, str(path), "exec"), namespace)
 
 
+def test_what_the_tutorial_takes():
+    """The fusion, its test and the op with both lowerings are as short as they are promised to be."""
+    files = {title: code for _, _, title, code in blocks(ROOT / "docs" / "custom-pass.md") if title}
+    fusion = files["rules.py"][files["rules.py"].index("class FuseSoftCap") :]
+    test = files["test_rules.py"][files["test_rules.py"].index("def test_") :]
+    lines = [len(text.rstrip().split("\n")) for text in (fusion, test, files["soft_cap.py"])]
+    assert all(n <= most for n, most in zip(lines, [12, 6, 40], strict=True)), lines
+
+
 def test_links_lead_somewhere():
     for path in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text("utf-8")):

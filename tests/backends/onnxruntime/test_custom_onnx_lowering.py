@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -86,3 +87,17 @@ def test_symbolic_sizes_pass_the_check():
     x = torch.randn(3, 6)
     got = moec.compile(graph_of("test.cap", cap=1.0), backend="onnxruntime")(x)[0]
     torch.testing.assert_close(got, -torch.tanh(x.exp()))
+
+
+def test_any_callable_may_be_a_lowering():
+    class Lowering:
+        def __call__(self, e, node, kind="Tanh"):
+            return e.op(kind, *e.operands(node))
+
+    space: dict = {}
+    exec("def nameless(e, node): return e.op('Tanh', *e.operands(node))", space)
+    x = torch.randn(2, 6)
+    for fn in (Lowering(), functools.partial(Lowering(), kind="Tanh"), space["nameless"]):
+        onnxruntime.lowers("test.cap")(fn)
+        got = moec.compile(graph_of("test.cap", cap=1.0), backend="onnxruntime")(x)[0]
+        torch.testing.assert_close(got, -torch.tanh(x.exp()))

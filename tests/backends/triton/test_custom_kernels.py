@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,3 +228,23 @@ def test_kernels_of_a_module_that_cannot_be_imported(tmp_path):
     x = torch.randn(2, 6)
     got = moec.compile(graph_of("test.rowcap", cap=2.0), backend="triton")(x)[0]
     torch.testing.assert_close(got, -torch.tanh(x.exp() / 2) * 6)
+
+
+def test_a_process_that_interprets_runs_kernels_in_place(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "custom-kernel.md").read_text("utf-8")
+    (source,) = re.findall(r'^```python title="capped_softmax.py"\n(.*?)^```', page, re.S | re.M)
+    code = source + textwrap.dedent("""
+        import moec
+        from moec.backends.triton import mode
+        g = moec.parse('graph(%x: f32[T, 5]) -> (%y: f32[T, 5]) { %0: f32[T, 5] = my.capped_softmax(%x) return %0 }')
+        x = torch.randn(3, 5) * 20
+        want = torch.softmax(torch.tanh(x / 30) * 30, -1)
+        torch.testing.assert_close(moec.compile(g, backend="triton")(x)[0], want)
+        print(mode())
+        """)
+    path = tmp_path / "script.py"
+    path.write_text(code)
+    for value, expected in (("1", "interpreter"), ("0", "worker")):
+        env = os.environ | {"TRITON_INTERPRET": value}
+        done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True)
+        assert done.stdout == f"{expected}\n", done.stderr
