@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from moec.ir import DType, OpDef
@@ -126,12 +127,15 @@ def parts(q: Any) -> tuple[Any, ...]:
 
 
 def walk(patterns: Any) -> Iterator[Any]:
-    """All parts of patterns, operands included."""
+    """All parts of patterns, operands included, each once however many use it."""
     stack = list(patterns)
+    seen: set[Any] = set()
     while stack:
         q = stack.pop()
-        yield q
-        stack += parts(q)
+        if q not in seen:
+            seen.add(q)
+            yield q
+            stack += parts(q)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,17 +147,21 @@ class Pattern:
     captures: tuple[str, ...]
     shared: frozenset[PNode] = frozenset()
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Longest chain of nodes from a root."""
-        return max(map(_depth, self.roots))
+        known: dict[Any, int] = {}
+        return max(_depth(r, known) for r in self.roots)
 
-    @property
+    @cached_property
     def tree_ops(self) -> frozenset[str]:
         """Ops of which the pattern matches whole trees, whatever their depth."""
         return frozenset(n.opdef.name for n in self.nodes if n.tree)
 
 
-def _depth(q: Any) -> int:
-    inner = max(map(_depth, parts(q)), default=0)
-    return inner + 1 if isinstance(q, PResult) else inner
+def _depth(q: Any, known: dict[Any, int]) -> int:
+    # a part that several others use is looked at once: their paths may be very many
+    if q not in known:
+        inner = max((_depth(x, known) for x in parts(q)), default=0)
+        known[q] = inner + 1 if isinstance(q, PResult) else inner
+    return known[q]

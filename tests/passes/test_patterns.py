@@ -328,3 +328,25 @@ def _located():
     b = Builder(graph, location=Location.at("layers.0.mlp", "m.py", 1))
     graph.add_output(b.neg(graph.add_input("x", TYPE)))
     return graph
+
+
+def test_a_part_used_by_many_is_looked_at_once():
+    """A ladder of sums of a value with itself has 2^60 paths."""
+
+    def pattern(self, p, x):
+        v = p.silu(x)
+        for _ in range(60):
+            v = p.add(v, v)
+        return v
+
+    def body(b, x, y):
+        v = b.silu(x)
+        for _ in range(60):
+            v = b.add(v, v)
+        return v
+
+    r = rule(pattern, lambda self, b, m: b.mul(b.silu(m.x), 2.0**60))
+    graph = graph_of(body)
+    with limited(None) as applied:
+        r.run(graph)
+    assert len(applied.applications) == 1
