@@ -51,8 +51,7 @@ def _logits(chosen: Value) -> Value | None:
     logits = scored if scored is not None else chosen
     while logits.producer is not None and logits.producer.op in _SAME:
         step = logits.producer.operands[0]
-        if step is None or step.shape[-1:] != logits.shape[-1:]:
-            break
+        assert step is not None
         logits = step
     return logits if _plausible(logits) else None
 

@@ -345,6 +345,17 @@ def test_a_score_bias_and_groups_lead_to_the_logits():
     assert [v.producer.op for v in router_logits(graph)] == ["linear.linear"]
 
 
+def test_experts_may_come_first_in_the_scores():
+    def body(b, x, router, gate_up, down):
+        scores = b.softmax(b.transpose(b.linear_linear(x, router), perm=(1, 0)), axis=0)
+        weights, experts = b.topk(scores, k=2, axis=0)
+        chosen = (b.transpose(v, perm=(1, 0)) for v in (weights, experts))
+        return b.op("moe.experts", [x, *chosen, gate_up, down])
+
+    graph = promote(graph_of(body, weights=MOE))
+    assert [v.producer.op for v in router_logits(graph)] == ["linear.linear"]
+
+
 def test_pinned_logits():
     logits = torch.randn(13, 5)
     assert pinned(logits, "ties").unique().tolist() == [0]
