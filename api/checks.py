@@ -105,7 +105,8 @@ def check_meaning(head: str, before: Graph, after: Graph, tolerance: float | Non
     try:
         oracle = Oracle(before, seed)
     except CompileError as e:
-        raise AssertionError(f"{head}: the graph itself does not run\n{indent(str(e))}") from e
+        hint = "references run in float64 here; an op that knows other floats only refuses it in infer()"
+        raise AssertionError(f"{head}: the graph itself does not run\n{indent(str(e))}\n  ({hint})") from e
     difference = oracle.difference(after, tolerance)
     if difference is not None:
         shown = text_diff(canonical_text(before), canonical_text(after))

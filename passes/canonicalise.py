@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.ir import Builder, DType, Graph, Node, Value
-from moec.ir.types import broadcast
+from moec.ir import Builder, CompileError, DType, Graph, Node, TensorType, Value
 from moec.passes.base import Pass
 from moec.passes.cleanup import DeadCode
 from moec.passes.matcher import scalar_constant
@@ -44,13 +43,14 @@ class NormaliseAxes(Pass):
 
 @dataclass(frozen=True)
 class DropBroadcasts(Pass):
-    """Elementwise ops broadcast by themselves: an `expand` or `full` that only feeds one is dropped."""
+    """Elementwise ops broadcast by themselves: the operand of an `expand`, or the number of a `full`, takes its
+    place where the op's type rule gives the same result for it."""
 
     def run(self, graph: Graph) -> Graph:
         graph = graph.clone()
         for g in (graph, *graph.functions.values()):
             for node in g.nodes:
-                if node.opdef.elementwise and len(node.operands) > 1 and node.op != "math.swiglu":
+                if node.opdef.elementwise and len(node.operands) > 1:
                     for i in range(len(node.operands)):
                         self._drop(g, node, i)
         return graph
@@ -64,12 +64,21 @@ class DropBroadcasts(Pass):
         if source.op == "tensor.expand":
             smaller = source.operands[0]
             assert smaller is not None
-        else:
+            if _gives_the_same(node, i, smaller.type):
+                graph.replace_operand(node, i, smaller)
+        elif _gives_the_same(node, i, TensorType(source.attrs["dtype"], ())):
             b = Builder(graph, before=node, location=source.location)
-            smaller = b.const(source.attrs["value"], source.attrs["dtype"])
-        shapes = [smaller.shape if k == i else v.shape for k, v in enumerate(node.operands) if v is not None]
-        if broadcast(*shapes) == node.results[0].shape:
-            graph.replace_operand(node, i, smaller)
+            graph.replace_operand(node, i, b.const(source.attrs["value"], source.attrs["dtype"]))
+
+
+def _gives_the_same(node: Node, i: int, type: TensorType) -> bool:
+    """Whether the results keep their types with another type of operand i."""
+    types = [type if k == i else None if v is None else v.type for k, v in enumerate(node.operands)]
+    try:
+        results = node.opdef.instance(types, node.attrs).infer()
+    except CompileError:  # it takes equal shapes only
+        return False
+    return (results if isinstance(results, tuple) else (results,)) == tuple(r.type for r in node.results)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 import moec.backends.onnxruntime
 import moec.backends.triton
 from moec.checks import apply_checked, check_idempotent, describe
-from moec.ir import Graph, Mesh, Placement, Quantization, Weight, parse
+from moec.ir import Graph, Mesh, Placement, Quantization, Weight, opdef, parse, require
 from moec.ir.cases import with_data
 from moec.ir.equivalence import first_difference
 from moec.ir.ops.quant import dequantize_blocks, quantize_blocks
-from moec.passes import Legalise, PlaceExperts, QuantizeFP8, default_pipeline
-from moec.testing import check_pass
+from moec.passes import DropBroadcasts, Legalise, PlaceExperts, QuantizeFP8, default_pipeline
+from moec.testing import check_pass, check_unchanged
 
 GRAPHS = Path(__file__).parent.parent / "graphs"
 # softmax and sigmoid routing, groups, shared experts; a cache; biases and clamps, interleaved
@@ -99,3 +99,31 @@ def test_legalised_graphs_mean_the_same(fused, name, backend):
     prepared = target.prepare(fused[name])
     result = check_pass(Legalise(target, "reference"), prepared)
     assert all(target.missing(n) is None or n.opdef.decompose is None for n in result.nodes)
+
+
+def test_broadcasts_stay_where_a_users_op_takes_equal_shapes_only(monkeypatch):
+    monkeypatch.setattr(opdef, "_OPS", dict(opdef._OPS))
+    monkeypatch.setattr(opdef, "_BARE", {k: list(v) for k, v in opdef._BARE.items()})
+
+    @opdef.op("own.pairwise", elementwise=True)
+    class Pairwise:
+        """a · b of one shape."""
+
+        a: opdef.Operand
+        b: opdef.Operand
+
+        def infer(self):
+            require(self.a == self.b, f"a is {self.a}, b is {self.b}")
+            return self.a
+
+        def reference(self):
+            return self.a * self.b
+
+    graph = """
+graph(%x: f32[T, 4], %row: f32[4]) -> (%y: f32[T, 4]) {
+  %0: f32[T, 4] = tensor.expand(%row) {shape=[T, 4]}
+  %1: f32[T, 4] = own.pairwise(%x, %0)
+  return %1
+}
+"""
+    check_unchanged(DropBroadcasts(), graph)
