@@ -154,7 +154,9 @@ def _finite(x: torch.Tensor) -> bool:
 def fault_of(p: Pass, graph: Graph, inputs: Sequence[torch.Tensor] | None = None) -> Fault | None:
     """What one pass does wrong to a graph."""
     result, fault = attempt(p, graph)
-    return fault if result is None else Judge(graph, inputs).examine(result)
+    if result is None or structural_difference(graph, result) is None:
+        return fault
+    return Judge(graph, inputs).examine(result)
 
 
 def is_lossy(before: Graph, after: Graph) -> bool:

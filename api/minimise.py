@@ -142,19 +142,17 @@ class _Search:
 
     def _fewer_nodes(self, nodes: list[Node], form: _Form, best: Minimised) -> tuple[list[Node], Minimised]:
         chunk = len(nodes) // 2
-        while chunk and not self.late:
-            for start in range(0, len(nodes), chunk):
+        while chunk:
+            before, start = len(nodes), 0
+            while start < len(nodes) and not self.late:
                 fewer = nodes[:start] + nodes[start + chunk :]
                 found = self.fails(fewer, None, form) if fewer else None
-                if found is not None:
+                if found is None:
+                    start += chunk
+                else:
                     nodes, best = fewer, found
-                    break
-                if self.late:
-                    break
-            else:
-                chunk //= 2
-                continue
-            chunk = min(chunk, len(nodes) // 2)
+            # single nodes until none can go, larger parts once
+            chunk = chunk // 2 if chunk > 1 or len(nodes) == before or self.late else 1
         return nodes, best
 
     def _fewer_outputs(self, nodes: list[Node], form: _Form, best: Minimised) -> Minimised:

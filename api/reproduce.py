@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -50,8 +51,9 @@ def reproduce(
     else:
         rule = found.culprit
         seeds = _matched(rule, graph, found.location) if isinstance(rule, Rewrite) else []
+        end = time.monotonic() + seconds
         for p in suspects:
-            small = minimise(graph, seeds, fault, partial(fault_of, p), case, seconds=seconds / len(suspects))
+            small = minimise(graph, seeds, fault, partial(fault_of, p), case, seconds=end - time.monotonic())
             if small is not None:
                 found.minimised, found.shown_by = small, p
                 break
