@@ -229,6 +229,6 @@ def test_accept_writes_expectations_only(pytester):
 
 def test_accept_leaves_what_is_wrong(pytester):
     (pytester.path / "rules.py").write_text(WRONG)
-    text = CASE.replace("RUN: fuse_swiglu", "RUN: \"../rules.py\":Wrong")
+    text = CASE.replace("RUN: fuse_swiglu", 'RUN: "../rules.py":Wrong')
     run(pytester, text, "--accept").assert_outcomes(failed=1)
     assert (pytester.path / "texts/swiglu.ir").read_text() == text
