@@ -16,7 +16,7 @@ from moec.culprit import Culprit
 from moec.ir import Graph, Placement, Quantization
 from moec.ir.cases import with_data
 from moec.judging import Fault, Judge, attempt, is_lossy
-from moec.passes.base import Pass
+from moec.passes.base import Analysis, Pass
 from moec.passes.engine import Application, limited
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.passes.rewrite import Rewrite, RuleSet
@@ -34,7 +34,7 @@ def bisect(
     *,
     backend: str | Backend = "reference",
     dynamic_shapes: Any = None,
-    passes: Iterable[Pass] | Pipeline | None = None,
+    passes: Iterable[Pass | Analysis] | Pipeline | None = None,
     quantize: str | Quantization | None = None,
     placement: Placement | None = None,
     out: str | Path | None = None,
@@ -66,7 +66,7 @@ def bisect(
         inputs = signature.flatten(args, kwargs) if args or kwargs else None
         graph.verify()
         graph = with_data(graph)
-        search = _Search(graph, [p for p in pipeline.passes if isinstance(p, Pass)], inputs, step)
+        search = _Search(graph, pipeline.passes, inputs, step)
         found = search.run()
         if not found and target.name != "reference" and search.inputs is not None:
             step(f"compare with {target.name}")
@@ -83,11 +83,11 @@ def bisect(
 @dataclass
 class _Search:
     graph: Graph
-    passes: Sequence[Pass]
+    passes: Sequence[Pass | Analysis]
     inputs: Sequence[torch.Tensor] | None
     step: Step
     notices: list[str] = field(default_factory=list)
-    suspects: list[Pass] = field(default_factory=list)  # what else than the culprit shows the fault by itself
+    suspects: list[Pass | Analysis] = field(default_factory=list)  # what may show the fault by itself
 
     def run(self) -> Culprit:
         self.stages = [self.graph]

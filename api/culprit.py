@@ -9,9 +9,10 @@ from typing import Literal
 
 from moec.comparison import Divergence
 from moec.ir import Graph, Location
+from moec.ir.printer import print_graph
 from moec.judging import Fault
 from moec.minimise import Minimised
-from moec.passes.base import Pass
+from moec.passes.base import Analysis, Pass
 from moec.passes.dump import Names, compare_lines, hunks, listing
 from moec.passes.rewrite import source_of
 
@@ -23,8 +24,8 @@ class Culprit:
     """What is to blame; false where nothing is.
 
     kind: "rule" (one application of one rule), "pass", "backend", or "none".
-    culprit: the rule or pass, None for a backend; `pass_` the pass that it is in, `pass_index` its place in the
-        pipeline (from 0). `source`: file:line of the culprit's class.
+    culprit: the rule, pass or analysis, None for a backend; `pass_` the pass that it is in, `pass_index` its place in
+        the pipeline (from 0). `source`: file:line of the culprit's class.
     application, applications: which application of rules within the pass it is (from 1), and how many there were;
         None where it is no application (the pass's own code, or a rule's pattern or `when`).
     fault: what is wrong. `before`, `after`: the graph before and after that application (`after` None where it
@@ -37,8 +38,8 @@ class Culprit:
     """
 
     kind: Literal["none", "rule", "pass", "backend"]
-    culprit: Pass | None = None
-    pass_: Pass | None = None
+    culprit: Pass | Analysis | None = None
+    pass_: Pass | Analysis | None = None
     pass_index: int | None = None
     application: int | None = None
     applications: int = 0
@@ -49,7 +50,7 @@ class Culprit:
     backend: str | None = None
     divergence: Divergence | None = None
     minimised: Minimised | None = None
-    shown_by: Pass | None = None
+    shown_by: Pass | Analysis | None = None
     path: Path | None = None
     repro: str = ""
     notices: list[str] = field(default_factory=list)
@@ -123,6 +124,6 @@ class Culprit:
             where = f" in {self.path}" if self.path is not None else ""
             yield f"  minimised  {len(g)} nodes, {len(g.inputs)} inputs, {len(g.weights)} weights{where}"
             if self.path is None:
-                yield from (f"    {line}" for line in str(g).splitlines()[:_LINES])
+                yield from (f"    {line}" for line in print_graph(g, locations=False).splitlines()[:_LINES])
         if self.repro:
             yield f"  repro      {self.repro}"

@@ -16,7 +16,7 @@ from moec.ir.cases import Case, with_data
 from moec.ir.compare import difference as structural_difference
 from moec.ir.equivalence import Difference, Oracle
 from moec.ir.interpreter import bind_inputs
-from moec.passes.base import Pass
+from moec.passes.base import Analysis, Pass
 
 # a pass that quantises changes numbers by design; more than this, relative to the root mean square of an output,
 # is no rounding any more (a scale that is off by two gives 1, unrelated numbers 1.4)
@@ -51,11 +51,13 @@ def _gist(message: str) -> str:
     return re.sub(r"\[[^\]]*\]|[-\d.]+", "", message)
 
 
-def attempt(p: Pass, graph: Graph) -> tuple[Graph | None, Fault | None]:
-    """The verified result of a pass, or its fault. The graph is left as it is, whatever the pass does."""
+def attempt(p: Pass | Analysis, graph: Graph) -> tuple[Graph | None, Fault | None]:
+    """The verified result of a pass (of an analysis, the graph), or its fault. The graph is left as it is, whatever
+    the pass does."""
     given = graph.clone()
     try:
         result = p.run(given)
+        result = given if isinstance(p, Analysis) else result
     except CompileError as e:
         rule = getattr(e, "rule", None)
         kind: Kind = "endless" if e.code == "endless" else "crash"
@@ -151,7 +153,7 @@ def _finite(x: torch.Tensor) -> bool:
     return bool((x.to(torch.float64) if x.is_floating_point() else x).isfinite().all())
 
 
-def fault_of(p: Pass, graph: Graph, inputs: Sequence[torch.Tensor] | None = None) -> Fault | None:
+def fault_of(p: Pass | Analysis, graph: Graph, inputs: Sequence[torch.Tensor] | None = None) -> Fault | None:
     """What one pass does wrong to a graph."""
     result, fault = attempt(p, graph)
     if result is None or structural_difference(graph, result) is None:

@@ -19,7 +19,7 @@ from moec.ir.cases import Case
 from moec.ir.interpreter import bind_inputs
 from moec.judging import fault_of
 from moec.minimise import minimise
-from moec.passes.base import Pass
+from moec.passes.base import Analysis, Pass
 from moec.passes.engine import compiled_patterns
 from moec.passes.match import Match
 from moec.passes.matcher import Matcher
@@ -31,7 +31,7 @@ _LONG = 200
 
 def reproduce(
     found: Culprit,
-    suspects: Sequence[Pass],
+    suspects: Sequence[Pass | Analysis],
     inputs: Sequence[torch.Tensor] | None,
     seconds: float,
     folder: Path | None,
@@ -83,6 +83,8 @@ def _describe(found: Culprit, backend: Backend) -> None:
             found.notices.append("the repro is Python: the backend is none of moec's, write it in place of …")
         return
     try:
+        if isinstance(found.shown_by, Analysis):
+            raise ArgumentValueError("--pass takes no analyses")
         found.repro = f"moec bisect {shlex.quote(path)} --pass {shlex.quote(print_pass(found.shown_by))}"
     except ArgumentValueError as e:
         shown = repr(found.shown_by)

@@ -214,6 +214,7 @@ def test_rules_that_do_not_end(tmp_path):
         (wrong.Mutates(), "input changed"),
         (wrong.DropsOutput(), "signature"),
         (wrong.ForgetsReturn(), "crash"),
+        (wrong.Counts(), "crash"),
     ],
 )
 def test_passes_that_are_no_rules(graph, p, kind):
@@ -222,6 +223,7 @@ def test_passes_that_are_no_rules(graph, p, kind):
     assert culprit.application is None
     assert "wrong_rules.py" in str(culprit)
     assert culprit.minimised is not None
+    assert culprit.repro.startswith("moec.bisect(" if isinstance(p, wrong.Counts) else "moec bisect ")
     assert len(culprit.minimised.graph) <= 1
 
 
