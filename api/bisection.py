@@ -74,9 +74,10 @@ def bisect(
         found.notices[:0] = search.notices
         if found and seconds > 0:
             step("minimise")
-            suspects = [*search.suspects, *(p for p in (found.culprit, found.pass_) if p is not None)]
+            suspects = [p for p in (*search.suspects, found.culprit, found.pass_) if p is not None]
+            suspects = list({id(p): p for p in suspects}.values())  # options may not be hashable
             folder = Path(out) if out is not None else None
-            reproduce(found, list(dict.fromkeys(suspects)), search.inputs, seconds, folder, target)
+            reproduce(found, suspects, search.inputs, seconds, folder, target)
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moec.ir import Builder, DType, Graph
 from moec.passes import Analysis, Pass, Rewrite
@@ -215,7 +215,9 @@ class Counts(Analysis):
 
 @dataclass(frozen=True)
 class DropsOutput(Pass):
-    """Returns a graph with fewer outputs."""
+    """Returns a graph with fewer outputs; its options have no hash."""
+
+    names: list = field(default_factory=list)
 
     def run(self, graph: Graph) -> Graph:
         smaller = Graph()
