@@ -154,8 +154,8 @@ class InterpreterWorker:
             raise
         if answer["ok"]:
             return answer["result"]
-        if answer["type"] in ("ValueError", "TypeError"):
-            raise {"ValueError": ValueError, "TypeError": TypeError}[answer["type"]](answer["message"])
+        if answer["refused"]:
+            raise (TypeError if answer["type"] == "TypeError" else ValueError)(answer["message"])
         raise KernelError(f"{answer['type']}: {answer['message']}\nIn the interpreter worker:\n{answer['traceback']}")
 
     def _last_words(self) -> str:

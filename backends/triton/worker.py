@@ -17,6 +17,11 @@ import torch
 from moec.backends.triton import wire
 from moec.backends.triton.registry import KERNELS, resolve_kernel
 
+_OWN = (
+    "/triton/runtime/interpreter.py", "/triton/runtime/jit.py", "/triton/language/core.py", "/triton/worker.py",
+    "/triton/launch.py",
+)  # fmt: skip
+
 
 def _end_with_parent(parent: int) -> None:
     # The pipe closes when the parent dies, but not while a forked sibling still holds its other end.
@@ -58,6 +63,17 @@ def _handle(request: dict[str, Any], kept: dict[int, torch.Tensor], kernels: dic
             raise ValueError(f"unknown request {other!r}")
 
 
+def _describe(error: Exception) -> dict[str, Any]:
+    """An error for the parent. `refused`: the wrapper itself did not take its arguments. The traceback is that of the
+    kernel, without the frames of the interpreter and of this module."""
+    cause = error.__cause__ if type(error).__name__ == "InterpreterError" and error.__cause__ is not None else error
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.endswith(_OWN)]
+    return {
+        "refused": cause is error and isinstance(error, ValueError | TypeError), "type": type(cause).__name__,
+        "message": str(cause), "traceback": "".join(traceback.format_list(frames)),
+    }  # fmt: skip
+
+
 def serve(read_fd: int, write_fd: int, parent: int) -> None:
     """Answer requests until the parent closes its end of the pipe or dies."""
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
@@ -75,5 +91,4 @@ def serve(read_fd: int, write_fd: int, parent: int) -> None:
             except BrokenPipeError:
                 return
             except Exception as error:
-                text = {"ok": False, "type": type(error).__name__, "message": str(error)}
-                wire.send(answers, text | {"traceback": traceback.format_exc()})
+                wire.send(answers, {"ok": False} | _describe(error))
