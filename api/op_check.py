@@ -10,7 +10,7 @@ import torch
 
 from moec.backends import Backend, Executable, get_backend
 from moec.backends.reference.backend import ReferenceBackend
-from moec.ir import CompileError, DType, Graph, Node, OpDef, TensorType, lookup, parse, run
+from moec.ir import ArgumentTypeError, CompileError, DType, Graph, Node, OpDef, TensorType, lookup, parse, run
 from moec.ir.interpreter import bind_inputs
 from moec.ir.types import broadcast
 from moec.op_cases import all_cases, single, symbolic_cases, symbolic_types
@@ -41,7 +41,9 @@ def check_op(op: str | type, *, backends: Sequence[str] = ("onnxruntime", "trito
     elementwise op also on NaN, zeros and large numbers; Triton kernels compile for sm_90. A backend that an op is not
     meant for `refuses` it.
     """
-    opdef = lookup(op) if isinstance(op, str) else op.opdef  # type: ignore[attr-defined]  # set by @op
+    opdef = lookup(op) if isinstance(op, str) else getattr(op, "opdef", None)
+    if not isinstance(opdef, OpDef):
+        raise ArgumentTypeError(f"{op!r} is no op", code="arguments", hint='@moec.ir.op("family.name") makes it one')
     tries = [_Backend(get_backend(name)) for name in backends]
     if opdef.decompose is not None:
         tries.append(_Backend(_Decomposing(opdef.name)))

@@ -207,5 +207,7 @@ def test_what_only_the_interpreter_takes_is_found():
 
 
 def test_unknown_ops_are_named():
+    with pytest.raises(TypeError, match=r"is no op(?s:.*)@moec\.ir\.op"):
+        check_op(torch.nn.Linear)
     with pytest.raises(CompileError, match=r"unknown op 'test\.cap'"):
         check_op("test.cap")
