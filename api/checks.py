@@ -114,7 +114,7 @@ def check_meaning(head: str, before: Graph, after: Graph, tolerance: float | Non
     vacuous = oracle.vacuous()
     if vacuous:
         raise AssertionError(
-            f"{head}: output {vacuous[0]!r} of the graph is NaN throughout or empty in every case, so that nothing is "
+            f"{head}: output {vacuous[0]!r} of the graph is mostly NaN or empty in every case, so that little is "
             "compared; give a graph that means something on normal or positive inputs"
         )
 
