@@ -103,6 +103,8 @@ def _transformers_cache(model: Any, takes_positions: bool) -> tuple[CachedDecode
         named = {}
         if takes_positions:  # positions count the tokens of a row, so that padding shifts nothing
             positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            # export has to know: else the new positions may get a length of their own, and dense models are refused
+            torch._check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
             named["position_ids"] = positions[:, past[0].shape[2] :]
         out = model(
             input_ids=input_ids,

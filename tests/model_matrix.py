@@ -201,8 +201,6 @@ REFUSED = {
     "lfm2_moe": "aten::convolution (short convolution) has no lowering",
     "afmoe": "the traced program differs from the model at lengths it was not traced at",
 }
-# a cached step that is refused: export ties the new length to the rotary table's
-REFUSED_DECODE = {"llama": "Max(0, s0 - Min(P, s0)) for S", "phi3": "Max(0, s0 - Min(P, s0)) for S"}
 
 
 @dataclass(frozen=True)
@@ -262,7 +260,7 @@ def call(entry: Entry, model: torch.nn.Module) -> tuple[torch.nn.Module, dict[st
 
 
 # a cache of past tokens as inputs and outputs, and narrow floats: for a few families each
-DECODED = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "granitemoe")
+DECODED = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "granitemoe", "llama", "phi3")
 BFLOAT16 = (
     Entry("mixtral", "sdpa", "grouped_mm", dtype="bf16"),
     Entry("qwen3_moe", "eager", "batched_mm", "masked", "bf16"),

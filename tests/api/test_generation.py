@@ -170,3 +170,17 @@ def test_transformers_mixtral(tmp_path):
     loaded = moec.load(tmp_path / "mixtral")
     assert torch.equal(loaded.generate(prompt, MASK, max_new_tokens=6), want)
     assert torch.equal(loaded(prompt).past_key_values.layers[0].values, result.past_key_values.layers[0].values)
+
+
+def test_a_dense_model_of_transformers_generates():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    want = model.generate(PROMPT + 3, attention_mask=MASK, max_new_tokens=4, do_sample=False, pad_token_id=2)
+    compiled = moec.compile(model, backend="reference")
+    assert torch.equal(compiled.generate(PROMPT + 3, MASK, max_new_tokens=4), want)
