@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from moec.reproduce import reproduce
 from moec.sources import acquire
 
 Step = Callable[[str], None]
+Outcome = tuple[Graph | None, Fault | None]  # a state, or what was raised on the way to it
+States = Callable[[int], Outcome]
 
 
 def bisect(
@@ -106,8 +108,9 @@ class _Search:
             judge = Judge(self.stages[start], self.inputs, self.notices)
             self._use_seeded_inputs(judge)
             self.step(f"judge passes {start + 1} to {end}")
-            if judge.examine(self.stages[end]) is not None:
-                guilty, fault = self._first(start, end, partial(self._judge_stage, judge))
+            wrong = judge.examine(self.stages[end])
+            if wrong is not None:
+                guilty, fault = self._first(judge, start, end, wrong, lambda i: (self.stages[i], None))
                 return self._within(judge, guilty - 1, fault)
             if end in lossy:
                 start = end + 1
@@ -120,24 +123,29 @@ class _Search:
             return self._within(judge, last, broken)
         return Culprit("none")
 
-    def _judge_stage(self, judge: Judge, index: int) -> Fault | None:
-        return judge.examine(self.stages[index])
-
     def _use_seeded_inputs(self, judge: Judge) -> None:
         if self.inputs is None:
             self.inputs = judge.own.inputs
 
-    def _first(self, good: int, bad: int, fault_at: Callable[[int], Fault | None]) -> tuple[int, Fault]:
-        """(the first wrong of good+1 … bad, its fault), by halving."""
-        last: Fault | None = None
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            self.step(f"between {good} and {bad}")
-            fault = fault_at(middle)
-            good, bad, last = (middle, bad, last) if fault is None else (good, middle, fault)
-        fault = last or fault_at(bad)
-        assert fault is not None
-        return bad, fault
+    def _first(
+        self, judge: Judge, good: int, bad: int, fault: Fault, at: Callable[[int], Outcome]
+    ) -> tuple[int, Fault]:
+        """(the first wrong of good+1 … bad, its fault), by halving. Only what showed the fault is looked at, until
+        the last state that seems right is held against everything."""
+        while True:
+            quick, low = judge.narrowed(fault), good
+            while bad - low > 1:
+                middle = (low + bad) // 2
+                self.step(f"between {low} and {bad}")
+                found = _fault_of(quick, at(middle))
+                if found is None:
+                    low = middle
+                else:
+                    bad, fault = middle, found
+            earlier = _fault_of(judge, at(low)) if low > good else None
+            if earlier is None:
+                return bad, fault
+            bad, fault = low, earlier
 
     # -- inside a pass -----------------------------------------------------------------------------
 
@@ -151,24 +159,19 @@ class _Search:
             with limited(limit) as applied:
                 return *attempt(p, graph), applied.applications
 
-        @cache
-        def fault_after(limit: int) -> Fault | None:
-            result, raised, _ = trial(limit)
-            return judge.examine(result) if result is not None else raised
-
         whole, raised, applications = trial(None)
         count = len(applications)
         if raised is None and fault.kind in ("crash", "endless"):
             self.notices.append("the pass raised in one run and not in the next: it is not deterministic")
         # without an application, a rule or rule set changes nothing
-        by_itself = None if isinstance(p, Rewrite | RuleSet) or not count else fault_after(0)
+        by_itself = None if isinstance(p, Rewrite | RuleSet) or not count else _fault_of(judge, trial(0)[:2])
         if not count or by_itself is not None:
             return self._pass_culprit(index, by_itself or fault, trial(0)[0])
         if fault.kind == "endless":
             number, loop = _loop(applications)
             self.suspects = [RuleSet(loop)]
         elif whole is not None or trial(count)[0] is None:
-            number, fault = self._first(0, count, lambda n: fault_after(n) if n < count else raised or fault)
+            number, fault = self._first(judge, 0, count, raised or fault, lambda n: trial(n)[:2])
         else:  # it raised between applications: in a pattern or a `when`
             return self._pass_culprit(index, fault, trial(count)[0])
         before = trial(number - 1)[0]
@@ -204,6 +207,11 @@ class _Search:
             before=after if rule is not None and after is not None else before,
             after=after if rule is None else None,
         )
+
+
+def _fault_of(judge: Judge, outcome: Outcome) -> Fault | None:
+    graph, raised = outcome
+    return raised if graph is None else judge.examine(graph)
 
 
 def _loop(applications: Sequence[Application]) -> tuple[int, tuple[Rewrite, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import traceback
 from collections.abc import Sequence
@@ -109,6 +110,17 @@ class Judge:
     def expected(self) -> list[torch.Tensor]:
         """The outputs of that run."""
         return run(with_data(self.truth), self.own.inputs)
+
+    def narrowed(self, fault: Fault) -> Judge:
+        """A quick judge that looks only where the fault was seen."""
+        case = fault.difference.case if fault.difference is not None else None
+        quick = Judge(self.truth, self.inputs)
+        quick.own, quick.expected, quick.oracles = self.own, self.expected, []
+        for oracle in self.oracles:
+            one = copy.copy(oracle)
+            one.references = [r for r in oracle.references if r.case is case]
+            quick.oracles.append(one)
+        return quick
 
     def examine(self, graph: Graph) -> Fault | None:
         """What is wrong with a graph that should mean the same."""

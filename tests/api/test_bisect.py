@@ -170,6 +170,30 @@ def test_the_first_of_two_wrong_rules_is_found(graph):
         assert (culprit.pass_index, culprit.application) == (0, 1)
 
 
+COSINES = """
+graph(%x: f32[T]) -> (%y: f32[T]) {
+  %0: i64[T] = tensor.arange() {end=T}
+  %1: f32[T] = math.cast(%0) {dtype=f32}
+  %2: f32[T] = math.cos(%1)
+  %3: f32[T] = math.silu(%x)
+  %4: f32[T] = math.add(%2, %3)
+  return %4
+}
+"""
+
+
+def test_the_first_is_found_though_only_the_second_shows_with_the_given_inputs():
+    for passes in (
+        Pipeline((wrong.ShortTable(), DeadCode(), wrong.WrongSilu(), DeadCode())),
+        rules_of(FuseSwiGLU(), wrong.ShortTable(), wrong.WrongSilu()),
+        Pipeline((DeadCode(), wrong.ShortTable(), wrong.Raises(), wrong.WhenRaises())),
+    ):
+        culprit = moec.bisect(moec.parse(COSINES), (torch.randn(5),), passes=passes, seconds=0)
+        assert culprit.culprit == wrong.ShortTable()
+        assert culprit.application == 1
+        assert culprit.fault.difference.case.binding["T"] > 9
+
+
 @pytest.mark.parametrize(
     ("rule", "kind", "says"),
     [
