@@ -122,8 +122,13 @@ class Culprit:
         if self.minimised is not None:
             g = self.minimised.graph
             where = f" in {self.path}" if self.path is not None else ""
-            yield f"  minimised  {len(g)} nodes, {len(g.inputs)} inputs, {len(g.weights)} weights{where}"
+            sizes = (_count(len(g), "node"), _count(len(g.inputs), "input"), _count(len(g.weights), "weight"))
+            yield f"  minimised  {', '.join(sizes)}{where}"
             if self.path is None:
                 yield from (f"    {line}" for line in print_graph(g, locations=False).splitlines()[:_LINES])
         if self.repro:
             yield f"  repro      {self.repro}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
