@@ -8,7 +8,8 @@
 
 Your own rules are named by module, `// RUN: my_rules:FuseX`, or by file, from the folder of the text file:
 `// RUN: fuse_x.py:FuseX`. `--accept` only ever writes results that verify and mean the same, and leaves RUN lines and
-comments alone; a case that it rewrites passes. Another folder name is set by `moec_texts = name` in the pytest configuration.
+comments alone; a case that it rewrites passes. Another folder name is set by `moec_texts = name` in the pytest
+configuration.
 """
 
 from __future__ import annotations
