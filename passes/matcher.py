@@ -98,7 +98,7 @@ class Matcher:
                 return
             b = extended
         orders = [p.operands]
-        if p.opdef.commutative and len(p.operands) == 2:
+        if p.opdef.commutative and len(p.operands) == 2 and p.operands[0] is not p.operands[1]:
             orders.append(p.operands[::-1])
         for operands in orders:
             yield from self._operands(operands, node, 0, b.place(p, node))
