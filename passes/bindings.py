@@ -33,18 +33,26 @@ class Bindings:
 
 @dataclass
 class Failure:
-    """The furthest point that an attempt reached."""
+    """The furthest point that an attempt reached; what was expected there may have alternatives."""
 
     matched: int = -1
     node: Node | None = None
     value: Value | None = None
-    expected: str = ""
+    alternatives: tuple[str, ...] = ()
     found: str = ""
+
+    @property
+    def expected(self) -> str:
+        return " or ".join(self.alternatives)
 
     def note(self, matched: int, node: Node | None, value: Value | None, expected: str, found: str) -> None:
         if matched > self.matched:
             self.matched, self.node, self.value = matched, node, value
-            self.expected, self.found = expected, found
+            self.alternatives, self.found = (expected,), found
+            return
+        here = matched == self.matched and node is self.node and value is self.value and found == self.found
+        if here and len(self.alternatives) < 4 and expected not in self.alternatives:
+            self.alternatives += (expected,)
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,13 @@ class Matcher:
         if root in b.nodes:
             yield from self._further_roots(i + 1, b)
             return
+        candidate: Node | None = None
         for candidate in self._candidates(root, b):
             for extended in self._node(root, candidate, b):
                 yield from self._further_roots(i + 1, extended)
+        if candidate is None:
+            first = b.nodes[self.pattern.roots[0].node]
+            self._fail(b, first, None, f"{root.opdef.name} on what it is computed from", "none")
 
     def _candidates(self, root: PNode, b: Bindings) -> Iterator[Node]:
         """Nodes of the root's op near what is already bound: users of shared values, upwards."""
@@ -77,6 +81,8 @@ class Matcher:
         if known is not None:
             if known is node:
                 yield b
+            else:
+                self._fail(b, node, None, f"the {p.opdef.name} that is matched already", f"another {node.op}")
             return
         if node in b.nodes.values():
             return
