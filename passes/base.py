@@ -64,7 +64,7 @@ def report(**figures: Any) -> None:
 
 
 # field names whose capitals do not mark words
-_WORDS = {"SwiGLU": "Swiglu", "GeGLU": "Geglu", "RoPE": "Rope", "MoE": "Moe"}
+_WORDS = {"SwiGLU": "Swiglu", "GeGLU": "Geglu", "ReGLU": "Reglu", "RoPE": "Rope", "MoE": "Moe"}
 
 
 def snake_case(name: str) -> str:

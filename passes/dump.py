@@ -83,7 +83,8 @@ def listing(graph: Graph, names: Names) -> list[str]:
     """Lines of a graph and its functions for reading: where nodes come from as comments, no weights."""
     lines = []
     for keyword, g in (("graph", graph), *(("function", f) for f in graph.functions.values())):
-        lines.append(f"{keyword} {g.name}({', '.join(f'{names(v)}: {v.type}' for v in g.inputs)})")
+        title = keyword if g.name == keyword else f"{keyword} {g.name}"
+        lines.append(f"{title}({', '.join(f'{names(v)}: {v.type}' for v in g.inputs)})")
         lines += [_line(n, names) for n in g.nodes]
         pairs = zip(g.output_names, g.outputs, strict=True)
         lines += [f"  return {name} = {names(v)}: {v.type}" for name, v in pairs]

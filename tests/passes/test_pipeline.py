@@ -175,7 +175,7 @@ def test_dump_writes_every_step(tmp_path):
     ]  # fmt: skip
     assert parse((folder / "02_fuse_mlp.ir").read_text()) == graph
     assert (folder / "02_fuse_mlp.diff").read_text().splitlines() == [
-        " graph graph(%x: f32[B, 4], %y: f32[B, 4])",
+        " graph(%x: f32[B, 4], %y: f32[B, 4])",
         "-  %0: f32[B, 4] = math.silu(%x)",
         "-  %1: f32[B, 4] = math.mul(%0, %y)",
         "-  return out = %1: f32[B, 4]",
