@@ -90,6 +90,7 @@ PARTS = {
     "dots1": Parts(2, 9, rope=4, experts=1),
     "minimax_m2": Parts(1, 5, rope=2, experts=1),
     "flex_olmo": Parts(1, 5, rope=2, experts=1),
+    "afmoe": Parts(2, 13, rope=2, experts=1),  # four norms a layer; no positions in its full layer
     "cohere2_moe": Parts(2, layer=3, rope=2, experts=2),  # parallel residual; no positions in its full layer
     "exaone_moe": Parts(2, 9, rope=2, experts=2),
     "solar_open": Parts(1, 3, rope=2, experts=1),
@@ -156,7 +157,7 @@ def test_what_a_model_consists_of_is_recognised(name):
 
 
 # families with a sliding or chunked window in some layer
-WINDOWED = {"gpt_oss", "gemma2", "gemma3", "llama4", "exaone_moe", "mimo_v2_flash", "cohere2_moe"}
+WINDOWED = {"afmoe", "gpt_oss", "gemma2", "gemma3", "llama4", "exaone_moe", "mimo_v2_flash", "cohere2_moe"}
 
 
 def test_the_table_is_complete():
