@@ -229,6 +229,10 @@ class _Engine:
             # a bound inner value may live on in the replacement
             if not any(r.uses or r.is_output for r in dead.results):
                 self.graph.erase(dead)
+        for v in released:
+            # a number that the pattern matched by its value, and nothing else uses
+            if v.producer is not None and v.producer.op == "tensor.constant" and not v.uses and not v.is_output:
+                self.graph.erase(v.producer)
         if self.record is not None:
             self.record.fired[rule.name] = self.record.fired.get(rule.name, 0) + 1
         return self._affected(builder.created, new, released)

@@ -113,6 +113,18 @@ def test_attributes_match_exactly_or_are_captured():
     assert node.attrs == {"axis": 0}
 
 
+def test_constants_that_only_the_match_used_go():
+    r = rule(lambda self, p, x: p.mul(x, 2.0), lambda self, b, m: b.add(m.x, m.x))
+    graph = graph_of(lambda b, x, y: b.mul(x, 2.0))
+    assert ops(r.run(graph)) == ["math.add"]
+
+    def used_twice(b, x, y):
+        two = b.const(2.0)
+        return b.mul(x, two), b.sub(y, two), two
+
+    assert ops(r.run(graph_of(used_twice))) == ["tensor.constant", "math.add", "math.sub"]
+
+
 def test_the_same_capture_must_be_the_same_value():
     r = rule(lambda self, p, x: p.mul(x, p.sigmoid(x)), lambda self, b, m: b.silu(m.x))
     graph = graph_of(lambda b, x, y: b.mul(y, b.sigmoid(x)))
