@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix clean bench-passes
+.PHONY: demo test lint graphs matrix bench-passes bench-attention clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -13,8 +13,13 @@ demo: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+# how the rewriting passes scale with the graph
 bench-passes: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/passes.py
+
+# passes of choice against the default pipeline
+bench-attention: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/attention_passes.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

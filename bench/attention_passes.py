@@ -1,6 +1,6 @@
 """AbsorbMLA and MergeLinears against the default pipeline: cached steps and prompts on ONNX Runtime, one thread.
 
-    OMP_NUM_THREADS=1 python bench/attention_passes.py
+    make bench-attention
 
 All variants of a case run in turn in one process; the least time of `--runs` counts.
 """

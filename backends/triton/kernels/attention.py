@@ -169,7 +169,8 @@ def attention(
     d1 = max(16, 1 << (d.bit_length() - 1))
     launch(
         attention_kernel, (cdiv(rows, tile.m), b * hkv, cdiv(dv, block_dv)),
-        q, k, v, mask, sinks, out, float(scale), float(softcap or 1.0), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, hkv, s, t,
+        q, k, v, mask, sinks, out, float(scale), float(softcap or 1.0),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, hkv, s, t,
         GROUP=h // hkv, D=d, D1=d1, D2=next_pow2(d - d1, 16) if d > d1 else 0, DV=dv, BLOCK_DV=block_dv,
         BLOCK_M=tile.m, BLOCK_N=tile.n, CAUSAL=causal, MASK=kind,
         SINKS=sinks is not None, SOFTCAP=softcap is not None, num_warps=tile.warps, num_stages=tile.stages,
