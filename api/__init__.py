@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         parse,
     )
     from moec.passes import place_experts
-    from moec.passes.explain import explain
+    from moec.passes.rewriting.explain import explain
     from moec.report import Report
 
 __version__ = "0.1.0"

@@ -17,9 +17,9 @@ from moec.ir import Graph, Placement, Quantization
 from moec.ir.cases import with_data
 from moec.judging import Fault, Judge, attempt, is_lossy
 from moec.passes.base import Analysis, Pass
-from moec.passes.engine import Application, limited
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.passes.rewrite import Rewrite, RuleSet
+from moec.passes.rewriting.engine import Application, limited
 from moec.progress import progress
 from moec.reproduce import reproduce
 from moec.sources import acquire

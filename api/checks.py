@@ -17,7 +17,7 @@ from moec.ir.cases import with_data
 from moec.ir.equivalence import Oracle
 from moec.ir.weight import digest
 from moec.passes import Pass, Record, Rewrite, RuleSet, explain, run_pass
-from moec.passes.engine import source_of
+from moec.passes.rewriting.engine import source_of
 
 # weights up to this many bytes are checked for changes of their data
 _DIGEST_LIMIT = 64 << 20

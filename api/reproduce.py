@@ -20,10 +20,10 @@ from moec.ir.interpreter import bind_inputs
 from moec.judging import fault_of
 from moec.minimise import minimise
 from moec.passes.base import Analysis, Pass
-from moec.passes.engine import compiled_patterns
-from moec.passes.match import Match
-from moec.passes.matcher import Matcher
 from moec.passes.rewrite import Rewrite
+from moec.passes.rewriting.engine import compiled_patterns
+from moec.passes.rewriting.match import Match
+from moec.passes.rewriting.matcher import Matcher
 from moec.passes.spec import print_pass
 
 _LONG = 200

@@ -11,22 +11,22 @@ from typing import Any
 
 from moec.ir import ArgumentValueError, CompileError, Graph, Placement, Quantization
 from moec.passes.base import Analysis, Pass, Record, active_record
-from moec.passes.canonicalise import Canonicalise
-from moec.passes.cleanup import CommonSubexpressions, DeadCode, FoldConstants
+from moec.passes.clean.canonicalise import Canonicalise
+from moec.passes.clean.cleanup import CommonSubexpressions, DeadCode, FoldConstants
+from moec.passes.clean.fold_scalars import FoldScalars
+from moec.passes.clean.simplify_positions import SimplifyPositions
+from moec.passes.clean.simplify_transposes import SimplifyTransposes
 from moec.passes.dump import Dump
-from moec.passes.explain import explain
-from moec.passes.fold_scalars import FoldScalars
-from moec.passes.fuse_attention import FuseAttention
-from moec.passes.fuse_mlp import FuseMLP
-from moec.passes.fuse_norm import FuseNorm
-from moec.passes.fuse_rope import FuseRoPE
+from moec.passes.fuse.fuse_attention import FuseAttention
+from moec.passes.fuse.fuse_mlp import FuseMLP
+from moec.passes.fuse.fuse_norm import FuseNorm
+from moec.passes.fuse.fuse_rope import FuseRoPE
+from moec.passes.moe.raise_moe import RaiseMoE
+from moec.passes.moe.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.place import PlaceExperts
 from moec.passes.quantize import QuantizeFP8
-from moec.passes.raise_moe import RaiseMoE
-from moec.passes.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.rewrite import Rewrite, RuleSet, source_of
-from moec.passes.simplify_positions import SimplifyPositions
-from moec.passes.simplify_transposes import SimplifyTransposes
+from moec.passes.rewriting.explain import explain
 
 
 @dataclass(frozen=True)

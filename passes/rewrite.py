@@ -8,7 +8,7 @@ from typing import Any
 
 from moec.ir import Graph
 from moec.passes.base import Pass
-from moec.passes.engine import (
+from moec.passes.rewriting.engine import (
     Application,
     Applications,
     RuleError,
@@ -18,7 +18,7 @@ from moec.passes.engine import (
     rule_error,
     source_of,
 )
-from moec.passes.match import Match, Refused
+from moec.passes.rewriting.match import Match, Refused
 
 __all__ = [
     "Application",

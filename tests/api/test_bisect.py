@@ -19,8 +19,8 @@ from moec.cli import app
 from moec.graph_file import load_graph
 from moec.ir import CompileError, DType, run
 from moec.passes import DeadCode, Pipeline, QuantizeFP8, Rewrite, RuleSet, default_pipeline
-from moec.passes.canonicalise import RULES
-from moec.passes.fuse_mlp import FuseSwiGLU
+from moec.passes.clean.canonicalise import RULES
+from moec.passes.fuse.fuse_mlp import FuseSwiGLU
 from moec.passes.rewrite import limited
 
 from . import wrong_rules as wrong

@@ -5,8 +5,8 @@ import torch
 
 from moec.ir import Builder, CompileError, Dim, Graph, TensorType, Weight, run
 from moec.passes.base import Pass
-from moec.passes.canonicalise import Canonicalise
-from moec.passes.cleanup import CommonSubexpressions, DeadCode, FoldConstants
+from moec.passes.clean.canonicalise import Canonicalise
+from moec.passes.clean.cleanup import CommonSubexpressions, DeadCode, FoldConstants
 from moec.passes.legalise import Legalise
 
 B = Dim("B")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moec.ir import Builder, Dim, Graph, TensorType, run
 from moec.ir.dims import evaluate
-from moec.passes.index_forms import Affine, Holds, index_form, unraveled
+from moec.passes.clean.index_forms import Affine, Holds, index_form, unraveled
 
 S, P = Dim("S"), Dim("P")
 SIZES = ({"S": 1, "P": 0}, {"S": 3, "P": 1}, {"S": 5, "P": 4}, {"S": 0, "P": 2}, {"S": 2, "P": 0})

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moec.ir import Builder, CompileError, Graph, Weight, parse, run
-from moec.passes.explain import explain
 from moec.passes.rewrite import RuleSet, limited
+from moec.passes.rewriting.explain import explain
 
 from .small_rules import TYPE, B, graph_of, ops, rule
 

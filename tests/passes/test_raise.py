@@ -8,7 +8,7 @@ from torch import nn
 from moec.frontend import trace
 from moec.ir import run
 from moec.passes import FuseMLP, default_pipeline, explain
-from moec.passes.raise_grouped import GroupedExperts
+from moec.passes.moe.raise_grouped import GroupedExperts
 
 E, K, D, H = 6, 2, 8, 16
 DYNAMIC = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)

@@ -9,8 +9,8 @@ import torch
 
 from moec.ir import Builder, CompileError, Graph, Location, TensorType, Weight, parse, run
 from moec.passes.base import Record, active_record
-from moec.passes.explain import explain
 from moec.passes.rewrite import Rewrite, RuleSet
+from moec.passes.rewriting.explain import explain
 
 from .small_rules import TYPE, graph_of, ops, rule
 

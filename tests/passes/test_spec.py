@@ -24,7 +24,7 @@ from moec.passes import (
     parse_passes,
     print_pass,
 )
-from moec.passes.fuse_mlp import FuseSwiGLU
+from moec.passes.fuse.fuse_mlp import FuseSwiGLU
 from moec.passes.registry import load_file, shipped_passes
 from moec.passes.spec import print_passes
 
@@ -255,7 +255,7 @@ def test_your_own_from_a_module(rules_file, monkeypatch):
         ("no_such_module:FuseX", ["cannot import no_such_module: ModuleNotFoundError"]),
         ("a b:FuseX", ["there is no pass 'a'"]),
         ("moec.passes:FuseSwiGL", ["moec.passes has no 'FuseSwiGL'"]),
-        ("moec.passes.fuse_mlp:FuseSwiGL", ["did you mean FuseSwiGLU?"]),
+        ("moec.passes.fuse.fuse_mlp:FuseSwiGL", ["did you mean FuseSwiGLU?"]),
         ("moec.passes:Graph", ["has no 'Graph'"]),
         ("moec.ir:Graph", ["is no Pass or Rewrite class"]),
         ("moec.passes:Rewrite", ["lacks pattern, replace()"]),

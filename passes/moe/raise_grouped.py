@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes.expert_weights import cast_weights, maybe_cast, routed_experts, shape_of, stored, why_not_routed
+from moec.passes.moe.expert_weights import cast_weights, maybe_cast, routed_experts, shape_of, stored, why_not_routed
+from moec.passes.moe.structure import counts_up, gated_unit, producer, through
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import counts_up, gated_unit, producer, through
 
 
 def why_not_offsets(offsets: Value, experts: Value, num_experts: int) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from moec.ir import DType, Value
-from moec.passes.canonicalise import TransposeOfTranspose
-from moec.passes.fuse_mask import MASK_RULES, allowed_where, attention, attention_again, keeps_own_key
+from moec.passes.clean.canonicalise import TransposeOfTranspose
+from moec.passes.fuse.fuse_mask import MASK_RULES, allowed_where, attention, attention_again, keeps_own_key
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 

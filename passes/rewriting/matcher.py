@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moec.ir import Node, Value
-from moec.passes.bindings import Bindings, Escape, Failure
-from moec.passes.match_values import attribute, describe, same_constant, scalar_constant, shown, wanted
-from moec.passes.pattern_types import (
+from moec.passes.rewriting.bindings import Bindings, Escape, Failure
+from moec.passes.rewriting.match_values import attribute, describe, same_constant, scalar_constant, shown, wanted
+from moec.passes.rewriting.pattern_types import (
     Bind,
     Const,
     Either,

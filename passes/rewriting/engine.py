@@ -15,10 +15,10 @@ from moec.ir.compare import same_attrs
 from moec.ir.location import source_of_class
 from moec.ir.opdef import redeclared
 from moec.passes.base import Pass, Refusal, active_record
-from moec.passes.match import Match, Refused
-from moec.passes.matcher import Matcher
-from moec.passes.pattern import build_patterns
-from moec.passes.pattern_types import Pattern
+from moec.passes.rewriting.match import Match, Refused
+from moec.passes.rewriting.matcher import Matcher
+from moec.passes.rewriting.pattern import build_patterns
+from moec.passes.rewriting.pattern_types import Pattern
 
 if TYPE_CHECKING:
     from moec.passes.rewrite import Rewrite

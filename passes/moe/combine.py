@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from moec.ir import Node, Value
-from moec.passes.match_values import scalar_constant
-from moec.passes.structure import is_filled, producer, through
+from moec.passes.moe.structure import is_filled, producer, through
+from moec.passes.rewriting.match_values import scalar_constant
 
 Routing = tuple[Value, Value]
 

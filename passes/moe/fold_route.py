@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes.raise_route import SELECTION_RULES
+from moec.passes.moe.raise_route import SELECTION_RULES
+from moec.passes.moe.structure import with_number
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import with_number
 
 _ROUTE_ATTRS = (
     "k", "scoring", "normalize", "normalize_eps", "normalize_min", "scale", "n_group", "topk_group", "group_score",

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from moec.ir import ArgumentTypeError, Graph, Node
 from moec.ir.printer import excerpt
-from moec.passes.bindings import Failure
-from moec.passes.engine import compiled_patterns, source_of
-from moec.passes.match import Match, Refused
-from moec.passes.matcher import Matcher
 from moec.passes.rewrite import Rewrite, RuleSet
+from moec.passes.rewriting.bindings import Failure
+from moec.passes.rewriting.engine import compiled_patterns, source_of
+from moec.passes.rewriting.match import Match, Refused
+from moec.passes.rewriting.matcher import Matcher
 
 
 def explain(rule: Rewrite | RuleSet, graph: Graph, at: str | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moec.ir import Builder, CompileError, Dim, DType, OpDef, lookup
 from moec.ir.opdef import REQUIRED, normalise_attr
-from moec.passes.pattern_types import (
+from moec.passes.rewriting.pattern_types import (
     AttrCapture,
     Bind,
     Const,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.passes.fold_route import ROUTE_RULES
-from moec.passes.fuse_mlp import GLU_RULES
-from moec.passes.raise_batched import BatchedExperts
-from moec.passes.raise_dense import DenseExperts, ScaledInputExperts
-from moec.passes.raise_grouped import GroupedExperts
+from moec.passes.fuse.fuse_mlp import GLU_RULES
+from moec.passes.moe.fold_route import ROUTE_RULES
+from moec.passes.moe.raise_batched import BatchedExperts
+from moec.passes.moe.raise_dense import DenseExperts, ScaledInputExperts
+from moec.passes.moe.raise_grouped import GroupedExperts
 from moec.passes.rewrite import Rewrite, RuleSet
 
 

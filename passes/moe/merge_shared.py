@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from moec.ir import Value, Weight
+from moec.passes.moe.structure import glu, reshaped, through, unit_attrs
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import glu, reshaped, through, unit_attrs
 
 
 def _weights(values: tuple[Value, ...]) -> list[Weight] | None:

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes.match_values import same_constant
 from moec.passes.rewrite import Match, Refused, Rewrite
+from moec.passes.rewriting.match_values import same_constant
 
 
 @dataclass(frozen=True)

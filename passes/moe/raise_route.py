@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import DType, Value
+from moec.passes.moe.structure import is_filled
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import is_filled
 
 _SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 

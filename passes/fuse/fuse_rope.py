@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes.canonicalise import ReshapeOfReshape
+from moec.passes.clean.canonicalise import ReshapeOfReshape
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 

@@ -9,10 +9,10 @@ import torch
 
 from moec.ir import DType, Value
 from moec.ir.types import broadcast
-from moec.passes.index_forms import Affine, Holds, Size, index_form
-from moec.passes.matcher import scalar_constant
+from moec.passes.clean.index_forms import Affine, Holds, Size, index_form
+from moec.passes.moe.structure import producer
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import producer
+from moec.passes.rewriting.matcher import scalar_constant
 
 
 def attention(p: Any, mask: Any, **changed: Any) -> Any:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes import expert_weights
-from moec.passes.combine import combine_column
+from moec.passes.moe import expert_weights
+from moec.passes.moe.combine import combine_column
+from moec.passes.moe.structure import gated_unit, glu, is_filled, narrowed, producer, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import gated_unit, glu, is_filled, narrowed, producer, unit_attrs, why_not_halves
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes.expert_weights import cast_weights, maybe_cast, routed_experts, why_not_routed
+from moec.passes.moe.expert_weights import cast_weights, maybe_cast, routed_experts, why_not_routed
+from moec.passes.moe.structure import gated_unit
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import gated_unit
 
 
 @dataclass(frozen=True)

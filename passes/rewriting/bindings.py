@@ -8,7 +8,7 @@ from typing import Any
 
 from moec.ir import Node, Value
 from moec.ir.compare import same_attrs
-from moec.passes.pattern_types import PNode
+from moec.passes.rewriting.pattern_types import PNode
 
 
 @dataclass(frozen=True)

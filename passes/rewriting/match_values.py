@@ -7,8 +7,8 @@ from typing import Any
 
 from moec.ir import DType, Value
 from moec.ir.compare import same_attrs
-from moec.passes.bindings import Bindings
-from moec.passes.pattern_types import AttrCapture, Sizes
+from moec.passes.rewriting.bindings import Bindings
+from moec.passes.rewriting.pattern_types import AttrCapture, Sizes
 
 
 def attribute(want: Any, got: Any, b: Bindings) -> Bindings | None:

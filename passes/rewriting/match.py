@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moec.ir import CompileError, Location, Node, Value
-from moec.passes.bindings import Bindings
-from moec.passes.pattern_types import Pattern
+from moec.passes.rewriting.bindings import Bindings
+from moec.passes.rewriting.pattern_types import Pattern
 
 
 class Refused(Exception):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes import expert_weights
-from moec.passes.combine import combine_rows, same_rows
+from moec.passes.moe import expert_weights
+from moec.passes.moe.combine import combine_rows, same_rows
+from moec.passes.moe.structure import gated_unit, narrowed, reshaped, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused, Rewrite
-from moec.passes.structure import gated_unit, narrowed, reshaped, unit_attrs, why_not_halves
 
 
 def _batched_mlp(p: Any, rows: Any, biased: bool) -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 
 from moec.ir import Builder, CompileError, DType, Graph, Node, TensorType, Value
 from moec.passes.base import Pass
-from moec.passes.cleanup import DeadCode
-from moec.passes.matcher import scalar_constant
+from moec.passes.clean.cleanup import DeadCode
+from moec.passes.clean.simplify_math import MATH_RULES
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
-from moec.passes.simplify_math import MATH_RULES
+from moec.passes.rewriting.matcher import scalar_constant
 
 # ops whose `axis`/`axes` count from the end, so that patterns can say "the last axis" for any rank
 _FROM_END = {

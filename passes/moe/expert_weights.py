@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from moec.ir import TensorType, Value, Weight
+from moec.passes.moe.structure import narrowed, reshaped, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match
-from moec.passes.structure import narrowed, reshaped, unit_attrs, why_not_halves
 
 
 def stored(p: Any, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes.fuse_layer_norm import LAYER_NORM_RULES
+from moec.passes.fuse.fuse_layer_norm import LAYER_NORM_RULES
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 

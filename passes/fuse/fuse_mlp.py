@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moec.passes.moe.structure import with_number
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
-from moec.passes.structure import with_number
 
 
 def _same_type(m: Match) -> Refused | None:

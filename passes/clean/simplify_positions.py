@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moec.passes.index_forms import Affine, Holds, Size, index_form, unflattened, unraveled
+from moec.passes.clean.index_forms import Affine, Holds, Size, index_form, unflattened, unraveled
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 

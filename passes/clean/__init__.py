@@ -1,0 +1,1 @@
+"""One form for each meaning: canonical forms, dead code, constants, positions, scalars."""

@@ -1,0 +1,1 @@
+"""How rules are matched and applied: the pattern language, the matcher, the engine, and explain."""
