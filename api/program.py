@@ -12,6 +12,7 @@ from moec.backends import Backend, Executable
 from moec.backends.partition import Fallback, PartitionedExecutable, fallbacks
 from moec.ir import ArgumentValueError, CompileError, Graph
 from moec.passes.base import Record
+from moec.passes.dump import Dump
 from moec.passes.legalise import Legalise
 from moec.passes.pipeline import Pipeline, run_pass
 
@@ -69,20 +70,22 @@ def legalise(graph: Graph, settings: Settings) -> tuple[Graph, Record, list[Fall
 def build(graph: Graph, settings: Settings, step: Step = lambda name: None) -> Program:
     """Run the pipeline, legalise and lower. Raises CompileError."""
     start = time.perf_counter()
-    after, records = run_passes(graph, settings, step)
+    graph.verify()
+    dump = None if settings.dump is None else Dump(settings.dump, graph)
+    after, records = settings.pipeline.run(graph, dump=dump, progress=step)
     seconds = {"passes": time.perf_counter() - start}
     program = finish(after, settings, step)
     program.records[:0] = records
     program.seconds = {**seconds, **program.seconds}
-    if settings.dump is not None:
-        (settings.dump / f"{len(program.records):02d}_legalise.ir").write_text(str(program.legal), "utf-8")
+    if dump is not None:
+        dump.add(program.records[-1], after, program.legal)
     return program
 
 
 def run_passes(graph: Graph, settings: Settings, step: Step = lambda name: None) -> tuple[Graph, list[Record]]:
     """The graph after the target-independent pipeline."""
     graph.verify()
-    return settings.pipeline.run(graph, dump=settings.dump, progress=step)
+    return settings.pipeline.run(graph, progress=step)
 
 
 def finish(after: Graph, settings: Settings, step: Step = lambda name: None) -> Program:
@@ -90,6 +93,7 @@ def finish(after: Graph, settings: Settings, step: Step = lambda name: None) -> 
     start = time.perf_counter()
     step("legalise")
     legal, record, left = legalise(after, settings)
+    record.phase = settings.backend.name
     seconds = {"legalise": time.perf_counter() - start}
 
     start = time.perf_counter()

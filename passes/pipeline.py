@@ -150,12 +150,12 @@ class Pipeline:
     # -- running -----------------------------------------------------------------------------------
 
     def run(
-        self, graph: Graph, *, dump: str | Path | None = None, progress: Callable[[str], None] | None = None
+        self, graph: Graph, *, dump: str | Path | Dump | None = None, progress: Callable[[str], None] | None = None
     ) -> tuple[Graph, list[Record]]:
         """Run all passes, verifying after each. `dump` is a folder for numbered `.ir` files, a `.diff` for each
         pass that changed something, and `replay.html`, which steps through them; `progress` is called with each
         pass's name. Raises CompileError naming the pass that failed; the dump holds what came before."""
-        out = Dump(Path(dump), graph) if dump is not None else None
+        out = Dump(Path(dump), graph) if isinstance(dump, str | Path) else dump
         records = []
         for phase, p in self._flat():
             if progress:

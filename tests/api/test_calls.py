@@ -172,9 +172,10 @@ def test_threads_share_a_compiled_model(mlp):
 
 def test_dump_writes_every_pass(mlp, tmp_path):
     moec.compile(mlp, backend="reference", dump=tmp_path / "dump")
-    names = sorted(p.name for p in (tmp_path / "dump").iterdir())
+    names = sorted(p.name for p in (tmp_path / "dump").glob("*.ir"))
     assert names[0] == "00_input.ir"
     assert names[-1].endswith("_legalise.ir")
-    for path in (tmp_path / "dump").iterdir():
+    assert '"name":"legalise"' in (tmp_path / "dump" / "replay.html").read_text()
+    for path in (tmp_path / "dump").glob("*.ir"):
         moec.parse(path.read_text()).verify()
     assert moec.parse((tmp_path / "dump" / "00_input.ir").read_text()) == mlp
