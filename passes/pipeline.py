@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from moec.passes.moe.raise_moe import RaiseMoE
 from moec.passes.moe.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.place import PlaceExperts
 from moec.passes.quantize import QuantizeFP8
-from moec.passes.rewrite import Rewrite, RuleSet, source_of
+from moec.passes.rewrite import Rewrite, RuleSet, limited, source_of
 from moec.passes.rewriting.explain import explain
 
 
@@ -37,7 +37,7 @@ class Phase:
     passes: tuple[Pass | Analysis, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "passes", tuple(self.passes))
+        object.__setattr__(self, "passes", _listed(self.passes))
         _check_passes(self.passes)
 
 
@@ -51,7 +51,7 @@ class Pipeline:
     steps: tuple[Pass | Analysis | Phase, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "steps", _listed(self.steps))
         _check_passes([s for s in self.steps if not isinstance(s, Phase)])
         twice = {n for n in self.phases if self.phases.count(n) > 1}
         if twice:
@@ -114,11 +114,8 @@ class Pipeline:
         places = self._places(name)
         if len(places) > 1:
             names = [f"{self.steps[i].name}.{name}" if k is not None else name for i, k in places]
-            raise ArgumentValueError(
-                f"{name!r} occurs {len(places)} times in the pipeline",
-                code="pipeline",
-                hint=f"say {' or '.join(names)}",
-            )
+            hint = f"say {' or '.join(names)}" if len({name, *names}) > len(names) else "edit its `steps`"
+            raise ArgumentValueError(f"{name!r} occurs {len(places)} times in the pipeline", code="pipeline", hint=hint)
         return self._rebuilt(lambda place, step: change(step) if place == places[0] else (step,))
 
     def _rebuilt(self, change: Callable[[Any, Any], tuple[Any, ...]]) -> Pipeline:
@@ -157,6 +154,7 @@ class Pipeline:
         pass's name. Raises CompileError naming the pass that failed; the dump holds what came before."""
         out = Dump(Path(dump), graph) if isinstance(dump, str | Path) else dump
         records = []
+        met: list[tuple[str, Graph]] = []  # by each pass
         for phase, p in self._flat():
             if progress:
                 progress(p.name)
@@ -164,12 +162,31 @@ class Pipeline:
             record.phase = phase
             ours = phase and type(p).__module__.startswith("moec.")  # of the default pipeline, where most find nothing
             if isinstance(p, Rewrite) and not record.fired and p.max != 0 and not ours:
-                record.unfired = explain(p, graph)
+                record.unfired = explain(p, graph) + _earlier(p, met)
             records.append(record)
             if out is not None:
                 out.add(record, graph, after)
+            met.append((f"{phase}.{p.name}" if phase else p.name, graph))
             graph = after
         return graph, records
+
+
+def _earlier(rule: Rewrite, met: Sequence[tuple[str, Graph]]) -> str:
+    """Where a rule that fired nowhere would have fired, had it stood before one of the passes."""
+    for name, graph in reversed(met):
+        try:
+            with limited(1) as log:
+                rule.run(graph)
+        except CompileError:  # it is about to be placed elsewhere; its mistakes are told there
+            pass
+        if log.applications:
+            return f"\n  it matches before {name}: default_pipeline().insert_before({name!r}, …) puts it there"
+    return ""
+
+
+def _listed(passes: Any) -> tuple[Any, ...]:
+    """One pass alone is a list of it."""
+    return (passes,) if isinstance(passes, Pass | Analysis | Phase) else tuple(passes)
 
 
 def _check_passes(passes: Iterable[Any]) -> None:
@@ -221,7 +238,8 @@ def fingerprint(graph: Graph) -> int:
         for n in g.nodes
     ]
     ends = [
-        (tuple(map(id, g.inputs)), tuple(map(id, g.outputs)), tuple(g.output_names), tuple(g.weights))
+        (tuple(map(id, g.inputs)), tuple(map(id, g.outputs)), tuple(g.output_names))
+        + tuple((name, id(v), id(v.weight)) for name, v in g.weights.items())
         for g in (graph, *graph.functions.values())
     ]
     return hash((tuple(rows), tuple(ends)))
@@ -264,4 +282,4 @@ def build_pipeline(
                 hint="moec.passes.default_pipeline(quantize=…, placement=…).append(…)",
             )
         return passes
-    return default_pipeline(quantize, placement).append(*(passes or ()))
+    return default_pipeline(quantize, placement).append(*_listed(passes or ()))

@@ -112,6 +112,16 @@ def test_an_exception_in_a_pass_names_its_line():
         Pipeline((Crashes(),)).run(parse(TEXT))
 
 
+def test_a_rule_that_comes_too_late_is_told_its_place():
+    late = Pipeline((Phase("fuse", (FuseMLP(), DeadCode())), FuseSwiGLU(), FuseSwiGLU(max=0)))
+    _, records = late.run(parse(TEXT))
+    assert [bool(r.unfired) for r in records] == [False, False, True, False]
+    assert "it matches before fuse.fuse_mlp: default_pipeline().insert_before('fuse.fuse_mlp', …)" in records[2].unfired
+    _, records = Pipeline((DeadCode(), FuseSwiGLU())).run(parse(TEXT.replace("silu", "neg")))
+    assert records[1].unfired
+    assert "it matches before" not in records[1].unfired
+
+
 @dataclass(frozen=True)
 class CountOps(Analysis):
     op: str = "math.silu"
