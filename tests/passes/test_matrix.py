@@ -15,7 +15,15 @@ import torch
 from moec.checks import apply_checked, check_idempotent, describe
 from moec.graph_text import canonical_text
 from moec.ir.equivalence import Oracle
-from moec.passes.pipeline import default_pipeline
+from moec.passes import (
+    AbsorbMLA,
+    AppendSharedExperts,
+    FoldNormWeight,
+    FoldScales,
+    MergeLinears,
+    MergeSharedExperts,
+    default_pipeline,
+)
 
 from ..model_matrix import FAMILIES, FOLDER, MATRIX, OWN, REFUSED, graphs, load, traced
 
@@ -27,6 +35,7 @@ CHOSEN = [
     "own_deepseek_v3.sdpa.prefill", "gpt_oss.eager.grouped.prefill", "gemma2.eager.masked", "llama4.sdpa.prefill",
     "gpt_neox.sdpa.prefill", "glm4.sdpa.prefill", "mixtral.sdpa.grouped.prefill.bf16",
 ]  # fmt: skip
+OF_CHOICE = (MergeLinears(), FoldScales(), FoldNormWeight(), MergeSharedExperts(), AppendSharedExperts())
 STAGED = ALL if os.environ.get("MOEC_MATRIX") == "all" else CHOSEN
 
 
@@ -51,6 +60,21 @@ def test_every_pass_keeps_the_meaning(name):
             check_idempotent(describe(p), [p], result)
             assert (difference := oracle.difference(result)) is None, f"{describe(p)} on {name}: {difference}"
         graph = result
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_passes_of_choice_keep_the_meaning(name):
+    """Those that the default pipeline lacks, each on the fused graph."""
+    graph = load(name)
+    oracle = Oracle(graph)
+    pipeline = default_pipeline().drop("tidy")
+    fused, _ = pipeline.run(graph)
+    for p in (AbsorbMLA(dynamic=True), *OF_CHOICE):
+        assert p.name not in pipeline.names
+        result, _ = apply_checked(p, fused)
+        if canonical_text(result) != canonical_text(fused):
+            check_idempotent(describe(p), [p], result)
+            assert (difference := oracle.difference(result)) is None, f"{describe(p)} on {name}: {difference}"
 
 
 class Parts(NamedTuple):
