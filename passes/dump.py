@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.ir import Graph, Node, Value
+from moec.ir import ArgumentValueError, Graph, Node, Value
 from moec.ir.printer import print_attr, print_node, symbol
 from moec.passes.base import Record
 from moec.passes.replay import Step, page
@@ -19,7 +19,10 @@ class Dump:
     `replay.html` is rewritten after each."""
 
     def __init__(self, folder: Path, graph: Graph):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ArgumentValueError(f"cannot dump into {folder}: {e.strerror}", code="arguments") from e
         for old in [*folder.glob("[0-9][0-9]_*.ir"), *folder.glob("[0-9][0-9]_*.diff"), folder / "replay.html"]:
             old.unlink(missing_ok=True)  # of an earlier, perhaps longer run
         self.folder = folder

@@ -67,5 +67,8 @@ class RuleSet(Pass):
     rules: tuple[Rewrite, ...] = ()
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", (self.rules,) if isinstance(self.rules, Rewrite) else tuple(self.rules))
+
     def run(self, graph: Graph) -> Graph:
         return apply_rules(self.rules, graph, quiet=self.quiet)

@@ -160,11 +160,11 @@ class RouteOverTopK(Rewrite):
     def pattern(self, p: Any, logits: Any) -> Any:
         values, experts = p.topk(p.either(p.add(logits, p.any("bias")), logits), k=p.attr("k"), axis=-1)
         gathered = p.gather_elements(logits, experts, axis=-1)
-        chosen = p.either(p.bind("values", values), gathered)
+        chosen = p.either(p.bind("best", values), gathered)
         return _scored(p, p.maybe(lambda v: p.cast(v, dtype=p.attr("wide")), chosen), self.scoring), experts
 
     def when(self, m: Match) -> Refused | None:
-        if m.get("bias") is not None and m.get("values") is not None:
+        if m.get("bias") is not None and m.get("best") is not None:
             return m.no("the weights are computed with the bias", at=m.bias)
         return _why_not_wide(m)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -90,17 +90,37 @@ def rule_error(
 def compiled_patterns(rule: Rewrite) -> tuple[Pattern, ...]:
     """The rule's pattern, one for each alternative at its root. Raises CompileError naming the rule's
     file:line where it is malformed."""
-    return _compiled_patterns(rule, redeclared())
+    # kept by the rule itself: rules that compare equal may build other patterns, and options need no hash
+    definitions, patterns = vars(rule).get("_patterns", (None, ()))
+    if definitions != redeclared():
+        patterns = _compile_patterns(rule)
+        vars(rule)["_patterns"] = (redeclared(), patterns)
+    return patterns
 
 
-@lru_cache(maxsize=4096)
-def _compiled_patterns(rule: Rewrite, definitions: int) -> tuple[Pattern, ...]:
+def _compile_patterns(rule: Rewrite) -> tuple[Pattern, ...]:
     try:
         return build_patterns(rule.pattern)
     except CompileError as e:
         raise rule_error(rule, e.message, hint=e.hint) from None
     except Exception as e:  # whatever the author's code raises is reported as the rule's
         raise rule_error(rule, f"pattern() raised {type(e).__name__}: {e}") from e
+
+
+def verdict(rule: Rewrite, m: Match) -> Refused | None:
+    """What the rule's `when` says. Raises CompileError naming the rule's file:line where it says nothing clear."""
+    try:
+        said = rule.when(m)
+    except CompileError as e:
+        raise rule_error(rule, f"when() failed: {e.message}", location=m.location, hint=e.hint) from e
+    except Exception as e:  # whatever the author's code raises is reported as the rule's
+        raise rule_error(rule, f"when() raised {type(e).__name__}: {e}", location=m.location) from e
+    if said is None and m.refusal is not None:
+        text = f"when() called m.no({m.refusal.reason!r}) and went on"
+        raise rule_error(rule, text, location=m.location, hint="return m.no(reason)")
+    if not isinstance(said, Refused | None):
+        raise rule_error(rule, f"when() returned {said!r}", hint="return m.no(reason), or nothing to accept")
+    return said
 
 
 def apply_rules(rules: Sequence[Rewrite], graph: Graph, *, quiet: bool = False) -> Graph:
@@ -114,28 +134,35 @@ def apply_rules(rules: Sequence[Rewrite], graph: Graph, *, quiet: bool = False) 
             hint = f"write {rule.__name__}()" if isinstance(rule, type) else None
             raise CompileError(f"{rule!r} is not a Rewrite", code="rule", hint=hint)
     graph = graph.clone()
-    fired: dict[str, int] = {}
+    fired: dict[int, int] = {}
     for g in (graph, *graph.functions.values()):
         _Engine(rules, g, quiet, fired).run()
     return graph
 
 
 class _Engine:
-    def __init__(self, rules: Sequence[Rewrite], graph: Graph, quiet: bool, fired: dict[str, int]):
+    def __init__(self, rules: Sequence[Rewrite], graph: Graph, quiet: bool, fired: dict[int, int]):
+        self.rules = rules
         self.graph = graph
         self.by_op: dict[str, list[tuple[Rewrite, Pattern]]] = {}
         self.depth = 1
+        self.uses = 0.0
+        self.first_of_several: dict[str, int] = {}  # op of a first root that is beside others: depth of its pattern
         self.tree_ops: frozenset[str] = frozenset()
         for rule in rules:
             for pattern in compiled_patterns(rule):
                 self.by_op.setdefault(pattern.roots[0].node.opdef.name, []).append((rule, pattern))
                 self.depth = max(self.depth, pattern.depth)
+                self.uses = max(self.uses, pattern.uses)
                 self.tree_ops |= pattern.tree_ops
+                if pattern.forked:
+                    op = pattern.roots[0].node.opdef.name
+                    self.first_of_several[op] = max(pattern.depth, self.first_of_several.get(op, 0))
         self.record = active_record.get()
         self.notes = None if quiet else self.record  # where refusals go
         self.applications = _limit.get()
         self.refused: set[tuple[str, Node | None, str]] = set()
-        self.fired = fired
+        self.fired = fired  # by id: rules may share a name
         # a replacement is one generation younger than what it replaces; chains of n nodes have n generations
         self.generation: dict[Node, int] = {}
         self.oldest = len(graph) + 1000
@@ -157,7 +184,7 @@ class _Engine:
 
     def _visit(self, node: Node) -> list[Node]:
         for rule, pattern in self.by_op.get(node.op, ()):
-            if rule.max is not None and self.fired.get(rule.name, 0) >= rule.max:
+            if rule.max is not None and self.fired.get(id(rule), 0) >= rule.max:
                 continue
             matcher = Matcher(pattern)
             for bindings in matcher.at(node):
@@ -177,29 +204,20 @@ class _Engine:
             self.notes.refused.append(Refusal(rule.name, reason, location, source_of(rule)))
 
     def _refuses(self, rule: Rewrite, m: Match) -> bool:
-        try:
-            verdict = rule.when(m)
-        except CompileError as e:
-            raise rule_error(rule, f"when() failed: {e.message}", location=m.location, hint=e.hint) from e
-        except Exception as e:  # whatever the author's code raises is reported as the rule's
-            raise rule_error(rule, f"when() raised {type(e).__name__}: {e}", location=m.location) from e
-        if verdict is None:
-            if m.refusal is not None:
-                text = f"when() called m.no({m.refusal.reason!r}) and went on"
-                raise rule_error(rule, text, location=m.location, hint="return m.no(reason)")
+        said = verdict(rule, m)
+        if said is None:
             return False
-        if not isinstance(verdict, Refused):
-            raise rule_error(rule, f"when() returned {verdict!r}", hint="return m.no(reason), or nothing to accept")
-        where = verdict.at.location if verdict.at is not None and verdict.at.location else m.location
-        self._note(rule, m.root.producer, verdict.reason, where)
+        where = said.at.location if said.at is not None and said.at.location else m.location
+        self._note(rule, m.root.producer, said.reason, where)
         return True
 
     def _apply(self, rule: Rewrite, m: Match) -> list[Node]:
-        self.fired[rule.name] = self.fired.get(rule.name, 0) + 1
+        self.fired[id(rule)] = self.fired.get(id(rule), 0) + 1
         generation = 1 + max(self.generation.get(n, 0) for n in m.nodes)
         self.count += 1
         if self.count > self.limit or generation > self.oldest:
-            busy = sorted(self.fired, key=lambda n: -self.fired[n])[:3]
+            busiest = sorted((r for r in self.rules if id(r) in self.fired), key=lambda r: -self.fired[id(r)])
+            busy = list(dict.fromkeys(r.name for r in busiest))[:3]
             text = f"rules do not terminate: {', '.join(busy)} fired {self.count} times"
             raise rule_error(rule, text, code="endless", location=m.location)
         anchor = max((r.producer for r in m.roots if r.producer), key=lambda n: n._order)
@@ -223,6 +241,7 @@ class _Engine:
         self.generation.update(dict.fromkeys(builder.created, generation))
         # in order, so that two runs apply the same rules in the same order
         released = list(dict.fromkeys(v for n in m.nodes for v in n.operands if v is not None))
+        redirected = [u for r in m.roots for u in r.users]
         for old, value in zip(m.roots, new, strict=True):
             self.graph.replace_value(old, value)
         for dead in sorted(m.nodes, key=lambda n: -n._order):
@@ -235,7 +254,7 @@ class _Engine:
                 self.graph.erase(v.producer)
         if self.record is not None:
             self.record.fired[rule.name] = self.record.fired.get(rule.name, 0) + 1
-        return self._affected(builder.created, new, released)
+        return self._affected(builder.created, redirected, new, released)
 
     def _replacement(self, rule: Rewrite, builder: Builder, m: Match) -> tuple[Value, ...]:
         before = _snapshot(m)
@@ -287,19 +306,45 @@ class _Engine:
         for n in sorted(late, key=lambda n: n._order):
             self.graph.move_before(n, following)
 
-    def _affected(self, created: Sequence[Node], new: Sequence[Value], released: Sequence[Value]) -> list[Node]:
+    def _affected(
+        self, created: Sequence[Node], redirected: Sequence[Node], new: Sequence[Value], released: Sequence[Value]
+    ) -> list[Node]:
         """Nodes where a match may have become possible: the new ones, and users up to the pattern depth."""
         affected = dict.fromkeys(n for n in created if n.graph is not None)
-        frontier = [u for v in new for u in v.users] + [u for n in created for r in n.results for u in r.users]
-        # a value that lost a use may now be an inner one; with many users left it cannot
-        frontier += [u for v in released if len(v.uses) <= 2 for u in v.users]
+        frontier = [*redirected, *(u for n in created for r in n.results for u in r.users)]
+        # a value that lost a use may now be an inner one; with more uses left than in any pattern it cannot
+        made = [(v, v.producer) for v in released if v.producer is not None and v.producer.graph is not None]
+        frontier += [u for v, _ in made if len(v.uses) <= self.uses for u in v.users]
+        # or its node a root: the top of a tree, or one whose other results are no longer used
+        frontier += [n for _, n in made if n.op in self.tree_ops or len(n.results) > 1]
+        frontier += [v.producer for v in new if v.producer is not None and v.producer.op in self.tree_ops]
+        frontier = [n for n in frontier if n.graph is not None]
         for _ in range(self.depth):
             fresh = [n for n in dict.fromkeys(frontier) if n not in affected]
             if self.tree_ops:
                 fresh += [n for n in dict.fromkeys(map(self._tree_top, fresh)) if n not in affected]
             affected.update(dict.fromkeys(fresh))
             frontier = [u for n in fresh for r in n.results for u in r.users]
+        if self.first_of_several:
+            affected.update(dict.fromkeys(self._first_roots(affected)))
         return list(affected)
+
+    def _first_roots(self, nodes: Iterable[Node]) -> list[Node]:
+        """First roots of matches whose other roots may be `nodes`: they share what they are computed from."""
+        depth = max(self.first_of_several.values())
+        shared: dict[Value, None] = {}
+        below = [v for n in nodes for v in n.operands if v is not None]
+        for _ in range(depth):
+            below = [v for v in dict.fromkeys(below) if v not in shared]
+            shared.update(dict.fromkeys(below))
+            below = [o for v in below if v.producer for o in v.producer.operands if o is not None]
+        seen: dict[Node, None] = {}
+        frontier = [u for v in shared for u in v.users]
+        for _ in range(depth):
+            frontier = [n for n in dict.fromkeys(frontier) if n not in seen]
+            seen.update(dict.fromkeys(frontier))
+            frontier = [u for n in frontier for r in n.results for u in r.users]
+        return [n for n in seen if n.op in self.first_of_several]
 
     def _tree_top(self, node: Node) -> Node:
         """The top of the tree of one op that a node is in."""
@@ -321,18 +366,34 @@ def _snapshot(m: Match) -> list[Any]:
 
 def _equivalent(new: Value, old: Value, created: set[Node]) -> bool:
     """Whether a created value rebuilds the old one, up to commutativity."""
+    known: dict[tuple[Value | None, Value | None], bool] = {}
+    stack: list[tuple[Value | None, Value | None]] = [(new, old)]  # chains may be long: no recursion
+    while stack:
+        pair = stack[-1]
+        if pair not in known:
+            orders = _operand_pairs(*pair, created)
+            open_pairs = [next((p for p in pairs if not known.get(p, False)), None) for pairs in orders]
+            pending = [p for p in open_pairs if p is not None and p not in known]
+            if None not in open_pairs and pending:
+                stack.append(pending[0])
+                continue
+            known[pair] = None in open_pairs
+        stack.pop()
+    return known[new, old]
+
+
+def _operand_pairs(
+    new: Value | None, old: Value | None, created: set[Node]
+) -> list[list[tuple[Value | None, Value | None]]]:
+    """The pairs that must be equivalent for two values to be so: one list for each order of the operands."""
     if new is old:
-        return True
+        return [[]]
+    if new is None or old is None or new.index != old.index:
+        return []
     a, b = new.producer, old.producer
-    if a is None or b is None or a not in created or a.opdef is not b.opdef or new.index != old.index:
-        return False
+    if a is None or b is None or a not in created or a.opdef is not b.opdef:
+        return []
     if not same_attrs(a.attrs, b.attrs) or len(a.operands) != len(b.operands):
-        return False
-
-    def pairwise(xs: Sequence[Value | None], ys: Sequence[Value | None]) -> bool:
-        return all(
-            x is y or (x is not None and y is not None and _equivalent(x, y, created))
-            for x, y in zip(xs, ys, strict=True)
-        )
-
-    return pairwise(a.operands, b.operands) or (a.opdef.commutative and pairwise(a.operands[::-1], b.operands))
+        return []
+    orders = [a.operands, a.operands[::-1]] if a.opdef.commutative else [a.operands]
+    return [list(zip(operands, b.operands, strict=True)) for operands in orders]

@@ -9,7 +9,7 @@ from moec.ir import ArgumentTypeError, Graph, Node
 from moec.ir.printer import excerpt
 from moec.passes.rewrite import Rewrite, RuleSet
 from moec.passes.rewriting.bindings import Failure
-from moec.passes.rewriting.engine import compiled_patterns, source_of
+from moec.passes.rewriting.engine import compiled_patterns, source_of, verdict
 from moec.passes.rewriting.match import Match, Refused
 from moec.passes.rewriting.matcher import Matcher
 
@@ -40,24 +40,24 @@ def explain(rule: Rewrite | RuleSet, graph: Graph, at: str | None = None) -> str
     for pattern in patterns:
         for node in found[pattern.roots[0].node.opdef.name]:
             failure = Failure()
-            verdict: Refused | None = None
+            said: Refused | None = None
             matched = False
             for bindings in Matcher(pattern, failure).at(node):
                 matched = True
-                verdict = rule.when(Match(bindings, pattern))
-                if verdict is None:
+                said = verdict(rule, Match(bindings, pattern))
+                if said is None:
                     fires.append(node)
                     break
-            if verdict is not None:
-                refused.append((node, verdict))
+            if said is not None:
+                refused.append((node, said))
             if not matched and failure.matched > best.matched:
                 best, size = failure, len(pattern.nodes)
     count = sum(map(len, found.values()))
     head += f": {count} candidates ({', '.join(roots)}){where}, {len(fires)} match, {len(refused)} refused"
     lines = [head]
-    for node, verdict in refused[:5]:
-        spot = verdict.at.location if verdict.at is not None and verdict.at.location else node.location
-        lines.append(f"  refused at {spot.describe()}: {verdict.reason}")
+    for node, said in refused[:5]:
+        spot = said.at.location if said.at is not None and said.at.location else node.location
+        lines.append(f"  refused at {spot.describe()}: {said.reason}")
     lines += [f"  fires at {node.location.describe()}" for node in fires[:5]]
     if not fires and not refused and best.node is not None:
         lines += _partial(rule, best, size)

@@ -143,14 +143,20 @@ class Matcher:
         if len(values) < p.least:
             self._fail(b, node, None, f"at least {p.least} operands", f"{len(values)}")
             return
-        found: list[dict[str, Any]] = []
-        for v in values:
-            repetition = next(self._repetition(p, v, b, node), None)
-            if repetition is None:
-                return
-            b, own = repetition
-            found.append(own)
-        yield _collected(p, found, b)
+        if not values:
+            yield _collected(p, (), b)
+            return
+        # the first operand decides the common captures
+        for state, own in self._repetition(p, values[0], b, node):
+            found = [own]
+            for v in values[1:]:
+                repetition = next(self._repetition(p, v, state, node), None)
+                if repetition is None:
+                    break
+                state = repetition[0]
+                found.append(repetition[1])
+            else:
+                yield _collected(p, found, state)
 
     def _repetition(
         self, p: Repeat, value: Value | None, b: Bindings, user: Node

@@ -14,6 +14,7 @@ from typing import Any
 
 from moec.ir import Builder, CompileError, Dim, DType, OpDef, lookup
 from moec.ir.opdef import REQUIRED, normalise_attr
+from moec.passes.rewriting.match import Match
 from moec.passes.rewriting.pattern_types import (
     AttrCapture,
     Bind,
@@ -31,6 +32,9 @@ from moec.passes.rewriting.pattern_types import (
     Var,
     walk,
 )
+
+# what `m.name` is for every match
+_OF_MATCH = {*dir(Match), "_captures", "location", "nodes", "refusal", "roots"}
 
 
 @dataclass
@@ -54,12 +58,15 @@ class PatternBuilder:
         where that depends on the node). Raises CompileError on unknown ops or attributes, wrong arity."""
         opdef = op if isinstance(op, OpDef) else lookup(op)
         attrs = dict(fields or {})
-        values = [_operand(v) for v in operands]
+        values = [_operand(v, many=True) for v in operands]
         for i, (name, _) in enumerate(opdef.operands):
             if name in attrs:
                 values += [None] * (i + 1 - len(values))
-                values[i] = _operand(attrs.pop(name))
-        if not any(isinstance(v, Rest | Repeat) for v in values):
+                values[i] = _operand(attrs.pop(name), many=True)
+        many = sum(isinstance(v, Rest | Repeat) for v in values)
+        if many > 1:
+            raise CompileError(f"{opdef.name}: more than one p.rest or p.repeat among its operands", code="pattern")
+        if not many:
             values = list(opdef.pad_operands(values))
         for name in attrs:
             if name not in opdef.attrs:
@@ -93,17 +100,17 @@ class PatternBuilder:
 
     # -- captures ----------------------------------------------------------------------------------
 
-    def any(self, name: str) -> Var:
+    def any(self, name: str | Var) -> Var:
         """Captures a value under `name`, as the parameters of `pattern` do."""
-        return Var(name)
+        return Var(_name(name))
 
-    def optional(self, name: str) -> Var:
+    def optional(self, name: str | Var) -> Var:
         """Captures an operand that may be absent (then None)."""
-        return Var(name, optional=True)
+        return Var(_name(name), optional=True)
 
-    def rest(self, name: str) -> Rest:
+    def rest(self, name: str | Var) -> Rest:
         """Captures any number of further operands of a variadic op, or the other leaves of a tree."""
-        return Rest(name)
+        return Rest(_name(name))
 
     def bind(self, name: str | Var, inner: Any) -> Bind:
         """Captures the value that `inner` matches."""
@@ -153,7 +160,7 @@ class PatternBuilder:
         also name what `p.bind(h, …)`, `p.const(c)` and `p.attr(a)` capture. All other captures are common to the
         repetitions: `p.repeat(lambda w: p.linear_linear(x, w))` finds linear layers on one x.
         """
-        names = list(inspect.signature(inner).parameters)
+        names = _parameters(inner)
         first = len(self.created)
         built = _operand(inner(*map(Var, names)))
         nodes = frozenset(self.created[first:])
@@ -175,7 +182,15 @@ class PatternBuilder:
         return result
 
 
-def _operand(v: Any) -> Any:
+def _parameters(method: Callable[..., Any]) -> list[str]:
+    """The parameters that are captures: one with a default keeps that."""
+    return [name for name, q in inspect.signature(method).parameters.items() if q.default is q.empty]
+
+
+def _operand(v: Any, many: bool = False) -> Any:
+    if isinstance(v, Rest | Repeat) and not many:
+        what = "p.rest" if isinstance(v, Rest) else "p.repeat"
+        raise CompileError(f"{what} stands among the operands of an op, or in p.tree, only", code="pattern")
     if v is None or isinstance(v, Var | Const | Either | Bind | Shared | Typed | Rest | Repeat | PResult):
         return v
     if isinstance(v, bool | int | float):
@@ -227,11 +242,17 @@ def build_patterns(method: Callable[..., Any]) -> tuple[Pattern, ...]:
     """Call a `pattern(self, p, x, …)` method with captures for its parameters. One pattern for each
     alternative at the root. Raises CompileError where it is malformed."""
     p = PatternBuilder()
-    names = list(inspect.signature(method).parameters)[1:]  # the first is p
+    names = _parameters(method)[1:]  # the first is p
     built = method(p, *map(Var, names))
     if built is None:
         raise CompileError("pattern() returned nothing", code="pattern", hint="return the value(s) to replace")
-    _check_used(names, built if isinstance(built, tuple) else (built,), "pattern()")
+    built = tuple(built) if isinstance(built, list) else built
+    roots = built if isinstance(built, tuple) else (built,)
+    _check_used(names, roots, "pattern()")
+    taken = {n for q in walk(roots) for n in _captures(q) if n in _OF_MATCH}
+    if taken:
+        text = f"a capture cannot be called {', '.join(sorted(taken))}: a match has that of its own"
+        raise CompileError(text, code="pattern")
     options = _alternatives(built)
     return tuple(_pattern(root if isinstance(root, tuple) else (root,), tuple(names)) for root in options)
 
@@ -243,6 +264,9 @@ def _alternatives(built: Any) -> tuple[Any, ...]:
 
 
 def _pattern(roots: tuple[Any, ...], names: tuple[str, ...]) -> Pattern:
+    if len({(r.node, r.index) if isinstance(r, PResult) else r for r in roots}) != len(roots) or not roots:
+        text = "returned the same value twice" if roots else "returned no value"
+        raise CompileError(f"pattern() {text}", code="pattern", hint="return each value to replace once")
     for r in roots:
         if not isinstance(r, PResult):
             raise CompileError(

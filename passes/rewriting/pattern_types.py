@@ -154,6 +154,22 @@ class Pattern:
         return max(_depth(r, known) for r in self.roots)
 
     @cached_property
+    def uses(self) -> float:
+        """At most so many uses has a value inside a match (inf: where repetitions use a part that is not theirs)."""
+        for q in walk(self.roots):
+            if isinstance(q, Repeat):
+                inner = {r.node for r in walk([q.inner]) if isinstance(r, PResult)}
+                if inner - q.nodes - self.shared:
+                    return float("inf")
+        return max(2, sum(len(n.operands) for n in self.nodes))
+
+    @cached_property
+    def forked(self) -> bool:
+        """Whether a root is not among what the first is computed from."""
+        below = {q.node for q in walk(self.roots[:1]) if isinstance(q, PResult)}
+        return any(r.node not in below for r in self.roots)
+
+    @cached_property
     def tree_ops(self) -> frozenset[str]:
         """Ops of which the pattern matches whole trees, whatever their depth."""
         return frozenset(n.opdef.name for n in self.nodes if n.tree)

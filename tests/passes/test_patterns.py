@@ -350,3 +350,29 @@ def test_a_part_used_by_many_is_looked_at_once():
     with limited(None) as applied:
         r.run(graph)
     assert len(applied.applications) == 1
+
+
+def test_operands_of_a_repetition_in_either_order():
+    def pattern(self, p, x):
+        return p.concat(p.repeat(lambda w: p.mul(x, w), least=2), axis=-1)
+
+    r = rule(pattern, lambda self, b, m: b.mul(m.x, b.add(*m.w)), lambda self, m: m.no(f"common {m.x.name}"))
+    for order in (1, -1):
+        graph = graph_of(lambda b, x, y, o=order: b.concat(b.mul(*(x, y)[::o]), b.mul(x, b.exp(x)), axis=-1))
+        assert "common x" in explain(r, graph)
+
+
+def test_parameters_name_captures_of_every_kind():
+    def pattern(self, p, x, w, bias, others):
+        return p.concat(p.linear_linear(x, w, p.optional(bias)), p.rest(others), axis=-1)
+
+    r = rule(pattern, lambda self, b, m: b.neg(m.root), lambda self, m: m.no(f"{m.bias} {m.others[0].name}"))
+    graph = graph_of(lambda b, x, y: b.concat(b.linear_linear(x, b.weight("w", torch.randn(4, 4))), y, axis=-1))
+    assert "None y" in explain(r, graph)
+
+
+def test_a_parameter_with_a_default_keeps_it():
+    r = rule(lambda self, p, x, n=2.0: p.mul(x, n), lambda self, b, m: b.add(m.x, m.x))
+    graph = graph_of(lambda b, x, y: b.mul(x, 3.0))
+    assert r.run(graph) == graph
+    assert ops(r.run(graph_of(lambda b, x, y: b.mul(x, 2.0)))) == ["math.add"]

@@ -5,8 +5,9 @@ import re
 from dataclasses import dataclass
 
 import pytest
+import torch
 
-from moec.ir import ArgumentValueError, CompileError, Quantization, TensorType, parse
+from moec.ir import ArgumentValueError, CompileError, Quantization, TensorType, Weight, parse
 from moec.passes import (
     Analysis,
     DeadCode,
@@ -92,14 +93,18 @@ class ChangesItsInput(Pass):
             graph.create("math.neg", [graph.inputs[0]])
         elif self.how == "output":
             graph.set_output(0, graph.inputs[0])
+        elif self.how == "weight":
+            graph.bind_weights({"w": torch.zeros(4)})
         return after
 
 
-@pytest.mark.parametrize("how", ["attribute", "operand", "type", "node", "output"])
+@pytest.mark.parametrize("how", ["attribute", "operand", "type", "node", "output", "weight"])
 def test_a_pass_that_changes_its_input_is_named_with_its_line(how):
     message = r"pass changes_its_input \(.*test_pipeline\.py:\d+\): changed its input graph"
+    graph = parse(TEXT)
+    graph.add_weight(Weight.of("w", torch.ones(4)))
     with pytest.raises(CompileError, match=message):
-        Pipeline((ChangesItsInput(how),)).run(parse(TEXT))
+        Pipeline((ChangesItsInput(how),)).run(graph)
 
 
 def test_an_exception_in_a_pass_names_its_line():
@@ -172,6 +177,8 @@ def test_places_that_are_not_clear():
         Pipeline((Phase("a"), Phase("a")))
     with pytest.raises(ArgumentValueError, match=r"write DeadCode\(\)"):
         Phase("a", (DeadCode,))
+    with pytest.raises(ArgumentValueError, match=r"occurs 2 times.*\n.*edit its `steps`"):
+        Pipeline((DeadCode(), DeadCode())).insert_before("dead_code", CountOps())
     names = default_pipeline("fp8").phases
     assert names == ["clean", "fuse", "tidy", "quantize"]
 
@@ -196,6 +203,13 @@ def test_dump_writes_every_step(tmp_path):
     assert sorted(f.name for f in folder.iterdir()) == [
         "00_input.ir", "01_dead_code.diff", "01_dead_code.ir", "replay.html",
     ]  # fmt: skip
+
+
+def test_a_dump_into_a_file_is_refused(tmp_path):
+    (tmp_path / "d").touch()
+    for folder in (tmp_path / "d", tmp_path / "d" / "e"):
+        with pytest.raises(ArgumentValueError, match=f"cannot dump into {re.escape(str(folder))}"):
+            Pipeline((DeadCode(),)).run(parse(TEXT), dump=folder)
 
 
 def test_a_dump_holds_what_came_before_a_failure(tmp_path):
@@ -259,6 +273,8 @@ def test_pipelines_from_arguments():
     assert build_pipeline([FuseSwiGLU()]).names == [*plain.names, "fuse_swiglu"]
     assert build_pipeline(None, "fp8").names[-1] == "quantize_fp8"
     assert build_pipeline(None, Quantization(group=64)).passes[-1].quantization.group == 64
+    assert build_pipeline(FuseSwiGLU()) == build_pipeline([FuseSwiGLU()])
+    assert Pipeline(Phase("a", DeadCode())) == Pipeline((Phase("a", (DeadCode(),)),))
     own = Pipeline((DeadCode(),))
     assert build_pipeline(own) is own
     with pytest.raises(ArgumentValueError, match="belong to the default pipeline"):

@@ -1,7 +1,7 @@
 """The rewrite engine's guarantees (each one has a test that fails without it)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -261,6 +261,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"pattern": lambda s, p, x: p.tree("add", p.repeat(lambda v, w: p.mul(v, x)))},
         "capture 'w' of p.repeat",
     ),
+    "capture with a name of the match": (
+        {"pattern": lambda s, p, values: p.silu(values)},
+        "cannot be called values",
+    ),
+    "two rests": (
+        {"pattern": lambda s, p, x: p.concat(p.rest("a"), p.neg(x), p.rest("b"), axis=-1)},
+        "more than one p.rest or p.repeat",
+    ),
+    "a bound rest": (
+        {"pattern": lambda s, p, x: p.concat(x, p.bind("all", p.rest("b")), axis=-1)},
+        "p.rest stands among the operands",
+    ),
+    "no root": ({"pattern": lambda s, p: ()}, r"pattern\(\) returned no value"),
+    "a root twice": ({"pattern": lambda s, p, x: [p.silu(x)] * 2}, "the same value twice"),
     # in when
     "exception in when": ({"when": lambda s, m: m.x.nope}, "when.. raised AttributeError"),
     "when returns a bool": ({"when": lambda s, m: False}, "returned False.*\n.*return m.no"),
@@ -438,3 +452,112 @@ function @block(%h: f32[T, 4]) -> (%out: f32[T, 4]) {
     after = Swiglu().run(graph)
     after.verify()
     assert len(after.find("swiglu")) == 1
+
+
+@dataclass(frozen=True)
+class Negated(Rewrite):
+    """op(x) → −x"""
+
+    op: str = "silu"
+
+    def pattern(self, p, x):
+        return p.op(self.op, (x,))
+
+    def replace(self, b, m):
+        return b.neg(m.x)
+
+
+def test_a_pattern_is_its_rules_own():
+    """Options may be unhashable, and rules that compare equal may have other patterns."""
+
+    class Equal(Negated):
+        __eq__ = lambda self, other: True  # noqa: E731
+        __hash__ = lambda self: 0  # noqa: E731
+
+    @dataclass(frozen=True)
+    class Listed(Negated):
+        names: list = field(default_factory=list)
+
+    graph = graph_of(lambda b, x, y: b.mul(b.silu(x), b.exp(y)))
+    for cls in (Equal, Listed):
+        assert ops(cls("silu").run(graph)) == ["math.neg", "math.exp", "math.mul"]
+        assert ops(cls("exp").run(graph)) == ["math.silu", "math.neg", "math.mul"]
+
+
+def test_max_counts_each_rule_of_a_name():
+    graph = graph_of(lambda b, x, y: b.mul(b.mul(b.silu(x), b.exp(y)), b.silu(y)))
+    after = RuleSet((Negated("silu", max=1), Negated("exp", max=1))).run(graph)
+    assert ops(after) == ["math.neg", "math.neg", "math.mul", "math.silu", "math.mul"]
+
+
+def test_one_rule_is_a_set():
+    assert ops(RuleSet(Negated()).run(graph_of(lambda b, x, y: b.silu(x)))) == ["math.neg"]
+
+
+@pytest.mark.parametrize("mistake", ["exception in when", "when returns a bool", "forgotten return in when"])
+def test_explain_names_the_rule_whose_when_is_wrong(mistake):
+    methods, message = MISTAKES[mistake]
+    r = dataclass(frozen=True)(type("Careless", (Rewrite,), no_pattern_needed(**methods)))()
+    with pytest.raises(CompileError, match=message) as error:
+        explain(r, graph_of(lambda b, x, y: b.silu(x)))
+    assert re.search(r"rule careless \(.*test_rewrite\.py:\d+\)", error.value.message)
+
+
+def test_a_rule_set_ends_at_a_fixed_point():
+    """What one rule does far from the root of another makes that match."""
+    silu = rule(lambda s, p, x: p.relu(x), lambda s, b, m: b.abs(m.x))
+    roots = rule(
+        lambda s, p, x: (p.silu(p.neg(x)), p.exp(p.abs(x))), lambda s, b, m: (b.sin(m.x), b.cos(m.x))
+    )  # fmt: skip
+
+    def siblings(b, x, y):
+        return b.mul(b.silu(b.neg(x)), b.exp(b.relu(x))), b.sigmoid(x), b.tanh(x), b.sqrt(x)
+
+    def three_uses(s, p, x):
+        t = p.silu(x)
+        return p.mul(p.mul(p.exp(t), p.neg(t)), p.abs(t))
+
+    def one_more_use(b, x, y):
+        t = b.silu(x)
+        return b.mul(b.mul(b.exp(t), b.neg(t)), b.abs(t)), b.sub(t, y)
+
+    inner = rule(three_uses, lambda s, b, m: b.sin(m.x))
+    drop = rule(lambda s, p, x, y: p.sub(p.shared(p.silu(x)), y), lambda s, b, m: m.y)
+
+    def other_result(b, x, y):
+        values, index = b.topk(x, k=2)
+        return b.neg(values), b.sub(b.cast(index, dtype="f32"), b.topk(y, k=2)[0])
+
+    one = rule(lambda s, p, x: p.neg(p.topk(x, k=2)[0]), lambda s, b, m: b.topk(b.sin(m.x), k=2)[0])
+    free = rule(lambda s, p, x, y: p.sub(p.cast(x, dtype="f32"), y), lambda s, b, m: m.y)
+    cases = ((roots, silu, siblings), (inner, drop, one_more_use), (one, free, other_result))
+    for first, second, body in cases:
+        rules = RuleSet((first, second))
+        after = rules.run(graph_of(body))
+        assert after.find("sin")
+        assert rules.run(after) == after
+
+
+def test_a_rebuilt_ladder_or_chain_is_compared_in_little_time_and_depth():
+    def ladder(b, v):
+        for _ in range(40):
+            v = b.add(v, v)
+        return v
+
+    r = rule(lambda s, p, x: ladder(p, p.silu(x)), lambda s, b, m: ladder(b, b.exp(m.x)))
+    assert len(r.run(graph_of(lambda b, x, y: ladder(b, b.silu(x))))) == 41
+
+    def chain(b, x, y):
+        v = b.neg(x)
+        for _ in range(600):
+            v = b.add(v, b.exp(y))
+        return v
+
+    def replace(s, b, m):
+        v = b.abs(m.v[0])
+        for other in m.others:
+            v = b.add(v, other)
+        return v
+
+    tree = rule(lambda s, p: p.tree("add", p.repeat(lambda v: p.neg(v)), p.rest("others")), replace)
+    assert len(tree.run(graph_of(chain)).find("abs")) == 1
