@@ -25,7 +25,7 @@ from moec.passes.moe.raise_moe import RaiseMoE
 from moec.passes.moe.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.place import PlaceExperts
 from moec.passes.quantize import QuantizeFP8
-from moec.passes.rewrite import Rewrite, RuleSet, limited, source_of
+from moec.passes.rewrite import Rewrite, RuleError, limited, source_of
 from moec.passes.rewriting.explain import explain
 
 
@@ -216,7 +216,7 @@ def run_pass(p: Pass | Analysis, graph: Graph) -> tuple[Graph, Record]:
         else:
             result.verify()
     except CompileError as e:
-        where = "" if isinstance(p, Rewrite | RuleSet) else f" ({source_of(p)})"
+        where = "" if isinstance(e, RuleError) else f" ({source_of(p)})"
         e.args = (f"pass {p.name}{where}: {e.message}",)
         e.message = e.args[0]
         raise
@@ -238,11 +238,14 @@ def fingerprint(graph: Graph) -> int:
         for n in g.nodes
     ]
     ends = [
-        (tuple(map(id, g.inputs)), tuple(map(id, g.outputs)), tuple(g.output_names))
-        + tuple((name, id(v), id(v.weight)) for name, v in g.weights.items())
+        (tuple(map(id, g.inputs)), tuple(map(id, g.outputs)), tuple(g.output_names), _weight_ids(g))
         for g in (graph, *graph.functions.values())
     ]
     return hash((tuple(rows), tuple(ends)))
+
+
+def _weight_ids(graph: Graph) -> tuple[tuple[str, int, int], ...]:
+    return tuple((name, id(v), id(v.weight)) for name, v in graph.weights.items())
 
 
 def default_pipeline(quantize: Quantization | str | None = None, placement: Placement | None = None) -> Pipeline:

@@ -107,6 +107,20 @@ def test_a_pass_that_changes_its_input_is_named_with_its_line(how):
         Pipeline((ChangesItsInput(how),)).run(graph)
 
 
+def test_a_rule_after_which_the_graph_is_invalid_names_its_line():
+    class BreaksAUser(Rewrite):
+        def pattern(self, p, x):
+            return p.exp(x)
+
+        def replace(self, b, m):
+            m.root.users[0].attrs["approximate"] = "no"
+            return b.neg(m.x)
+
+    text = TEXT.replace("  return %1", "  %3: f32[B, 4] = math.gelu(%2)\n  return %3")
+    with pytest.raises(CompileError, match=r"pass breaks_a_user \(.*test_pipeline\.py:\d+\): math\.gelu"):
+        Pipeline((BreaksAUser(),)).run(parse(text))
+
+
 def test_an_exception_in_a_pass_names_its_line():
     @dataclass(frozen=True)
     class Crashes(Pass):
