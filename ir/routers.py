@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from moec.ir.dims import evaluate
 from moec.ir.graph import Graph, Node, Value
+from moec.ir.weight import TensorSource, Weight
 
 _SELECTS = {"math.topk", "math.argmax", "math.sort", "moe.route"}
 _SCORES = {"math.softmax", "math.sigmoid", "math.log_softmax"}
@@ -37,6 +39,38 @@ def router_logits(graph: Graph) -> list[Value]:
 def selects_by_size(graph: Graph) -> bool:
     """Whether the graph chooses among floats, so that ties matter."""
     return any(n.op in _SELECTS and n.operands[0] is not None and n.operands[0].dtype.is_float for n in graph.nodes)
+
+
+def selection_biases(graph: Graph) -> set[str]:
+    """Names of the weights that are added to scores before experts are selected (DeepSeek-V3's correction bias)."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        added: list[Value | None] = [node.operand("bias")] if node.op == "moe.route" else []
+        v = node.operands[0] if node.op in _SELECTS else None
+        while v is not None and v.producer is not None and v.producer.op in (_BETWEEN | _SAME) - _SCORES:
+            added += v.producer.operands if v.producer.op == "math.add" else []
+            v = _computed_operand(v.producer)
+        for bias in added:
+            while bias is not None and bias.producer is not None and bias.producer.op in _SAME:
+                bias = bias.producer.operands[0]
+            if bias is not None and bias.weight is not None:
+                found.add(bias.weight.name)
+    return found
+
+
+def without_biases(graph: Graph, names: set[str]) -> Graph | None:
+    """The graph with these weights zero, under which tied logits are tied choices; None where it lacks one of them
+    (and may hold what was computed from it)."""
+    if not names or not names <= graph.weights.keys():
+        return None
+    graph = graph.clone()
+    for name in names:
+        weight = graph.weights[name].weight
+        assert weight is not None
+        shape = [evaluate(n, {}) for n in weight.type.shape]  # weights have no symbols
+        zeros = torch.zeros(shape, dtype=weight.type.dtype.torch)
+        graph.weights[name].weight = Weight(name, weight.type, TensorSource(zeros))
+    return graph
 
 
 def _logits(chosen: Value) -> Value | None:

@@ -153,7 +153,7 @@ class Pipeline:
         pass that changed something, and `replay.html`, which steps through them; `progress` is called with each
         pass's name. Raises CompileError naming the pass that failed; the dump holds what came before."""
         out = Dump(Path(dump), graph) if isinstance(dump, str | Path) else dump
-        records = []
+        records: list[Record] = []
         met: list[tuple[str, Graph]] = []  # by each pass
         for phase, p in self._flat():
             if progress:
@@ -161,7 +161,8 @@ class Pipeline:
             after, record = run_pass(p, graph)
             record.phase = phase
             ours = phase and type(p).__module__.startswith("moec.")  # of the default pipeline, where most find nothing
-            if isinstance(p, Rewrite) and not record.fired and p.max != 0 and not ours:
+            again = any(r.name == p.name and r.fired for r in records)
+            if isinstance(p, Rewrite) and not (record.fired or again or ours or p.max == 0):
                 record.unfired = explain(p, graph) + _earlier(p, met)
             records.append(record)
             if out is not None:
@@ -176,11 +177,11 @@ def _earlier(rule: Rewrite, met: Sequence[tuple[str, Graph]]) -> str:
     for name, graph in reversed(met):
         try:
             with limited(1) as log:
-                rule.run(graph)
+                rule.run(DeadCode().run(graph))  # what a fusion left behind is no place
         except CompileError:  # it is about to be placed elsewhere; its mistakes are told there
             pass
         if log.applications:
-            return f"\n  it matches before {name}: default_pipeline().insert_before({name!r}, …) puts it there"
+            return f"\n  it matches before {name}: Pipeline.insert_before({name!r}, …) puts it there"
     return ""
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
-from moec.ir import Graph
+from moec.ir import CompileError, Graph
 from moec.passes.base import Pass
 from moec.passes.rewriting.engine import (
     Application,
@@ -36,6 +38,10 @@ __all__ = [
 ]
 
 
+# what an author defines; a misspelt one would be silently without effect
+_METHODS = ("pattern", "when", "replace")
+
+
 @dataclass(frozen=True)
 class Rewrite(Pass):
     """A rule: `pattern(self, p, x, …)` builds what to find, `when(self, m)` may refuse with
@@ -43,6 +49,21 @@ class Rewrite(Pass):
     the pattern has roots, of the same types. `max` limits how often it is applied in one run."""
 
     max: int | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, method in vars(cls).items():
+            if not callable(method) or name in _METHODS:
+                continue
+            for meant in _METHODS:
+                if sorted(name) == sorted(meant) or (len(name) < len(meant) and name[0] == meant[0]
+                                                     and get_close_matches(name, [meant], 1, 0.85)):  # fmt: skip
+                    where = f"{inspect.getsourcefile(method)}:{method.__code__.co_firstlineno}"
+                    raise CompileError(
+                        f"rule {cls.__name__} ({where}): {name}() is no method of a rule",
+                        code="rule",
+                        hint=f"did you mean {meant}()?",
+                    )
 
     @abstractmethod
     def pattern(self, p: Any, *captures: Any) -> Any: ...

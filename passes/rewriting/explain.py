@@ -72,7 +72,7 @@ def _partial(rule: Rewrite, best: Failure, size: int) -> Sequence[str]:
     assert best.node is not None
     node = best.value.producer if best.value is not None and best.value.producer is not None else best.node
     return [
-        f"  best partial match: {best.matched} of {size} nodes, then at",
+        f"  best partial match: {min(best.matched, size)} of {size} nodes, then at",
         f"  {node.op}, {node.location.describe()}",
         f"    expected {best.expected}   (pattern at {_pattern_source(rule)})",
         f"    found    {best.found}",

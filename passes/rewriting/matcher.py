@@ -32,6 +32,7 @@ class Matcher:
     def __init__(self, pattern: Pattern, failure: Failure | None = None):
         self.pattern = pattern
         self.failure = failure
+        self.roots = {r.node for r in pattern.roots}
         self.escape: Escape | None = None
 
     def at(self, node: Node) -> Iterator[Bindings]:
@@ -84,8 +85,11 @@ class Matcher:
             else:
                 self._fail(b, node, None, f"the {p.opdef.name} that is matched already", f"another {node.op}")
             return
+        # two parts of a pattern may be one node, as in p.mul(p.relu(x), p.relu(x)) on a square; roots are distinct
         if node in b.nodes.values():
-            return
+            others = (q for q, n in b.nodes.items() if n is node)
+            if p in self.roots or any(q in self.roots for q in others):
+                return
         if node.opdef is not p.opdef:
             self._fail(b, node, None, p.opdef.name, node.op)
             return
@@ -100,6 +104,8 @@ class Matcher:
             if extended is None:
                 if self.failure is not None:
                     found = f"{name}={shown(node.attrs[name])}"
+                    if name == "axis" and _same_axis(want, node):
+                        found += ", the same axis from the other end; canonicalise counts from the end"
                     self._fail(b, node, None, f"{p.opdef.name} with {name}={wanted(want, b)}", found)
                 return
             b = extended
@@ -299,6 +305,14 @@ class Matcher:
             text = found if isinstance(found, str) else describe(found)
             matched = len(b.nodes) + len(b.repeated) + closed
             self.failure.note(matched, node, value, expected, text)
+
+
+def _same_axis(want: Any, node: Node) -> bool:
+    """Whether an axis counted from the front is the same as one counted from the end."""
+    x = node.operands[0] if node.operands else None
+    return (
+        isinstance(want, int) and x is not None and x.type.rank > 0 and (want - node.attrs["axis"]) % x.type.rank == 0
+    )
 
 
 def _collected(p: Repeat, found: Sequence[Mapping[str, Any]], b: Bindings) -> Bindings:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moec.ir import DType, Graph, Weight, parse
+from moec.ir import DType, Graph, Operand, TensorType, Weight, op, parse
 from moec.passes import DeadCode, FuseSwiGLU, Pass, Rewrite, RuleSet
 from moec.testing import check_pass, check_rewrite, check_unchanged
 
@@ -438,3 +438,53 @@ graph(%x: f32[T, 8]) -> (%y: f32[T, 8]) {{
 }}
 """,
         )
+
+
+def test_a_rule_that_fires_nowhere_is_told():
+    with pytest.warns(UserWarning, match=r"rule fuse_swiglu \(.*\) fires nowhere in this graph"):
+        check_pass(FuseSwiGLU(), AFTER)
+
+
+class LastOfTies(Rewrite):
+    """route with a selection bias → one that takes the last of tied experts"""
+
+    def pattern(self, p, x, bias):
+        return p.route(x, bias, k=2, scoring="sigmoid")
+
+    def replace(self, b, m):
+        return b.op("test.last_route", [m.x, m.bias])
+
+
+def test_ties_are_seen_behind_a_selection_bias():
+    """A bias that is added to the scores makes tied logits different choices, so it is also tried without."""
+
+    @op("test.last_route", results=2)
+    class LastRoute:
+        """Top 2 of sigmoid(x) + bias, from the last expert on."""
+
+        x: Operand
+        bias: Operand
+
+        def infer(self):
+            shape = (self.x.shape[0], 2)
+            return self.x.with_shape(shape), TensorType("i64", shape)
+
+        def reference(self):
+            scores = torch.sigmoid(self.x)
+            chosen = (scores + self.bias).flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :2]
+            experts = scores.shape[-1] - 1 - chosen
+            weights = scores.gather(-1, experts)
+            return weights / weights.sum(-1, keepdim=True), experts
+
+    graph = """graph(%x: f32[T, 8]) -> (%w: f32[T, 2], %e: i64[T, 2]) {
+  weight @gate: f32[6, 8]
+  weight @bias: f32[6]
+  %0: f32[T, 6] = linear.linear(%x, @gate, _)
+  %1: f32[T, 2], %2: i64[T, 2] = moe.route(%0, @bias) {k=2, scoring="sigmoid"}
+  return %1, %2
+}
+"""
+    with pytest.raises(
+        AssertionError, match=r"last_of_ties \(.*test_checks\.py:\d+\).*changes the meaning: output 'e'"
+    ):
+        check_pass(LastOfTies(), graph)

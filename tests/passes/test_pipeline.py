@@ -135,9 +135,14 @@ def test_a_rule_that_comes_too_late_is_told_its_place():
     late = Pipeline((Phase("fuse", (FuseMLP(), DeadCode())), FuseSwiGLU(), FuseSwiGLU(max=0)))
     _, records = late.run(parse(TEXT))
     assert [bool(r.unfired) for r in records] == [False, False, True, False]
-    assert "it matches before fuse.fuse_mlp: default_pipeline().insert_before('fuse.fuse_mlp', …)" in records[2].unfired
+    assert "it matches before fuse.fuse_mlp: Pipeline.insert_before('fuse.fuse_mlp', …)" in records[2].unfired
     _, records = Pipeline((DeadCode(), FuseSwiGLU())).run(parse(TEXT.replace("silu", "neg")))
     assert records[1].unfired
+    assert "it matches before" not in records[1].unfired
+    _, records = Pipeline((FuseSwiGLU(), FuseSwiGLU(max=1))).run(parse(TEXT))
+    assert not records[1].unfired  # it has done its work
+    dead = TEXT.replace("return %1", "return %2")
+    _, records = Pipeline((DeadCode(), FuseSwiGLU())).run(parse(dead))
     assert "it matches before" not in records[1].unfired
 
 

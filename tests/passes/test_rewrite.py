@@ -396,6 +396,39 @@ def test_swapping_commutative_operands_is_no_change():
     assert ops(turn.run(graph_of(lambda b, x, y: b.sub(x, y)))) == ["math.sub", "math.neg"]
 
 
+@pytest.mark.parametrize(("typo", "meant"), [("wehn", "when"), ("repalce", "replace"), ("patern", "pattern"),
+                                             ("wen", "when"), ("replce", "replace")])  # fmt: skip
+def test_a_misspelt_method_is_refused_where_it_is_written(typo, meant):
+    with pytest.raises(
+        CompileError, match=rf"rule Typo \(.*test_rewrite\.py:\d+\): {typo}\(\) is no method.*\n.*{meant}"
+    ):
+        type("Typo", (Swiglu,), {typo: lambda self, m: None})
+    type("Fine", (Swiglu,), {"where": lambda self: 1, "patterns": lambda self: 2, "reason": lambda self: 3})
+
+
+def test_a_square_matches_both_ways_of_writing_it():
+    both = rule(lambda s, p, x: p.mul(p.relu(x), p.relu(x)), lambda s, b, m: b.abs(m.x))
+
+    def once(s, p, x):
+        r = p.relu(x)
+        return p.mul(r, r)
+
+    def square(b, x, y):
+        r = b.relu(x)
+        return b.mul(r, r)
+
+    for r in (both, rule(once, lambda s, b, m: b.abs(m.x))):
+        assert ops(r.run(graph_of(square))) == ["math.abs"]
+    assert ops(both.run(graph_of(lambda b, x, y: b.mul(b.relu(x), b.relu(x))))) == ["math.abs"]
+    assert ops(both.run(graph_of(lambda b, x, y: b.mul(b.relu(x), b.relu(y)))))[-1] == "math.mul"
+
+
+def test_explain_tells_the_same_axis_counted_from_the_other_end():
+    back = rule(lambda s, p, x: p.softmax(x, axis=-1), lambda s, b, m: b.neg(m.x))
+    assert "the same axis from the other end" in explain(back, graph_of(lambda b, x, y: b.softmax(x, axis=1)))
+    assert "the same axis" not in explain(back, graph_of(lambda b, x, y: b.softmax(x, axis=0)))
+
+
 def test_what_is_no_rule_is_refused():
     with pytest.raises(CompileError, match=r"not a Rewrite.*\n.*write Swiglu\(\)"):
         RuleSet((Swiglu,)).run(graph_of(lambda b, x, y: b.silu(x)))
