@@ -46,6 +46,9 @@ class Applications:
         return self.limit is not None and len(self.applications) >= self.limit
 
 
+# a value with more uses than this connects no roots
+_WIDE = 32
+
 _limit: ContextVar[Applications | None] = ContextVar("rule_applications", default=None)
 
 
@@ -335,7 +338,8 @@ class _Engine:
         shared: dict[Value, None] = {}
         below = [v for n in nodes for v in n.operands if v is not None]
         for _ in range(depth):
-            below = [v for v in dict.fromkeys(below) if v not in shared]
+            # what the whole graph uses (weights, constants, tables) says nothing of which roots belong together
+            below = [v for v in dict.fromkeys(below) if v not in shared and v.producer and len(v.uses) <= _WIDE]
             shared.update(dict.fromkeys(below))
             below = [o for v in below if v.producer for o in v.producer.operands if o is not None]
         seen: dict[Node, None] = {}
@@ -343,7 +347,7 @@ class _Engine:
         for _ in range(depth):
             frontier = [n for n in dict.fromkeys(frontier) if n not in seen]
             seen.update(dict.fromkeys(frontier))
-            frontier = [u for n in frontier for r in n.results for u in r.users]
+            frontier = [u for n in frontier for r in n.results if len(r.uses) <= _WIDE for u in r.users]
         return [n for n in seen if n.op in self.first_of_several]
 
     def _tree_top(self, node: Node) -> Node:
