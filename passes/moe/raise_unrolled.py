@@ -77,7 +77,7 @@ class RaiseUnrolledExperts(Rewrite):
     @staticmethod
     def _ordered(m: Match, *names: str) -> list[tuple[Any, ...]] | None:
         """Each expert's captures in the order of the experts; None where all are absent."""
-        order = sorted(range(len(m.factor)), key=lambda i: combine_column(m.factor[i])[2])  # type: ignore[index]
+        order = sorted(range(len(m.factor)), key=lambda i: combine_column(m.factor[i])[2])  # type: ignore[index]  # when() saw it
         rows = [tuple(m.get(n)[i] for n in names) for i in order]
         return None if all(v is None for row in rows for v in row) else rows
 
