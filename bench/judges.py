@@ -3,8 +3,8 @@
     make judges         every suite, two samples per op of torch's database
     make judges-full    all samples
 
-Each suite is a script of its own (bench/judge_*.py) that runs alone too; it calls `record` per backend. Here the file is
-written and shown.
+Each suite is a script of its own (bench/judge_*.py) that runs alone too and calls `record` per backend; run by itself,
+this file shows what they found.
 """
 
 from __future__ import annotations
