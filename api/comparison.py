@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from moec.backends import Backend, get_backend
 from moec.compiled import CompiledModel
+from moec.difference import Difference, difference
 from moec.ir import ArgumentValueError, Graph, Node, Placement, Quantization, Value, run
 from moec.ir.interpreter import bind_inputs
 from moec.isolated import NodeResult, compare_nodes
@@ -21,7 +22,7 @@ from moec.program import Program, Settings, finish, run_passes
 from moec.progress import progress
 from moec.routing import RoutingFlip, flips
 from moec.sources import acquire
-from moec.tolerance import Bound, Difference, difference, end_to_end, scale_of
+from moec.tolerance import Bound, end_to_end, scale_of
 
 Step = Callable[[str], None]
 

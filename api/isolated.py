@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from moec.difference import Difference, difference
 from moec.ir import CompileError, Dim, Graph, Node, TensorType, Value, run
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
 from moec.program import Settings, legalise, lower
-from moec.tolerance import Difference, difference, one_node, scale_of
+from moec.tolerance import one_node, scale_of
 
 Step = Callable[[str], None]
 

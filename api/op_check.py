@@ -10,13 +10,14 @@ import torch
 
 from moec.backends import Backend, Executable, get_backend
 from moec.backends.reference.backend import ReferenceBackend
+from moec.difference import difference
 from moec.ir import ArgumentTypeError, CompileError, DType, Graph, Node, OpDef, TensorType, lookup, parse, run
 from moec.ir.interpreter import bind_inputs
 from moec.ir.types import broadcast
 from moec.op_cases import all_cases, single, symbolic_cases, symbolic_types
 from moec.passes.pipeline import Pipeline
 from moec.program import Settings, legalise, lower
-from moec.tolerance import difference, one_node, scale_of
+from moec.tolerance import one_node, scale_of
 
 
 @dataclass

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import moec
+from moec.difference import difference
 from moec.ir import DType
-from moec.tolerance import Bound, difference, end_to_end, one_node, reduction_length, scale_of, unit
+from moec.tolerance import Bound, end_to_end, one_node, reduction_length, scale_of, unit
 
 BINDING = {"T": 5}
 
@@ -115,3 +116,32 @@ def test_scale_counts_operands_of_sums():
     values = dict(zip(graph.inputs, (torch.full((2,), 1e4), torch.full((2,), 1e4)), strict=True))
     assert scale_of(torch.zeros(2), node, values) == 1e4
     assert scale_of(torch.tensor([math.inf, math.nan, -3.0]), None, {}) == 3.0
+
+
+def test_relative_error_and_cosine():
+    a = torch.tensor([3.0, 4.0, math.nan])
+    d = differ(a, torch.tensor([3.0, 4.5, math.nan]), 0.2)
+    assert d.ok
+    assert d.relative_error == pytest.approx(0.1)
+    assert d.cosine == pytest.approx((9 + 18) / (5 * math.sqrt(9 + 20.25)))
+    assert differ(a, -a).cosine == pytest.approx(-1)
+    zero = torch.zeros(3)
+    assert differ(zero, zero).cosine == 1
+    assert differ(zero, torch.ones(3)).relative_error == math.inf
+
+
+def test_errors_are_found_in_every_chunk(monkeypatch):
+    monkeypatch.setattr("moec.difference._CHUNK", 4)
+    a = torch.ones(3, 5)
+    whole = differ(a, a * 1.5)
+    assert whole.max_error == whole.mean_error == whole.relative_error == 0.5
+    for i in range(15):
+        b = a.clone().reshape(-1)
+        b[i] = 2.0
+        assert not differ(a, b.reshape(3, 5)).ok
+
+
+def test_neighbouring_large_integers_differ():
+    big = torch.tensor([2**53])
+    assert differ(big, big).ok
+    assert not differ(big, big + 1).ok
