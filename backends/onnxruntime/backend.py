@@ -38,12 +38,12 @@ class OnnxRuntimeBackend(Backend):
     ) -> OnnxExecutable:
         from moec.backends.onnxruntime.executable import OnnxExecutable  # it imports the lowerings, they this module
 
-        return OnnxExecutable.compile(graph, Options.of(options), threads)
+        return OnnxExecutable.compile(graph, Options.of(options), threads, self)
 
     def load(self, graph: Graph, folder: Path, *, threads: int | None = None) -> OnnxExecutable:
         from moec.backends.onnxruntime.executable import OnnxExecutable
 
-        return OnnxExecutable.load(graph, folder, threads)
+        return OnnxExecutable.load(graph, folder, threads, self)
 
 
 backend = OnnxRuntimeBackend("onnxruntime", dtypes=DTYPES)

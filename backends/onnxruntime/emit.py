@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as onnx
 import torch
 
+from moec.backends.base import Backend
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.sizes import Sizes
 from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, onnx_type
@@ -26,10 +27,12 @@ def given(node: Node) -> tuple[Any, ...]:
 
 
 class Emitter:
-    """Collects ONNX nodes and initialisers for one graph. `memo` holds what several lowerings share."""
+    """Collects ONNX nodes and initialisers for one graph, by the lowerings of `backend`. `memo` holds what several
+    lowerings share."""
 
-    def __init__(self, graph: Graph, options: Options):
+    def __init__(self, graph: Graph, options: Options, backend: Backend):
         self.graph = graph
+        self.backend = backend
         self.options = options
         self.functions = graph.functions
         self.nodes: list[onnx.Node] = []

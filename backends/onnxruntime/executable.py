@@ -14,7 +14,7 @@ import onnx_ir as onnx
 import onnxruntime
 import torch
 
-from moec.backends.base import Executable
+from moec.backends.base import Backend, Executable
 from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Lowered, lower
@@ -67,14 +67,15 @@ class OnnxExecutable(Executable):
     graph: Graph
     options: Options
     threads: int | None
+    backend: Backend
     session: Session
     figures: dict[str, Any]
     _tapped: tuple[tuple[Value, ...], Session] | None = field(default=None, repr=False)
 
     @staticmethod
-    def compile(graph: Graph, options: Options, threads: int | None) -> OnnxExecutable:
+    def compile(graph: Graph, options: Options, threads: int | None, backend: Backend) -> OnnxExecutable:
         began = time.perf_counter()
-        lowered = lower(graph, options)
+        lowered = lower(graph, options, backend)
         built = time.perf_counter()
         session = start(lowered, threads)
         figures = {
@@ -84,13 +85,13 @@ class OnnxExecutable(Executable):
             "lowering_seconds": built - began,
             "load_seconds": time.perf_counter() - built,
         }
-        return OnnxExecutable(graph, options, threads, session, figures)
+        return OnnxExecutable(graph, options, threads, backend, session, figures)
 
     @staticmethod
-    def load(graph: Graph, folder: Path, threads: int | None) -> OnnxExecutable:
+    def load(graph: Graph, folder: Path, threads: int | None, backend: Backend) -> OnnxExecutable:
         began = time.perf_counter()
         path, options = artifact.check(Path(folder))
-        lowered = lower(graph, options)  # for names: no weight is read
+        lowered = lower(graph, options, backend)  # for names: no weight is read
         session = Session(
             open_session(path, threads, lowered.sources), lowered.inputs, lowered.outputs, lowered.sources
         )
@@ -101,7 +102,7 @@ class OnnxExecutable(Executable):
             "forms": dict(lowered.choices),
             "load_seconds": time.perf_counter() - began,
         }
-        return OnnxExecutable(graph, options, threads, session, figures)
+        return OnnxExecutable(graph, options, threads, backend, session, figures)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.session.run(self.graph, inputs, self.graph.outputs)
@@ -111,7 +112,7 @@ class OnnxExecutable(Executable):
         inner = tuple(v for v in wanted if v.weight is None)
         if self._tapped is None or self._tapped[0] != inner:
             self._check_known(inner)
-            self._tapped = inner, start(lower(self.graph, self.options, list(inner)), self.threads)
+            self._tapped = inner, start(lower(self.graph, self.options, self.backend, list(inner)), self.threads)
         given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner])
         found = dict(zip(inner, given[len(self.graph.outputs) :], strict=True))
         return {v: v.weight.load() if v.weight is not None else found[v] for v in wanted}
@@ -124,7 +125,7 @@ class OnnxExecutable(Executable):
 
     def save(self, folder: Path) -> None:
         """Writes model.onnx, model.onnx.data (weights) and onnxruntime.json."""
-        lowered = lower(self.graph, self.options)
+        lowered = lower(self.graph, self.options, self.backend)
         artifact.write(lowered, self.options, Path(folder))
 
     @property

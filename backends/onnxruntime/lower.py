@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as onnx
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moec.backends.base import lowering_failed, returned, ships
-from moec.backends.onnxruntime.backend import backend
+from moec.backends.base import Backend, lowering_failed, returned, ships
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
 from moec.backends.onnxruntime.emitted import check_emitted
 from moec.backends.onnxruntime.options import Options
@@ -38,9 +37,9 @@ class Lowered:
         self.reader.forget()
 
 
-def lower(graph: Graph, options: Options, extra: list[Value] | None = None) -> Lowered:
-    """Lower a graph; values of `extra` become further outputs. Raises CompileError."""
-    e = Emitter(graph, options)
+def lower(graph: Graph, options: Options, backend: Backend, extra: list[Value] | None = None) -> Lowered:
+    """Lower a graph by the lowerings of `backend`; values of `extra` become further outputs. Raises CompileError."""
+    e = Emitter(graph, options, backend)
     inputs = []
     for v in graph.inputs:
         emitted = onnx.Value(
@@ -82,9 +81,9 @@ def interface_shape(v: Value) -> onnx.Shape:
 def emit_nodes(e: Emitter, graph: Graph) -> None:
     """Lower every node in order."""
     for i, node in enumerate(graph.nodes):
-        fn = backend.lowerings.get(node.op)
+        fn = e.backend.lowerings.get(node.op)
         if fn is None:
-            reason = backend.missing(node)
+            reason = e.backend.missing(node)
             raise CompileError(
                 f"{node.op}: {reason}", code="unsupported-op", location=node.location, hint="legalise the graph first"
             )

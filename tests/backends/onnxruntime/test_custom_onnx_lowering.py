@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -101,3 +102,17 @@ def test_any_callable_may_be_a_lowering():
         onnxruntime.lowers("test.cap")(fn)
         got = moec.compile(graph_of("test.cap", cap=1.0), backend="onnxruntime")(x)[0]
         torch.testing.assert_close(got, -torch.tanh(x.exp()))
+
+
+def test_a_copy_of_the_backend_has_lowerings_of_its_own():
+    graph = moec.parse("graph(%x: f32[T]) -> (%y: f32[T]) {\n  %0: f32[T] = math.neg(%x)\n  return %0\n}")
+
+    def twice(e, node):
+        return e.op("Add", *e.operands(node) * 2)
+
+    copy = dataclasses.replace(onnxruntime, lowerings={**onnxruntime.lowerings, "math.neg": twice})
+    x = torch.tensor([1.0, -3.0])
+    assert torch.equal(copy.compile(graph).run([x])[0], 2 * x)
+    executable = copy.compile(graph)
+    assert torch.equal(executable.tap([x], graph.outputs)[graph.outputs[0]], 2 * x)
+    assert torch.equal(onnxruntime.compile(graph).run([x])[0], -x)
