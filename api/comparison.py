@@ -13,7 +13,7 @@ from moec.backends import Backend, get_backend
 from moec.compiled import CompiledModel
 from moec.difference import Difference, difference
 from moec.ir import ArgumentValueError, Graph, Node, Placement, Quantization, Value, run
-from moec.ir.interpreter import bind_inputs
+from moec.ir.interpreter import sizes_of
 from moec.isolated import NodeResult, compare_nodes
 from moec.matching import corresponding
 from moec.passes.base import Pass
@@ -162,7 +162,7 @@ def _quantises_inside(node: Node) -> bool:
 
 
 def _output_bounds(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[Bound]:
-    bounds = end_to_end(graph, bind_inputs(graph, inputs))
+    bounds = end_to_end(graph, sizes_of(graph, inputs))
     return [bounds.get(v, Bound(0.0, "a weight")) for v in graph.outputs]
 
 
@@ -203,7 +203,7 @@ def _localise(
     """(first divergence, routing flips, the reference's outputs with near-tied routing pinned to the other's)."""
     pairs = corresponding(mine.legal, theirs.legal)
     other = theirs.executable.tap(inputs, list(dict.fromkeys(pairs.values())))
-    bounds = end_to_end(mine.legal, bind_inputs(mine.legal, inputs))
+    bounds = end_to_end(mine.legal, sizes_of(mine.legal, inputs))
     found: list[RoutingFlip] = []
     pins: dict[Value, torch.Tensor] = {}
     pinned_outputs: list[torch.Tensor] | None = None

@@ -12,6 +12,7 @@ from moec.difference import Difference, difference
 from moec.ir import CompileError, Dim, Graph, Node, TensorType, Value, run
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
+from moec.ir.runtime_sizes import measured
 from moec.program import Settings, legalise, lower
 from moec.tolerance import one_node, scale_of
 
@@ -51,6 +52,7 @@ def compare_nodes(
     """Each node of `graph` (moving data apart) on the backend of `settings` against the reference."""
     binding = bind_inputs(graph, inputs)
     values = reference_values(graph, inputs)
+    binding = measured(values, graph, binding)
     results = []
     for i, node in enumerate(graph.nodes):
         if node.op.startswith("tensor.") or node.op == "call.graph":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from moec.backends.base import Backend, Executable
 from moec.ir import Graph, Node, Value
 from moec.ir.graph import copy_node
 from moec.ir.interpreter import bind_inputs
+from moec.ir.runtime_sizes import introduces, needs, runtime_symbols
 
 
 @dataclass(frozen=True)
@@ -71,21 +72,34 @@ def partition(graph: Graph, backend: Backend) -> list[Segment]:
             return True
         return backend.missing(node) is not None
 
+    sources = runtime_symbols(graph)
     levels: dict[Node, int] = {}
     groups: dict[int, list[Node]] = {}
     for node in graph.nodes:
         side = int(on_reference(node))
         level = side
-        for v in node.operands:
+        for v in (*node.operands, *(sources[s][0] for s in needs(node) if s in sources)):
             if v is not None and v.producer is not None:
                 above = levels[v.producer]
                 level = max(level, above + (above % 2 != side))
         levels[node] = level
         groups.setdefault(level, []).append(node)
-    return [_segment(graph, groups[level], level % 2 == 1) for level in sorted(groups)]
+    needed_elsewhere: set[Value] = set()
+    for nodes in groups.values():
+        used = _symbols(nodes) | {s for n in nodes for v in n.operands if v is not None for s in v.type.symbols}
+        needed_elsewhere |= {sources[s][0] for s in used if s in sources and sources[s][0].producer not in nodes}
+    return [_segment(graph, groups[level], level % 2 == 1, sources, needed_elsewhere) for level in sorted(groups)]
 
 
-def _segment(graph: Graph, nodes: list[Node], in_reference: bool) -> Segment:
+def _segment(
+    graph: Graph,
+    nodes: list[Node],
+    in_reference: bool,
+    sources: Mapping[str, tuple[Value, int]],
+    needed_elsewhere: set[Value],
+) -> Segment:
+    """`sources`: where sizes known only at run time are seen; `needed_elsewhere`: those of them that other parts
+    need."""
     inside = set(nodes)
     part = Graph(graph.name)
     part.functions = graph.functions
@@ -109,35 +123,29 @@ def _segment(graph: Graph, nodes: list[Node], in_reference: bool) -> Segment:
                     mapping[v].origins = v.origins
             else:
                 add_input(v)
-    # dimension symbols are solved from input shapes: add the whole graph's inputs that carry missing ones
+    # dimension symbols are solved from input shapes: add what carries missing ones
     needed = _symbols(nodes)
+    for symbol, (v, _) in sources.items():
+        if symbol in needed | part.symbols and v.producer not in inside:
+            add_input(v)
     for v in graph.inputs:
         bound = {str(s) for i in part.inputs for s in i.shape if not isinstance(s, int) and s.is_symbol}
-        if v.type.symbols and (needed | part.symbols) - bound:
+        if v.type.symbols and (needed | part.symbols) - bound - sources.keys():
             add_input(v)
     for node in nodes:
         copy_node(node, part, mapping)
     outputs = []
     for node in nodes:
         for r in node.results:
-            if r.is_output or any(user not in inside for user in r.users):
+            if r.is_output or r in needed_elsewhere or any(user not in inside for user in r.users):
                 outputs.append(r)
                 part.add_output(mapping[r])
     return Segment(part, inputs, outputs, mapping, in_reference)
 
 
 def _symbols(nodes: Sequence[Node]) -> set[str]:
-    from moec.ir import Dim, TensorType
-
-    def walk(x: object) -> set[str]:
-        match x:
-            case Dim() | TensorType():
-                return set(x.symbols)
-            case list() | tuple():
-                return set().union(*map(walk, x))
-        return set()
-
-    return set().union(*(walk([*n.attrs.values(), *(r.type for r in n.results)]) for n in nodes))
+    """What the nodes need, less what they bring in themselves."""
+    return set().union(*map(needs, nodes)) - set().union(*map(introduces, nodes))
 
 
 class PartitionedExecutable(Executable):

@@ -11,6 +11,7 @@ import torch
 from moec.ir.dims import Dim, evaluate
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Node, Value
+from moec.ir.runtime_sizes import symbols_of
 from moec.ir.types import DType
 from moec.ir.weight import TensorSource, Weight
 
@@ -55,13 +56,15 @@ def candidate_bindings(symbols: Sequence[str]) -> Iterator[dict[str, int]]:
 def fits(graph: Graph, binding: Mapping[str, int]) -> bool:
     """Whether every size in the graph is a size, and every slice lies within its operand."""
     for v in (*graph.inputs, *(r for n in graph.nodes for r in n.results)):
-        if any(evaluate(s, binding) < 0 for s in v.shape):
+        if any(evaluate(s, binding) < 0 for s in v.shape if symbols_of(s) <= binding.keys()):
             return False
     for node in graph.nodes:
         x = node.operands[0] if node.operands else None
         if node.op == "tensor.slice" and x is not None:
-            extent = evaluate(x.shape[node.attrs["axis"]], binding)
-            start, end = (evaluate(node.attrs[a], binding) for a in ("start", "end"))
+            sizes = x.shape[node.attrs["axis"]], node.attrs["start"], node.attrs["end"]
+            if not symbols_of(sizes) <= binding.keys():
+                continue  # known at run time only
+            extent, start, end = (evaluate(s, binding) for s in sizes)
             if not 0 <= start <= end <= extent:
                 return False
     return True
@@ -218,10 +221,6 @@ def _reached(v: Value) -> Iterator[tuple[Value, Node, str]]:
 def index_bound(v: Value, binding: Mapping[str, int]) -> int | None:
     """The smallest size that elements of the integer value `v` index, or None where they index nothing."""
     return min((evaluate(s, binding) for s in _indexed(v) if symbols_of(s) <= binding.keys()), default=None)
-
-
-def symbols_of(size: int | Dim) -> frozenset[str]:
-    return size.symbols if isinstance(size, Dim) else frozenset()
 
 
 def _indexed(v: Value) -> list[int | Dim]:

@@ -11,6 +11,7 @@ from moec.ir.dims import Dim, bind, evaluate
 from moec.ir.errors import ArgumentTypeError, CompileError
 from moec.ir.graph import Graph, Node, Value
 from moec.ir.printer import excerpt
+from moec.ir.runtime_sizes import bind_results, measured, runtime_symbols
 from moec.ir.types import DType, TensorType
 
 Tap = Callable[[Value, torch.Tensor], "torch.Tensor | None"]
@@ -47,14 +48,20 @@ def evaluate_attr(value: Any, binding: Mapping[str, int]) -> Any:
     return value
 
 
+def attributes(node: Node, binding: Mapping[str, int]) -> dict[str, Any]:
+    """The attributes of a node as numbers; names of sizes that its results are the first to have stay names."""
+    return {k: v if k in node.opdef.binds else evaluate_attr(v, binding) for k, v in node.attrs.items()}
+
+
 def evaluate_node(
     node: Node,
     operands: Sequence[torch.Tensor | None],
-    binding: Mapping[str, int],
+    binding: dict[str, int],
     functions: Mapping[str, Graph] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Run one node's reference on tensors. Raises CompileError where the results lack the inferred type."""
-    instance = node.opdef.instance(operands, {k: evaluate_attr(v, binding) for k, v in node.attrs.items()})
+    """Run one node's reference on tensors; sizes known only then are added to `binding`. Raises CompileError where
+    the results lack the inferred type."""
+    instance = node.opdef.instance(operands, attributes(node, binding))
     if node.op == "call.graph":
         instance.functions = functions or {}
     try:
@@ -83,6 +90,7 @@ def evaluate_node(
             excerpt=excerpt(node),
             hint="is a return missing?" if result is None else None,
         )
+    bind_results(node, results, binding)
     for r, v in zip(results, node.results, strict=True):
         shape = tuple(evaluate(s, binding) for s in v.shape)
         if DType.of(r.dtype) is not v.dtype or tuple(r.shape) != shape:
@@ -131,6 +139,24 @@ def run(
                 if last.get(v, node) is node and not v.is_output:
                     env.pop(v, None)
         return [_tensor(v, env) for v in graph.outputs]
+
+
+def sizes_of(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Every symbol of a graph on these inputs; sizes known only at run time cost a run of the reference. Raises as
+    `run` does."""
+    binding = bind_inputs(graph, inputs)
+    if not runtime_symbols(graph):
+        return binding
+
+    values: dict[Value, torch.Tensor] = {}
+    shown = {value for value, _ in runtime_symbols(graph).values()}
+
+    def see(value: Value, tensor: torch.Tensor) -> None:
+        if value in shown:
+            values[value] = tensor
+
+    run(graph, inputs, tap=see)
+    return measured(values, graph, binding)
 
 
 def _tensor(v: Value, env: Mapping[Value, torch.Tensor]) -> torch.Tensor:

@@ -49,6 +49,7 @@ class OpDef:
     file: str = ""
     line: int = 0
     results: int | None = 1  # None: as many as `infer` says
+    binds: tuple[str, ...] = ()  # attributes that name sizes which its results are the first to have
 
     @property
     def family(self) -> str:
@@ -158,13 +159,19 @@ _BARE: dict[str, list[str]] = {}
 
 
 def op(
-    name: str, *, commutative: bool = False, elementwise: bool = False, results: int | None = 1
+    name: str,
+    *,
+    commutative: bool = False,
+    elementwise: bool = False,
+    results: int | None = 1,
+    binds: tuple[str, ...] = (),
 ) -> Callable[[type], type]:
     """Class decorator that declares an op.
 
     The class has operand and attribute fields, `infer(self)` returning one TensorType or a tuple,
     `reference(self)` returning one torch tensor or a tuple, and optionally `decompose(self, b)`.
-    `results` is their number, None where it depends on operands or attributes.
+    `results` is their number, None where it depends on operands or attributes; `binds` names the attributes that hold
+    sizes known only when the op has run (see moec.ir.runtime_sizes).
     """
     if name.count(".") != 1:
         raise CompileError(f"op name {name!r} must be family.op", code="name")
@@ -193,8 +200,12 @@ def op(
         for method in ("infer", "reference"):
             if not callable(getattr(cls, method, None)):
                 raise CompileError(f"{where} lacks {method}()", code="op")
+        for attr in binds:
+            if attr not in attrs:
+                raise CompileError(f"{where}: binds names {attr!r}, which is no attribute", code="op")
+        doc = inspect.getdoc(cls) or ""
         opdef = OpDef(
-            name, cls, tuple(operands), attrs, inspect.getdoc(cls) or "", commutative, elementwise, file, line, results
+            name, cls, tuple(operands), attrs, doc, commutative, elementwise, file, line, results, tuple(binds)
         )
         old = _OPS.get(name)
         if old is None:

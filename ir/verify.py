@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moec.ir.dims import Dim
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Node, Value
 from moec.ir.opdef import infer_types
 from moec.ir.printer import excerpt
-from moec.ir.types import DType, TensorType
+from moec.ir.runtime_sizes import check_symbols, introduces
+from moec.ir.types import DType
 
 
 def verify(graph: Graph, functions: Mapping[str, Graph] | None = None) -> None:
@@ -19,7 +19,7 @@ def verify(graph: Graph, functions: Mapping[str, Graph] | None = None) -> None:
     _check_names(graph)
     if top:
         _check_recursion(graph)
-    known = graph.symbols | _weight_symbols(graph)
+    known = set(graph.symbols | _weight_symbols(graph))
     defined: set[Value] = set(graph.inputs) | set(graph.weights.values())
     for node in graph.nodes:
         try:
@@ -27,6 +27,7 @@ def verify(graph: Graph, functions: Mapping[str, Graph] | None = None) -> None:
         except CompileError as e:
             raise e.located(node.location, excerpt(node)) from None
         defined.update(node.results)
+        known.update(introduces(node))
     for slot, v in enumerate(graph.outputs):
         if v not in defined or slot not in v.output_slots:
             raise CompileError(f"output {graph.output_names[slot]!r} is not a value of the graph", code="structure")
@@ -70,9 +71,7 @@ def _check_recursion(graph: Graph) -> None:
     visit(graph, ())
 
 
-def _check_node(
-    node: Node, graph: Graph, defined: set[Value], known: frozenset[str], functions: Mapping[str, Graph]
-) -> None:
+def _check_node(node: Node, graph: Graph, defined: set[Value], known: set[str], functions: Mapping[str, Graph]) -> None:
     if node.graph is not graph:
         raise CompileError(f"{node.op} belongs to another graph", code="structure")
     for i, v in enumerate(node.operands):
@@ -90,22 +89,7 @@ def _check_node(
     if expected != actual:
         want, got = ", ".join(map(str, expected)), ", ".join(map(str, actual))
         raise CompileError(f"{node.op} has type ({got}), its rule gives ({want})", code="type")
-    unknown = _symbols(list(node.attrs.values())) - known
-    if unknown:
-        raise CompileError(
-            f"{node.op} uses dimensions {sorted(unknown)} that no input of the graph has", code="structure"
-        )
-
-
-def _symbols(values: object) -> frozenset[str]:
-    match values:
-        case Dim():
-            return values.symbols
-        case TensorType():
-            return values.symbols
-        case list() | tuple():
-            return frozenset().union(*map(_symbols, values))
-    return frozenset()
+    check_symbols(node, known)
 
 
 def _has_nan(attrs: Mapping[str, object]) -> bool:

@@ -103,3 +103,4 @@ def emit_nodes(e: Emitter, graph: Graph) -> None:
                 raise lowering_failed(fn, node, error) from None
         for v, out in zip(node.results, results, strict=True):
             e.bind(v, out)
+        e.sizes.introduce(node)

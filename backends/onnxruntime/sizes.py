@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as onnx
 import sympy
 
-from moec.ir import CompileError, Dim
+from moec.ir import CompileError, Dim, Node
+from moec.ir.runtime_sizes import introduces
 
 if TYPE_CHECKING:
     from moec.backends.onnxruntime.emit import Emitter
@@ -21,7 +22,8 @@ class Sizes:
 
     def __init__(self, emitter: Emitter):
         self.emitter = emitter
-        self._scopes: list[Mapping[str, int | Dim]] = []
+        self._scopes: list[dict[str, int | Dim]] = []
+        self._shown: dict[str, tuple[onnx.Value, int]] = {}  # run-time sizes, and where they are read
         self._cache: dict[Any, onnx.Value] = {}
         self._solving: set[sympy.Symbol] = set()
 
@@ -33,6 +35,17 @@ class Sizes:
             yield
         finally:
             self._scopes.pop()
+
+    def introduce(self, node: Node) -> None:
+        """Sizes that the results of a node are the first to have. In a called function each call has its own."""
+        for symbol, (value, axis) in introduces(node).items():
+            name = symbol
+            if self._scopes:
+                if symbol in self._scopes[-1]:
+                    continue
+                name = f"{symbol}_{len(self._shown)}_"
+                self._scopes[-1][symbol] = Dim(name)
+            self._shown.setdefault(name, (self.emitter.value(value), axis))
 
     def resolve(self, size: int | Dim) -> int | Dim:
         """The size in symbols of the outermost graph."""
@@ -119,6 +132,9 @@ class Sizes:
             finally:
                 self._solving.remove(symbol)
             return self.emitter.op("Div", self.emitter.op("Sub", self._axis(v, i), rest), self._expression(slope))
+        if symbol.name in self._shown:
+            shown, axis = self._shown[symbol.name]
+            return self.emitter.op("Shape", shown, start=axis, end=axis + 1)
         raise CompileError(
             f"size {symbol} cannot be read from the shape of any input",
             code="dims",

@@ -7,7 +7,7 @@ import onnx_ir as onnx
 
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
-from moec.backends.onnxruntime.types import numpy_type
+from moec.backends.onnxruntime.types import NARROW_INTEGERS, numpy_type
 from moec.ir import DType, Node
 
 
@@ -103,6 +103,17 @@ def index_put(e: Emitter, node: Node) -> onnx.Value:
         source = e.op("Expand", source, e.sizes.vector(wanted))
     rows = e.op("Unsqueeze", e.cast(index, iv.dtype, DType.I64), np.array([-1]))
     return e.op("ScatterND", x, rows, source, reduction="add" if node.attrs["accumulate"] else "none")
+
+
+@backend.lowers("tensor.nonzero")
+def nonzero(e: Emitter, node: Node) -> onnx.Value:
+    (x,), dtype = e.operands(node), given(node)[0].dtype
+    if not given(node)[0].type.rank:  # ONNX counts a scalar as [1]: one index, which the IR does not have
+        found = e.op("NonZero", e.op("Reshape", x, np.array([1])))
+        return e.op("Slice", e.op("Transpose", found, perm=[1, 0]), np.array([0]), np.array([0]), np.array([1]))
+    if dtype in NARROW_INTEGERS:
+        x = e.cast(x, dtype, DType.I32)
+    return e.op("Transpose", e.op("NonZero", x), perm=[1, 0])
 
 
 def count_ids(e: Emitter, flat: onnx.Value, bins: int) -> onnx.Value:

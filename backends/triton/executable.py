@@ -15,8 +15,9 @@ from moec.backends.triton.fusion import Group, Unit, plan
 from moec.backends.triton.runner import KernelError, Resident, mode, run
 from moec.ir import CompileError, Graph, Node, TensorType, Value
 from moec.ir.dims import evaluate
-from moec.ir.interpreter import bind_inputs, evaluate_attr
+from moec.ir.interpreter import attributes, bind_inputs
 from moec.ir.printer import excerpt
+from moec.ir.runtime_sizes import bind_results
 
 
 class Schedule:
@@ -104,6 +105,8 @@ class TritonExecutable(Executable):
                         env[v] = self._weight(v, here)
                 with _located(unit if isinstance(unit, Node) else unit.nodes[0]):
                     results = _fused(unit, env, binding) if isinstance(unit, Group) else self._node(unit, env, binding)
+                    if isinstance(unit, Node):
+                        bind_results(unit, results, binding)
                     _check(writes(unit), results, binding)
                 env.update(zip(writes(unit), results, strict=True))
                 for v in dead:
@@ -116,7 +119,7 @@ class TritonExecutable(Executable):
         by_torch = torch_reason(node) is not None
         if by_torch or node.op not in backend.keeps_weights:
             operands = [_plain(x) for x in operands]
-        instance = node.opdef.instance(operands, {k: evaluate_attr(v, binding) for k, v in node.attrs.items()})
+        instance = node.opdef.instance(operands, attributes(node, binding))
         if node.op == "call.graph":
             instance.functions = self._functions
         lowering = by_reference if by_torch else backend.lowerings[node.op]

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from moec.backends.triton.codegen import Program, literal, program
 from moec.ir import Graph, Node, Value
+from moec.ir.runtime_sizes import needs, runtime_symbols
 
 MAX_NODES = 64
 """Nodes of a group at most; longer chains gain nothing and hold more registers."""
@@ -48,7 +49,7 @@ def plan(graph: Graph, keep: Collection[Value] = ()) -> list[Unit]:
     position = {node: i for i, node in enumerate(graph.nodes)}
     inlined = {use for node in position if node.opdef.elementwise for use in _inlined(node)}
     left = [n for n in position if not _is_literal(n) or _needed(n, inlined, wanted)]
-    partition = _Partition(left, position, inlined)
+    partition = _Partition(graph, left, position, inlined)
     for node in left:
         if node.opdef.elementwise:
             for v in node.operands:
@@ -104,9 +105,12 @@ def _group(nodes: list[Node], inlined: set[tuple[Node, int]], wanted: frozenset[
 class _Partition:
     """Nodes in units, with the edges between units kept acyclic."""
 
-    def __init__(self, nodes: list[Node], position: dict[Node, int], inlined: set[tuple[Node, int]]):
+    def __init__(self, graph: Graph, nodes: list[Node], position: dict[Node, int], inlined: set[tuple[Node, int]]):
         self.position = position
         self.inlined = inlined
+        sources = runtime_symbols(graph)
+        # what brings in a size runs before what needs it
+        self.sizes = {n: [sources[s][0].producer for s in needs(n) if s in sources] for n in nodes if sources}
         self.unit = {node: position[node] for node in nodes}
         self.members = {position[node]: [node] for node in nodes}
 
@@ -117,6 +121,7 @@ class _Partition:
             for i, v in enumerate(node.operands):
                 if v is not None and v.producer in self.unit and (node, i) not in self.inlined:
                     found.add(self.unit[v.producer])
+            found |= {self.unit[n] for n in self.sizes.get(node, ()) if n in self.unit}
         return found - {unit}
 
     def try_merge(self, first: Node, second: Node) -> None:

@@ -365,6 +365,30 @@ class IndexPut:
         yield [r.floats(r.k, r.m), r.ints(0, r.k, r.n), r.floats(r.n, r.m)], {"accumulate": True}
 
 
+@op("tensor.nonzero", binds=("count",))
+class NonZero:
+    """Indices of the elements that are not 0 (or true), in row-major order: i64[count, rank]. `count` names their
+    number, which is known only at run time."""
+
+    x: Operand
+    count: Attr[Any]
+
+    def infer(self) -> TensorType:
+        is_size = (isinstance(self.count, Dim) and self.count.is_symbol) or isinstance(self.count, int)
+        require(is_size, f"count must be a name, got {self.count!r}")
+        return TensorType(DType.I64, (self.count, self.x.rank))
+
+    def reference(self) -> torch.Tensor:
+        return torch.nonzero(self.x)
+
+    @staticmethod
+    def samples(r: Any) -> Any:
+        yield [r.floats(r.n, r.m).round()], {"count": Dim("count")}
+        yield [r.ints(-1, 2, r.n)], {"count": Dim("count")}
+        yield [r.bools(2, r.n, r.k)], {"count": Dim("count")}
+        yield [r.bools()], {"count": Dim("count")}
+
+
 @op("tensor.histc")
 class Histc:
     """Counts of integers 0 … bins−1 (others are ignored), i64[bins]."""

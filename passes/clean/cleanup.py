@@ -10,6 +10,7 @@ import torch
 from moec.ir import Dim, Graph, Node, TensorType, Value, Weight
 from moec.ir.interpreter import evaluate_node
 from moec.ir.ops.tensor import INLINE_LIMIT
+from moec.ir.runtime_sizes import needs, runtime_symbols
 from moec.passes.base import Pass
 
 
@@ -20,9 +21,13 @@ class DeadCode(Pass):
     def run(self, graph: Graph) -> Graph:
         graph = graph.clone()
         for g in (graph, *graph.functions.values()):
+            sources = {symbol: value.producer for symbol, (value, _) in runtime_symbols(g).items()}
+            shown = {source for v in g.outputs for source in map(sources.get, v.type.symbols)}
             for node in reversed(list(g.nodes)):
-                if not any(r.uses or r.is_output for r in node.results):
+                if not any(r.uses or r.is_output for r in node.results) and node not in shown:
                     g.erase(node)
+                else:  # what brings in a size that stays has to stay
+                    shown |= {sources.get(symbol) for symbol in needs(node)}
             g.prune_weights()
         # from the graph itself, through what it calls: a function that only a dead one calls is dead too
         called = {n.attrs["callee"] for n in graph.find("call.graph")}
