@@ -16,6 +16,7 @@ from moec.backends.onnxruntime.sizes import Sizes
 from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, onnx_type
 from moec.backends.onnxruntime.weights import WeightReader
 from moec.ir import CompileError, Dim, DType, Graph, Node, Value
+from moec.ir.fp8 import E5M2
 
 MICROSOFT = "com.microsoft"
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -182,6 +183,9 @@ class Emitter:
 
     def round_to(self, x: onnx.Value, dtype: DType) -> onnx.Value:
         """f32 rounded to FP8 values: E4M3 saturates, E5M2 goes to infinity, as in torch."""
+        if dtype is DType.F8E5M2:  # Cast makes NaN of what rounds up to 65536
+            beyond = self.op("GreaterOrEqual", self.op("Abs", x), self.scalar(E5M2.overflow, DType.F32))
+            x = self.op("Where", beyond, self.op("Mul", x, self.scalar(np.inf, DType.F32)), x)
         codes = self.op("Cast", x, to=ONNX[dtype].value, saturate=int(dtype is DType.F8E4M3))
         return self.op("Cast", codes, to=ONNX[DType.F32].value)
 

@@ -243,7 +243,8 @@ def render(name: str, program: Program, layout: Layout) -> str:
     for i, (dtype, axes) in enumerate(layout.inputs):
         where = "offset" if axes is None else " + ".join(f"i{d} * x{i}_s{d}" for d in axes) or "offset * 0"
         convert = " != 0" if dtype == torch.bool else f".to({register(DType.of(dtype))})"
-        lines.append(f"x{i} = tl.load(x{i}_ptr + {where}, mask=inside, other=0){convert}")
+        other = "0.0" if dtype.is_floating_point else "0"  # an integer cannot be cast to FP8
+        lines.append(f"x{i} = tl.load(x{i}_ptr + {where}, mask=inside, other={other}){convert}")
     lines += program.body.split("\n")
     for i, (variable, dtype) in enumerate(program.outputs):
         stored = "tl.uint8" if dtype == torch.bool else f"y{i}_ptr.dtype.element_ty"
