@@ -141,6 +141,11 @@ _binary("or", "logical or", torch.logical_or, "b", commutative=True)
 _binary("xor", "logical exclusive or", torch.logical_xor, "b", commutative=True)
 
 
+def gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """torch's, but that +∞ stays: torch's vectorised kernels make NaN of it, on some processors and sizes."""
+    return torch.where(x == torch.inf, x, F.gelu(x, approximate=approximate))
+
+
 @op("math.gelu", elementwise=True)
 class Gelu:
     """Gaussian error linear unit; `approximate` is "none" (erf) or "tanh"."""
@@ -154,7 +159,7 @@ class Gelu:
         return self.x
 
     def reference(self) -> torch.Tensor:
-        return F.gelu(self.x, approximate=self.approximate)
+        return gelu(self.x, self.approximate)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -260,7 +265,7 @@ class GLU:
             gate, up = self.gate.clamp(max=self.limit), self.up.clamp(-self.limit, self.limit)
             return gate * torch.sigmoid(self.alpha * gate) * (up + self.up_offset)
         if self.activation.startswith("gelu"):
-            return F.gelu(self.gate, approximate="tanh" if self.activation == "gelu_tanh" else "none") * self.up
+            return gelu(self.gate, "tanh" if self.activation == "gelu_tanh" else "none") * self.up
         return torch.relu(self.gate) * self.up
 
     def decompose(self, b: Any) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
+from moec.ir.ops.elementwise import gelu
 from moec.ir.types import DType, TensorType
 
 SCORINGS = ("softmax", "sigmoid", "sqrt_softplus", "topk_softmax", "topk_sigmoid")
@@ -140,7 +141,7 @@ def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Ten
         return F.silu(gate) * up
     if activation == "relu":
         return F.relu(gate) * up
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+    return gelu(gate, "tanh" if activation == "gelu_tanh" else "none") * up
 
 
 def swiglu_clamped(
