@@ -68,7 +68,7 @@ class Float8:
         power = exponent.clamp(min=1) - self.bias - self.mantissa
         value = torch.ldexp(significand.to(torch.float64), power)
         value = torch.where(magnitude > self.largest_code, torch.nan, value)
-        if self.infinities:
+        if self.infinity_code is not None:
             value = torch.where(magnitude == self.infinity_code, torch.inf, value)
         return torch.where(codes.to(torch.int64) >= 0x80, -value, value)
 
@@ -121,8 +121,8 @@ def quantize_exactly(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Ten
                 at = m, slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
                 part = wide[at]
                 # float64 holds both quotients to more than twice float32's digits: rounding twice changes nothing
-                scale = (part.abs().max() / E4M3FN.largest).to(torch.float32)
-                scale = torch.nan if bool(part.isnan().any()) else float(scale) or 1.0
+                ratio = (part.abs().max() / E4M3FN.largest).to(torch.float32)
+                scale = torch.nan if bool(part.isnan().any()) else float(ratio) or 1.0
                 codes[at] = E4M3FN.encode((part / scale).to(torch.float32), saturate=True)
                 scales[m, i, j] = scale
     return codes.reshape(x.shape), scales.reshape(*lead, *scales.shape[1:])
