@@ -77,6 +77,8 @@ class Backend:
         return register
 
     def _declared(self, op: str) -> str:
+        if op == "extern.*":  # the ops of this family are made from a table when they are asked for
+            return op
         try:
             return lookup(op).name
         except CompileError as e:
@@ -91,13 +93,22 @@ class Backend:
 
     def refuses(self, op: str, reason: str) -> None:
         """Never take an op, and give this reason."""
-        self.unsupported[lookup(op).name] = reason
+        self.unsupported[self._declared(op)] = reason
+
+    def lowering(self, op: str) -> Callable[..., Any] | None:
+        """The lowering of an op, or of its whole family (`backend.lowers("extern.*")`), or None."""
+        return self.lowerings.get(op) or self.lowerings.get(f"{op.split('.')[0]}.*")
+
+    def refusal(self, op: str) -> str | None:
+        """Why an op, or its whole family, is refused on purpose, or None."""
+        return self.unsupported.get(op) or self.unsupported.get(f"{op.split('.')[0]}.*")
 
     def missing(self, node: Node) -> str | None:
         """Why the backend cannot take this node as it is, or None where it can."""
-        if node.op in self.unsupported:
-            return self.unsupported[node.op]
-        if node.op not in self.lowerings:
+        refusal = self.refusal(node.op)
+        if refusal is not None:
+            return refusal
+        if self.lowering(node.op) is None:
             return f"{self.name} has no lowering of {node.op}"
         for v in (*node.operands, *node.results):
             if v is None:
@@ -115,7 +126,7 @@ class Backend:
 
     def advice(self, node: Node) -> str | None:
         """What to write so that the backend takes a node that it has no lowering of, or None where it has one."""
-        if node.op in self.lowerings or node.op in self.unsupported:
+        if self.lowering(node.op) is not None or self.refusal(node.op) is not None:
             return None
         declared = f" ({node.opdef.file}:{node.opdef.line})" if node.opdef.file else ""
         return (

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from moec.ir.graph import Graph, Value
 
 # Field kinds of an op class. `Operand` is one tensor, `OptionalOperand` may be absent (None),
-# `Operands` is any number (at most one such field per op), `Attr[T]` a constant of type T.
+# `Operands` is any number (at most one such field per op), `OptionalOperands` any number of which some may be absent,
+# `Attr[T]` a constant of type T.
 Operand = Annotated[Any, "operand"]
 OptionalOperand = Annotated[Any, "optional"]
 Operands = Annotated[Any, "variadic"]
+OptionalOperands = Annotated[Any, "optional variadic"]
 T = TypeVar("T")
 Attr = Annotated[T, "attr"]
 
 REQUIRED: Any = object()
+_VARIADIC = ("variadic", "optional variadic")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class OpDef:
 
     name: str
     cls: type
-    operands: tuple[tuple[str, str], ...]  # (field name, "operand" | "optional" | "variadic")
+    operands: tuple[tuple[str, str], ...]  # (field name, "operand" | "optional" | "variadic" | "optional variadic")
     attrs: Mapping[str, AttrSpec]
     doc: str
     commutative: bool = False
@@ -80,7 +83,7 @@ class OpDef:
         result: dict[str, Any] = {}
         i = 0
         for name, kind in self.operands:
-            if kind == "variadic":
+            if kind in _VARIADIC:
                 result[name] = tuple(operands[i : i + variadic])
                 i += variadic
             else:
@@ -92,7 +95,7 @@ class OpDef:
         """Check the count and fill absent trailing optional operands with None. Raises CompileError."""
         operands = list(operands)
         kinds = [k for _, k in self.operands]
-        if "variadic" in kinds:
+        if any(k in _VARIADIC for k in kinds):
             fixed = len(kinds) - 1
             if len(operands) < fixed:
                 raise CompileError(f"{self.name} takes at least {fixed} operands, got {len(operands)}", code="arity")
@@ -105,8 +108,8 @@ class OpDef:
             operands += [None] * (len(kinds) - len(operands))
         named = self.named_operands(operands)
         for name, kind in self.operands:
-            absent = named[name] is None if kind != "variadic" else any(v is None for v in named[name])
-            if absent and kind != "optional":
+            absent = any(v is None for v in named[name]) if kind in _VARIADIC else named[name] is None
+            if absent and not kind.startswith("optional"):
                 raise CompileError(f"{self.name}: operand {name!r} is missing", code="arity")
         return tuple(operands)
 
@@ -188,14 +191,14 @@ def op(
             if typing.get_origin(hint) is typing.ClassVar:
                 continue
             meta = getattr(hint, "__metadata__", ("",))[0]
-            if meta in ("operand", "optional", "variadic"):
+            if meta in ("operand", "optional", *_VARIADIC):
                 operands.append((fname, meta))
             elif meta == "attr":
                 kind = typing.get_origin(hint.__origin__) or hint.__origin__
                 attrs[fname] = AttrSpec(fname, kind, getattr(cls, fname, REQUIRED))
             else:
                 raise CompileError(f"{where}: field {fname!r} must be an Operand or Attr[...]", code="op")
-        if sum(k == "variadic" for _, k in operands) > 1:
+        if sum(k in _VARIADIC for _, k in operands) > 1:
             raise CompileError(f"{where}: more than one variadic operand", code="op")
         for method in ("infer", "reference"):
             if not callable(getattr(cls, method, None)):
@@ -252,6 +255,10 @@ def known(name: str) -> OpDef | None:
     """The op of a full (`math.silu`) or unambiguous bare (`silu`) name, or None."""
     import moec.ir.ops  # noqa: F401  (declares the ops)
 
+    if name.startswith("extern."):  # made from a table, when first asked for
+        from moec.ir.ops.extern import extern_op
+
+        return extern_op(name)
     full = _BARE.get(name, [])
     return _OPS.get(name) or (_OPS[full[0]] if len(full) == 1 else None)
 

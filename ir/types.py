@@ -27,6 +27,9 @@ class DType(enum.StrEnum):
     I32 = "i32"
     I16 = "i16"
     I8 = "i8"
+    U64 = "u64"
+    U32 = "u32"
+    U16 = "u16"
     U8 = "u8"
     I4 = "i4"
     U4 = "u4"
@@ -77,6 +80,9 @@ _TORCH = {
     DType.I32: torch.int32,
     DType.I16: torch.int16,
     DType.I8: torch.int8,
+    DType.U64: torch.uint64,
+    DType.U32: torch.uint32,
+    DType.U16: torch.uint16,
     DType.U8: torch.uint8,
     DType.BOOL: torch.bool,
     DType.C64: torch.complex64,

@@ -14,6 +14,7 @@ from moec.backends.onnxruntime import (  # noqa: F401  (each registers its lower
     attention,
     elementwise,
     experts,
+    extern,
     linear,
     norm,
     quant,

@@ -11,6 +11,7 @@ import onnx_ir as onnx
 import torch
 
 from moec.backends.base import Backend
+from moec.backends.onnxruntime.opsets import Requirement, attach, rename_values
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.sizes import Sizes
 from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, onnx_type
@@ -31,7 +32,7 @@ class Emitter:
     """Collects ONNX nodes and initialisers for one graph, by the lowerings of `backend`. `memo` holds what several
     lowerings share."""
 
-    def __init__(self, graph: Graph, options: Options, backend: Backend):
+    def __init__(self, graph: Graph, options: Options, backend: Backend, opset: int | None = None):
         self.graph = graph
         self.backend = backend
         self.options = options
@@ -41,6 +42,9 @@ class Emitter:
         self.sources: dict[str, Node] = {}  # ONNX node name prefix → IR node
         self.memo: dict[Hashable, Any] = {}
         self.choices: dict[str, int] = {}  # which form of a lowering was taken, how often
+        self.opset = opset  # what the model will be written in, where that is known already
+        self.foreign: list[Requirement] = []  # operators that are what a user's ONNX model had
+        self._foreign_nodes: set[onnx.Node] = set()
         self.sizes = Sizes(self)
         self.reader = WeightReader()
         self._values: dict[Value, onnx.Value] = {}
@@ -117,6 +121,36 @@ class Emitter:
             out.name = node.name if outputs == 1 else f"{node.name}.{i}"
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def operator(
+        self, proto: Any, known: dict[str, onnx.Value], outside: dict[str, onnx.Value]
+    ) -> dict[str, onnx.Value]:
+        """Append a node as it stands (a NodeProto) whose inputs are called as in `known`; its bodies read the values
+        of `outside`. Returns its outputs by their names."""
+        attributes = [onnx.serde.deserialize_attribute(a) for a in proto.attribute]
+        for a in attributes:
+            if a.type == onnx.AttributeType.GRAPH:
+                attach(a.as_graph(), outside)
+                rename_values(a.as_graph(), self.unique(f"{self._scope}:{proto.op_type}.{a.name}"))
+        name = self.unique(f"{self._scope}:{proto.op_type}")
+        node = onnx.Node(
+            proto.domain,
+            proto.op_type,
+            [known[i] if i else None for i in proto.input],
+            attributes,
+            num_outputs=len(proto.output),
+            name=name,
+        )
+        for i, (given_name, out) in enumerate(zip(proto.output, node.outputs, strict=True)):
+            out.name = f"{name}.{i}" if given_name else ""
+        self.nodes.append(node)
+        self._foreign_nodes.add(node)
+        return {o: v for o, v in zip(proto.output, node.outputs, strict=True) if o}
+
+    @property
+    def native(self) -> list[onnx.Node]:
+        """The nodes that our own lowerings made."""
+        return [n for n in self.nodes if n not in self._foreign_nodes]
 
     @contextmanager
     def body(self) -> Iterator[list[onnx.Node]]:

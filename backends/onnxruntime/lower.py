@@ -10,12 +10,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from moec.backends.base import Backend, lowering_failed, returned, ships
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter
 from moec.backends.onnxruntime.emitted import check_emitted
+from moec.backends.onnxruntime.opsets import OPSET, choose, domain_versions
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import onnx_type
 from moec.backends.onnxruntime.weights import WeightReader
 from moec.ir import CompileError, Graph, Node, Value
 
-OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention
 IR_VERSION = 11
 
 
@@ -39,7 +39,17 @@ class Lowered:
 
 def lower(graph: Graph, options: Options, backend: Backend, extra: list[Value] | None = None) -> Lowered:
     """Lower a graph by the lowerings of `backend`; values of `extra` become further outputs. Raises CompileError."""
-    e = Emitter(graph, options, backend)
+    lowered, exact = _lower(graph, options, backend, extra, None)
+    # where no opset holds all operators, those that do not fit are converted
+    opset = lowered.model.graph.opset_imports[""]
+    return lowered if exact else _lower(graph, options, backend, extra, opset)[0]
+
+
+def _lower(
+    graph: Graph, options: Options, backend: Backend, extra: list[Value] | None, opset: int | None
+) -> tuple[Lowered, bool]:
+    """(the model, whether its opset suits all of its operators); `opset`: as `Emitter.opset`."""
+    e = Emitter(graph, options, backend, opset)
     inputs = []
     for v in graph.inputs:
         emitted = onnx.Value(
@@ -57,12 +67,14 @@ def lower(graph: Graph, options: Options, backend: Backend, extra: list[Value] |
         out.name = name
         out.type, out.shape = onnx.TensorType(onnx_type(v.dtype)), interface_shape(v)
         outputs.append(out)
+    written, exact = choose(e.native, e.foreign)
+    imports = {"": written, **domain_versions(e.foreign)}
     body = onnx.Graph(
         inputs,
         outputs,
         nodes=e.nodes,
         initializers=tuple(e.initializers.values()),
-        opset_imports={"": OPSET} if options.portable else {"": OPSET, MICROSOFT: 1},
+        opset_imports=imports if options.portable else {**imports, MICROSOFT: 1},
         name=graph.name or "graph",
     )
     model = onnx.Model(body, ir_version=IR_VERSION, producer_name="moec")
@@ -70,7 +82,7 @@ def lower(graph: Graph, options: Options, backend: Backend, extra: list[Value] |
     if all(n.domain != MICROSOFT for n in body.all_nodes()):
         body.opset_imports.pop(MICROSOFT, None)
     total = sum(v.const_value.nbytes for v in body.initializers.values() if v.const_value is not None)
-    return Lowered(model, [str(v.name) for v in inputs], names, e.sources, e.choices, total, e.reader)
+    return Lowered(model, [str(v.name) for v in inputs], names, e.sources, e.choices, total, e.reader), exact
 
 
 def interface_shape(v: Value) -> onnx.Shape:
@@ -81,7 +93,7 @@ def interface_shape(v: Value) -> onnx.Shape:
 def emit_nodes(e: Emitter, graph: Graph) -> None:
     """Lower every node in order."""
     for i, node in enumerate(graph.nodes):
-        fn = e.backend.lowerings.get(node.op)
+        fn = e.backend.lowering(node.op)
         if fn is None:
             reason = e.backend.missing(node)
             raise CompileError(

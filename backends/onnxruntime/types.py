@@ -16,6 +16,9 @@ ONNX = {
     DType.I32: onnx.DataType.INT32,
     DType.I16: onnx.DataType.INT16,
     DType.I8: onnx.DataType.INT8,
+    DType.U64: onnx.DataType.UINT64,
+    DType.U32: onnx.DataType.UINT32,
+    DType.U16: onnx.DataType.UINT16,
     DType.U8: onnx.DataType.UINT8,
     DType.BOOL: onnx.DataType.BOOL,
 }

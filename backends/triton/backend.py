@@ -16,7 +16,8 @@ from moec.ir import DType, Graph, Node, all_ops, lookup
 if TYPE_CHECKING:
     from moec.backends.triton.executable import TritonExecutable
 
-DTYPES = frozenset(DType) - {DType.C64, DType.I4, DType.U4, DType.F8E5M2}
+WIDE_UNSIGNED = {DType.U64, DType.U32, DType.U16}  # torch computes with none of them
+DTYPES = frozenset(DType) - {DType.C64, DType.I4, DType.U4, DType.F8E5M2} - WIDE_UNSIGNED
 
 _KERNEL_FLOATS = (DType.F32, DType.BF16, DType.F16)
 _MAX_WIDTH, _MAX_EXPERTS, _MAX_HEAD = 65536, 4096, 1024
@@ -258,3 +259,4 @@ def _call(op: Any) -> Any:
 
 
 backend.lowers(*(o.name for o in all_ops() if o.elementwise))(expression)
+backend.refuses("extern.*", "no kernels for ONNX operators outside of our op families")
