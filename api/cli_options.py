@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 Spec = Annotated[
     str,
-    typer.Argument(help="`trained`, a config of moec.models, module:callable returning (model, args), or a graph.ir"),
+    typer.Argument(
+        help="`trained`, a config of moec.models, module:callable returning (model, args), a graph.ir or a model.onnx"
+    ),
 ]
 Source = Annotated[
     str, typer.Argument(help="a folder written by save or `moec compile`, a graph.ir, or a model as in `compile`")

@@ -23,7 +23,7 @@ from moec.sources import acquire, describe
 
 
 def compile(
-    model: torch.nn.Module | torch.export.ExportedProgram | Graph,
+    model: torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path | Any,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -38,9 +38,10 @@ def compile(
 ) -> CompiledModel:
     """Compile a model for a backend.
 
-    model: a torch.nn.Module (traced at the example `args` and `kwargs`), a torch.export.ExportedProgram, or a Graph
-        (called with tensors in the order of its inputs, returns a tuple). A causal language model needs no example
-        arguments to generate.
+    model: a torch.nn.Module (traced at the example `args` and `kwargs`), a torch.export.ExportedProgram, a Graph
+        (called with tensors in the order of its inputs, returns a tuple), or the path of an .onnx file or an ONNX
+        model in memory (called as a Graph is; it says itself which sizes vary). A causal language model needs no
+        example arguments to generate.
     backend: "auto" (triton where CUDA is, else onnxruntime), "reference", "onnxruntime", "triton", or a Backend.
     dynamic_shapes: as torch.export's, or "auto"; None means the example's sizes only.
     passes: None for the default pipeline, passes to append to it, or a Pipeline.
@@ -97,7 +98,7 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
 
 
 def trace(
-    model: torch.nn.Module | torch.export.ExportedProgram,
+    model: torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path | Any,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,

@@ -8,33 +8,35 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from moec.frontend import Signature, Traced, trace
+from moec.frontend.signature import positional
 from moec.ir import ArgumentTypeError, CompileError, Graph
+from moec.ir.interpreter import bind_inputs
 from moec.transformers_types import traceable_caches
 
 
 def describe(model: Any) -> str:
     """A short name of a model for reports."""
-    return model.name if isinstance(model, Graph) else type(model).__name__
+    if isinstance(model, Graph):
+        return model.name
+    return Path(model).name if isinstance(model, str | Path) else type(model).__name__
 
 
 def refuse(model: Any) -> CompileError:
     """The error for anything that is no model, or a kind of model that this version does not read."""
     if isinstance(model, str | Path):
         path = Path(model)
-        kind = "an .onnx file" if path.suffix == ".onnx" else "a checkpoint folder"
         return CompileError(
-            f"compiling {kind} ({path}) is not supported in this version",
+            f"compiling a checkpoint folder ({path}) is not supported in this version",
             code="unsupported-model",
-            hint="pass a torch.nn.Module, a torch.export.ExportedProgram or a moec.Graph; "
+            hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of an .onnx file or a moec.Graph; "
             "moec.load reads folders written by CompiledModel.save",
         )
     return ArgumentTypeError(
         f"cannot compile {type(model).__name__}",
         code="unsupported-model",
-        hint="pass a torch.nn.Module, a torch.export.ExportedProgram or a moec.Graph",
+        hint="pass a torch.nn.Module, a torch.export.ExportedProgram, an ONNX model or a moec.Graph",
     )
 
 
@@ -62,16 +64,31 @@ def acquire(
         with traceable_caches():
             traced: Traced = trace(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
         return traced.graph, traced.signature
+    if is_onnx(model):
+        return _imported(model, tuple(args), kwargs, dynamic_shapes)
     raise refuse(model)
 
 
-def positional(graph: Graph) -> Signature:
-    """The call structure of a graph: tensors in the order of its inputs (or by their names); a tuple of outputs."""
-    names = tuple(str(v.name) for v in graph.inputs)
-    return Signature(
-        pytree.tree_structure((names, {})),
-        pytree.tree_structure(tuple(graph.output_names)),
-        names,
-        names,
-        outputs=tuple(("tensor", i) for i in range(len(graph.outputs))),
+def is_onnx(model: Any) -> bool:
+    """Whether this is the path of an .onnx file, or an ONNX model in memory."""
+    if isinstance(model, str | Path):
+        return Path(model).suffix == ".onnx"
+    return type(model).__module__.split(".")[0] in ("onnx", "onnx_ir") and type(model).__name__ in (
+        "ModelProto",
+        "Model",
     )
+
+
+def _imported(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> tuple[Graph, Signature]:
+    from moec.frontend.onnx import import_onnx
+
+    if dynamic_shapes is not None:
+        raise ArgumentTypeError(
+            "an ONNX model says itself which sizes vary: dynamic_shapes does not apply", code="arguments"
+        )
+    imported = import_onnx(model)
+    if args or kwargs:  # not needed, but wrong ones are better refused here than at the first call
+        bind_inputs(imported.graph, imported.signature.flatten(args, kwargs))
+    return imported.graph, imported.signature

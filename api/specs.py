@@ -13,6 +13,7 @@ from moec.graph_file import load_graph
 from moec.ir import ArgumentValueError, Graph
 from moec.ir.cases import with_data
 from moec.ir.equivalence import Oracle
+from moec.sources import acquire, is_onnx
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,23 @@ class Target:
     dynamic_shapes: Any
 
     def with_data(self) -> Target:
-        """A Graph with seeded random numbers for the weights and inputs that it lacks."""
-        if not isinstance(self.model, Graph):
+        """A Graph, or that of an ONNX model, with seeded random numbers for the weights and inputs that it lacks."""
+        model = self.model
+        if is_onnx(model):
+            model = acquire(model, (), None, None)[0]
+        if not isinstance(model, Graph):
             return self
-        graph = with_data(self.model)
+        graph = with_data(model)
         return Target(graph, self.args or Oracle(graph).cases[0].inputs, None)
 
 
 def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
     """`trained`, a named config of moec.models (random weights, seed 0), `module:callable` returning a model or
-    (model, args), or the path of an .ir file. Raises ArgumentValueError."""
+    (model, args), or the path of an .ir or .onnx file. Raises ArgumentValueError."""
     if spec.endswith(".ir"):
         return Target(*load_graph(spec), None)
+    if is_onnx(spec):
+        return Target(spec, (), None)
     if ":" in spec:
         return _call(spec)
     from moec import models
@@ -48,7 +54,8 @@ def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
         raise ArgumentValueError(
             f"no model {spec!r}",
             code="arguments",
-            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, graph.ir, or a saved folder where one fits",
+            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, graph.ir, model.onnx, or a saved folder "
+            "where one fits",
         )
     ids = torch.arange(batch * seq).reshape(batch, seq) % min(256, model.config.vocab_size)
     return Target(model, (ids,), ({0: "B", 1: "S"},))

@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moec.frontend.containers import import_classes
-from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError
+from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError, Graph
 
 Constant = None | bool | int | float | str
 
@@ -165,6 +165,18 @@ class Signature:
             return Signature(**values)
         except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as e:
             raise ArtifactError(f"signature: field {field_name!r} is missing or malformed ({e})", code="load") from None
+
+
+def positional(graph: Graph) -> Signature:
+    """The call structure of a graph: tensors in the order of its inputs (or by their names); a tuple of outputs."""
+    names = tuple(str(v.name) for v in graph.inputs)
+    return Signature(
+        pytree.tree_structure((names, {})),
+        pytree.tree_structure(tuple(graph.output_names)),
+        names,
+        names,
+        outputs=tuple(("tensor", i) for i in range(len(graph.outputs))),
+    )
 
 
 def _plain(v: Any) -> Any:

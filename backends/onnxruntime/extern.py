@@ -52,7 +52,7 @@ def extern(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
         )
     else:
         e.foreign.append(need)
-    known = {n: v for n, v in zip(names, values[:own], strict=True) if n}
+    known = {n: v for n, v in zip(names, values[:own], strict=True) if v is not None}
     for n in nodes:
         known |= e.operator(n, known, outside)
     return tuple(_widened(e, known[o], v, wide) for o, v in zip([o for o in outs if o], node.results, strict=True))

@@ -109,8 +109,8 @@ def converted(proto: Any, inputs: list[Any], outputs: list[Any], source: int, ta
         new = version_converter.convert_version(model, target)
     except Exception as error:  # the converter's errors have no common base
         raise CompileError(
-            f"{proto.op_type} of opset {source} cannot be written in opset {target}, which the rest of the graph needs: "
-            f"{error}",
+            f"{proto.op_type} of opset {source} cannot be written in opset {target}, which the rest of the graph needs"
+            f": {error}",
             code="onnxruntime",
         ) from None
     if new.graph.initializer:

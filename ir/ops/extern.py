@@ -291,7 +291,9 @@ def opset_imports(name: str, version: int) -> list[Any]:
 def type_proto(type: TensorType) -> onnx.TypeProto:
     from onnx import helper
 
-    return helper.make_tensor_type_proto(onnx_dtypes()[type.dtype], [s if isinstance(s, int) else str(s) for s in type.shape])
+    return helper.make_tensor_type_proto(
+        onnx_dtypes()[type.dtype], [s if isinstance(s, int) else str(s) for s in type.shape]
+    )
 
 
 def inferred(op: Any, types: Any, data: dict[int, Any] | None = None) -> list[tuple[DType | None, list[Any] | None]]:
@@ -355,4 +357,3 @@ def _check(name: str, types: tuple, attrs: tuple) -> None:
                 isinstance(s, int) and isinstance(d, int) and s != d for s, d in zip(sizes, declared.shape, strict=True)
             )
             require(not wrong, f"the result is {declared}, ONNX's inference says {json.dumps(sizes)}")
-

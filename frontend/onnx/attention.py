@@ -1,0 +1,100 @@
+"""Attention and rotary embedding."""
+
+from __future__ import annotations
+
+import math
+
+from moec.frontend.onnx.context import ImportContext
+from moec.frontend.onnx.registry import imports
+from moec.ir import DType, Value
+
+
+@imports("RotaryEmbedding", since=23)
+def rotary(c: ImportContext, x: Value, cos: Value, sin: Value, positions: Value | None = None, *, interleaved: int,
+           num_heads: int, rotary_embedding_dim: int) -> Value:  # fmt: skip
+    """x [B, H, S, D], or [B, S, H·D] with `num_heads`; caches [P, R/2] with positions [B, S], else [B, S, R/2]."""
+    c.floats(x, cos, sin)
+    heads = _heads(c, x, num_heads) if x.type.rank == 3 else x
+    size = heads.shape[3]
+    width = rotary_embedding_dim or size
+    if not isinstance(width, int):
+        raise c.refuse(f"of {x.type}")
+    if positions is not None:
+        cos, sin = c.b.gather(cos, positions, axis=0), c.b.gather(sin, positions, axis=0)
+    cos, sin = (c.reshape(t, (t.shape[0], 1, *t.shape[1:])) for t in (cos, sin))
+    if cos.shape[3] != width // 2:
+        cos, sin = (c.slice(t, 3, 0, width // 2) for t in (cos, sin))
+    turned = c.slice(heads, 3, 0, width)
+    turned = c.b.op("rope.apply", (turned, cos, sin), {"interleaved": bool(interleaved)})
+    y = turned if width == size else c.concat([turned, c.slice(heads, 3, width, size)], 3)
+    return _flat(c, y) if x.type.rank == 3 else y
+
+
+def _heads(c: ImportContext, x: Value, heads: int) -> Value:
+    """[B, S, H·D] → [B, H, S, D]"""
+    b, s, width = x.shape
+    if not heads or not isinstance(width, int) or width % heads:
+        raise c.refuse(f"{heads} heads of {x.type}")
+    return c.transpose(c.reshape(x, (b, s, heads, width // heads)), (0, 2, 1, 3))
+
+
+def _flat(c: ImportContext, x: Value) -> Value:
+    """[B, H, S, D] → [B, S, H·D]"""
+    b, h, s, d = x.shape
+    return c.reshape(c.transpose(x, (0, 2, 1, 3)), (b, s, h * d))
+
+
+@imports("Attention", since=23)
+def attention(c: ImportContext, q: Value, k: Value, v: Value, mask: Value | None = None, past_k: Value | None = None,
+              past_v: Value | None = None, lengths: Value | None = None, *, is_causal: int,
+              kv_num_heads: int | None, q_num_heads: int | None, qk_matmul_output_mode: int, scale: float | None,
+              softcap: float, softmax_precision: int | None) -> list[Value | None]:  # fmt: skip
+    c.floats(q, k, v)
+    if lengths is not None or c.outputs > 3:
+        raise c.refuse("nonpad_kv_seqlen" if lengths is not None else "scores as a result")
+    if softmax_precision not in (None, 1, 0):
+        raise c.refuse(f"softmax_precision {softmax_precision}")
+    rank = q.type.rank
+    if rank == 3:
+        q = _heads(c, q, q_num_heads or 0)
+        k, v = _heads(c, k, kv_num_heads or 0), _heads(c, v, kv_num_heads or 0)
+    if past_k is not None and past_v is not None:
+        k, v = c.concat([past_k, k], 2), c.concat([past_v, v], 2)
+    size = q.shape[3]
+    if not isinstance(size, int):
+        raise c.refuse(f"of {q.type}")
+    s, t = q.shape[2], k.shape[2]
+    # ONNX aligns causal queries to the first key, after the past; ours to the last
+    past = 0 if past_k is None else past_k.shape[2]
+    causal = bool(is_causal)
+    if causal and t - s != past:
+        allowed = _causal(c, s, t, past)
+        mask = _combine(c, allowed, mask, q.dtype)
+        causal = False
+    if mask is not None:
+        if mask.dtype is not DType.BOOL and mask.dtype is not q.dtype:
+            raise c.refuse(f"a mask of {mask.dtype} for {q.dtype}")
+        if mask.type.rank < 4:
+            mask = c.reshape(mask, (*[1] * (4 - mask.type.rank), *mask.shape))
+        if mask.shape[3] != t:
+            raise c.refuse(f"a mask {mask.type} for {t} keys")
+    factor = scale if scale is not None else 1 / math.sqrt(size)
+    y = c.b.sdpa(q, k, v, mask, scale=factor, causal=causal, softcap=softcap or None)
+    y = _flat(c, y) if rank == 3 else y
+    return [y, k, v][: c.outputs]
+
+
+def _causal(c: ImportContext, s: object, t: object, past: object) -> Value:
+    """bool [S, T]: key j ≤ query i + past."""
+    rows = c.b.arange(end=s)
+    columns = c.b.arange(end=t)
+    moved = c.b.add(rows, c.value(past, DType.I64))  # type: ignore[arg-type]  # a size
+    return c.b.le(c.reshape(columns, (1, *columns.shape)), c.reshape(moved, (*moved.shape, 1)))
+
+
+def _combine(c: ImportContext, allowed: Value, mask: Value | None, dtype: DType) -> Value:
+    if mask is None:
+        return allowed
+    if mask.dtype is DType.BOOL:
+        return c.b.op("math.and", (allowed, mask))
+    return c.b.where(allowed, mask, c.b.const(float("-inf"), dtype))

@@ -1,0 +1,127 @@
+"""What is known while importing: nodes whose operands are constants, and sizes computed from sizes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext, Size
+from moec.ir import CompileError, Dim, Value
+from moec.ir.arrays import NUMPY
+
+_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_TYPES = {np.dtype(t) for t in NUMPY.values()}
+
+
+def evaluated(
+    c: ImportContext, proto: Any, domain: str, operands: Sequence[Value | None]
+) -> list[np.ndarray | None] | None:
+    """The results of a node all of whose operands are constants, if they are integers, booleans or few; else None."""
+    if domain or proto.op_type in _RANDOM or not operands or any(a.HasField("g") for a in proto.attribute):
+        return None
+    if any(v is not None and v not in c.arrays for v in operands) or all(v is None for v in operands):
+        return None
+    from onnx.reference import ReferenceEvaluator
+
+    names = [f"x{i}" if v is not None else "" for i, v in enumerate(operands)]
+    node = onnx.NodeProto.FromString(proto.SerializeToString())
+    node.input[:] = names
+    outs = [f"y{i}" if o else "" for i, o in enumerate(proto.output)]
+    node.output[:] = outs
+    feeds = {n: c.arrays[v] for n, v in zip(names, operands, strict=True) if v is not None}
+    graph = onnx.helper.make_graph(
+        [node],
+        "fold",
+        [onnx.helper.make_value_info(n, onnx.TypeProto()) for n in feeds],
+        [onnx.helper.make_value_info(o, onnx.TypeProto()) for o in outs if o],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", c.opset)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            results = ReferenceEvaluator(model).run(None, feeds)
+        except Exception:  # what it cannot evaluate is imported as any other node, which says what is wrong
+            return None
+    arrays: list[np.ndarray | None] = []
+    found = iter(results)
+    for o in outs:
+        a = next(found) if o else None
+        if isinstance(a, list | dict):
+            return None
+        a = None if a is None else np.asarray(a)
+        if a is not None and (a.dtype not in _TYPES or a.size > (64 if a.dtype.kind not in "iub" else KNOWN_LIMIT)):
+            return None
+        arrays.append(a)
+    return arrays
+
+
+def sizes_of_result(
+    c: ImportContext, op_type: str, operands: Sequence[Value | None], attrs: dict[str, Any]
+) -> tuple[Size, ...] | None:
+    """The elements of the first result as sizes, where all operands are known as sizes; else None."""
+    known = [None if v is None else c.elements(v) for v in operands]
+    first = operands[0] if operands else None
+    if first is None or known[0] is None:
+        return None
+    x = known[0]
+    rest = [k for v, k in zip(operands[1:], known[1:], strict=True) if v is not None]
+    if any(k is None for k in rest):
+        return None
+    others: list[tuple[Size, ...]] = [k for k in rest if k is not None]
+    try:
+        match op_type:
+            case "Identity" | "Squeeze" | "Unsqueeze" | "Reshape":
+                return x
+            case "Cast":
+                return x if attrs.get("to") in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) else None
+            case "Concat":
+                return sum(others, x)
+            case "Gather":
+                return tuple(x[i] for i in others[0] if isinstance(i, int))
+            case "Slice" if len(others) >= 2:
+                return _slice(x, others)
+            case "Add" | "Sub" | "Mul" | "Div" if others:
+                return _arithmetic(op_type, x, others[0])
+            case "ReduceProd":
+                product: Size = 1
+                for s in x:
+                    product = product * s
+                return (product,)
+    except (IndexError, CompileError, ZeroDivisionError):
+        return None
+    return None
+
+
+def _slice(x: tuple[Size, ...], others: list[tuple[Size, ...]]) -> tuple[Size, ...] | None:
+    bounds = [o[0] if len(o) == 1 else None for o in others]
+    step = bounds[3] if len(bounds) > 3 else 1
+    if any(not isinstance(b, int) for b in bounds):
+        return None
+    start, end = bounds[0], bounds[1]
+    assert isinstance(start, int)
+    assert isinstance(end, int)
+    assert isinstance(step, int)
+    return x[slice(start, end, step)] if step > 0 else None
+
+
+def _arithmetic(op_type: str, a: tuple[Size, ...], b: tuple[Size, ...]) -> tuple[Size, ...] | None:
+    n = max(len(a), len(b))
+    if len(a) not in (1, n) or len(b) not in (1, n):
+        return None
+    pairs = [(a[i % len(a)], b[i % len(b)]) for i in range(n)]
+    if op_type == "Add":
+        return tuple(p + q for p, q in pairs)
+    if op_type == "Sub":
+        return tuple(p - q for p, q in pairs)
+    if op_type == "Mul":
+        return tuple(p * q for p, q in pairs)
+    # ONNX's division rounds to zero: the same as ours for what cannot be negative
+    if all(
+        isinstance(q, int) and q > 0 and (p.expr.is_nonnegative if isinstance(p, Dim) else p >= 0) for p, q in pairs
+    ):
+        return tuple(p // q for p, q in pairs)
+    return None

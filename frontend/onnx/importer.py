@@ -1,0 +1,331 @@
+"""An ONNX graph → IR graph, node by node."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+
+from moec.frontend.onnx import fold
+from moec.frontend.onnx.check import free_names
+from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext
+from moec.frontend.onnx.extern import attribute, element_name, element_type, extern
+from moec.frontend.onnx.files import ExternalSource, ProtoSource
+from moec.frontend.onnx.registry import MICROSOFT, find
+from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
+from moec.ir.dims import parse_size
+from moec.ir.ops.extern import schema_at
+
+_RESERVED = {d.value for d in DType} | {"none", "true", "false", "inf", "nan"}
+# torch moves these but computes with none of them
+_UNCOMPUTED = (DType.U64, DType.U32, DType.U16, DType.C64)
+_MOVES = {"Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Constant",
+          "Expand", "Shape", "Size", "Dropout"}  # fmt: skip
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+@dataclass
+class Importer:
+    """Builds `graph` from an onnx_ir graph without functions. `folder` holds its external data; `refused` says of each
+    operator that came in as an extern op, why."""
+
+    model: onnx_ir.Model
+    protos: dict[str, onnx.TensorProto]
+    folder: Path | None
+    graph: Graph = field(default_factory=Graph)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.context = ImportContext(self.graph)
+        self.opsets = {("" if d == "ai.onnx" else d): v for d, v in self.model.opset_imports.items()}
+        self.context.opset = self.opsets.get("", 1)
+        self.env: dict[onnx_ir.Value, Value] = {}
+        self.names: dict[str, str] = {}
+
+    def run(self) -> Graph:
+        source = self.model.graph
+        self.graph.name = source.name or "graph"
+        self._inputs(source)
+        for name, v in source.initializers.items():
+            self.env[v] = self._initializer(str(name), v)
+        for i, node in enumerate(source):
+            self._node(node, i)
+        self._outputs(source)
+        self._remove_dead()
+        self.graph.verify()
+        return self.graph
+
+    # -- inputs, weights, outputs ---------------------------------------------------------------------
+
+    def _inputs(self, source: onnx_ir.Graph) -> None:
+        given = [v for v in source.inputs if v.name not in source.initializers]
+        texts = [d.value for v in given if v.shape is not None for d in v.shape if isinstance(d, onnx_ir.SymbolicDim)]
+        for text in dict.fromkeys(t for t in texts if t):
+            self.context.taken |= self._dim_symbols(text)
+        for v in given:
+            try:
+                self.env[v] = self.graph.add_input(str(v.name), self._type(v))
+            except CompileError as e:
+                raise CompileError(f"input {v.name!r}: {e.message}", code=e.code, hint=e.hint) from None
+
+    def _type(self, v: onnx_ir.Value) -> TensorType:
+        if isinstance(v.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
+            kind = "sequence" if isinstance(v.type, onnx_ir.SequenceType) else "optional value"
+            raise CompileError(f"is a {kind}; only tensors are supported", code="unsupported-model")
+        if v.type is None or not isinstance(v.type, onnx_ir.TensorType):
+            raise CompileError("has no tensor type", code="unsupported-model")
+        dtype = element_type(int(v.type.dtype))
+        if dtype is None:
+            raise CompileError(
+                f"has elements of type {element_name(int(v.type.dtype))}, which are not supported", code="dtype"
+            )
+        if v.shape is None:
+            raise CompileError("has no shape: its rank must be known", code="unsupported-model")
+        sizes: list[int | Dim] = []
+        for d in v.shape:
+            if isinstance(d, int):
+                sizes.append(d if d >= 0 else self.context.fresh("d"))
+            else:
+                sizes.append(self._dim(d.value) if d.value else self.context.fresh("d"))
+        return TensorType(dtype, tuple(sizes))
+
+    def _dim(self, text: str) -> int | Dim:
+        """A dimension of the model: its name, or an expression over names."""
+        try:
+            size = parse_size(text)
+            symbols = size.symbols if isinstance(size, Dim) else set()
+            if not symbols & _RESERVED and (isinstance(size, Dim) or size >= 0):
+                return size
+        except CompileError:
+            pass
+        return Dim(self._name(text))
+
+    def _dim_symbols(self, text: str) -> set[str]:
+        size = self._dim(text)
+        return set(size.symbols) if isinstance(size, Dim) else set()
+
+    def _name(self, text: str) -> str:
+        """A name that the text format takes, the same for the same text."""
+        if text not in self.names:
+            stem = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_") or "dim"
+            stem = f"d_{stem}" if stem[0].isdigit() or stem in _RESERVED else stem
+            while stem in self.context.taken:
+                stem += "_"
+            self.names[text] = stem
+            self.context.taken.add(stem)
+        return self.names[text]
+
+    def _initializer(self, name: str, v: onnx_ir.Value) -> Value:
+        proto = self.protos.get(name)
+        if proto is None:  # a constant that became an initializer
+            assert v.const_value is not None
+            return self.context.constant(v.const_value.numpy(), name)
+        return self._tensor(name, proto)
+
+    def _tensor(self, name: str, proto: onnx.TensorProto) -> Value:
+        dtype = element_type(proto.data_type)
+        if dtype is None or dtype is DType.C64:
+            raise CompileError(
+                f"initializer {name!r} has elements of type {element_name(proto.data_type)}, which are not supported",
+                code="dtype",
+            )
+        source: Any = ProtoSource(proto)
+        if proto.data_location == onnx.TensorProto.EXTERNAL:
+            assert self.folder is not None
+            from moec.frontend.onnx.files import external
+
+            where = external(proto)
+            source = ExternalSource(
+                self.folder, where.location, where.offset, tuple(proto.dims), proto.data_type, proto.name
+            )
+        elif np.prod(proto.dims, dtype=np.int64) <= KNOWN_LIMIT and dtype.is_integer:
+            return self.context.constant(onnx.numpy_helper.to_array(proto), name)
+        weight = Weight(self.graph.fresh_weight_name(name), TensorType(dtype, tuple(proto.dims)), source)
+        value = self.graph.add_weight(weight)
+        if proto.data_location != onnx.TensorProto.EXTERNAL and np.prod(proto.dims, dtype=np.int64) <= 64:
+            self.context.arrays[value] = onnx.numpy_helper.to_array(proto)
+        return value
+
+    def _outputs(self, source: onnx_ir.Graph) -> None:
+        for v in source.outputs:
+            value = self.env[v]
+            known = self._declared(v)
+            if known is not None and (known.dtype is not value.dtype or not _may_be(known, value.type)):
+                raise CompileError(
+                    f"output {v.name!r} is declared {known}, it is {value.type}", code="type", location=value.location
+                )
+            self.graph.add_output(value, str(v.name))
+
+    def _declared(self, v: onnx_ir.Value) -> TensorType | None:
+        """What the model says of a value, as far as it says dtype and rank."""
+        if not isinstance(v.type, onnx_ir.TensorType) or v.shape is None:
+            return None
+        dtype = element_type(int(v.type.dtype))
+        if dtype is None:
+            return None
+        return TensorType(dtype, tuple(d if isinstance(d, int) and d >= 0 else Dim("_") for d in v.shape))
+
+    # -- nodes ------------------------------------------------------------------------------------------
+
+    def _node(self, node: onnx_ir.Node, index: int) -> None:
+        location = _location(node, index)
+        try:
+            self._import(node, location)
+        except CompileError as e:
+            raise e.located(location) from None
+
+    def _import(self, node: onnx_ir.Node, location: Location) -> None:
+        c = self.context
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        c.op, c.b.location = f"{domain}.{node.op_type}" if domain else node.op_type, location
+        if domain not in self.opsets and domain != MICROSOFT:
+            raise CompileError(f"{c.op}: the model imports no opset of {domain or 'ai.onnx'}", code="opset")
+        c.opset = self.opsets.get(domain, 1)
+        operands = [None if v is None else self.env[v] for v in node.inputs]
+        while operands and operands[-1] is None:
+            operands.pop()
+        used = [bool(o.name) and (bool(list(o.uses())) or o.is_graph_output()) for o in node.outputs]
+        if not any(used):
+            used = [bool(o.name) for o in node.outputs]
+        c.outputs = max((i + 1 for i, u in enumerate(used) if u), default=0)
+        results = self._results(node, domain, operands, used)
+        for o, v in zip(node.outputs, results, strict=False):
+            if v is not None:
+                if v.producer is not None:
+                    v.origins |= {str(o.name)}
+                self.env[o] = v
+
+    def _results(
+        self, node: onnx_ir.Node, domain: str, operands: list[Value | None], used: list[bool]
+    ) -> Sequence[Value | None]:
+        c = self.context
+        if node.op_type in ("If", "Loop", "Scan") and not domain:
+            from moec.frontend.onnx.control import inlined
+
+            done = inlined(self, node, operands)
+            if done is not None:
+                return done
+        attrs = dict(node.attributes.items())
+        has_body = any(a.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS) for a in attrs.values())
+        if not has_body:
+            folded = fold.evaluated(c, onnx_ir.to_proto(node), domain, operands)
+            if folded is not None:
+                return [None if a is None else c.constant(a, str(node.name or c.op)) for a in folded]
+        first = len(c.b.created)
+        try:
+            return self._in_our_ops(domain, node.op_type, operands, attrs)
+        except CompileError as e:
+            why = e
+        self._undo(first)
+        if domain == MICROSOFT:
+            raise why
+        own = {name: attribute(name, a) for name, a in attrs.items()}
+        declared = [self._declared(o) for o in node.outputs]
+        try:
+            results = extern(c, domain, node.op_type, operands, own, used, declared, self._captured(node))
+        except CompileError as e:
+            if why.code == "no-import" or e.code in ("unknown-op", "type"):
+                raise
+            raise CompileError(f"{e.message}; {why.message}", code=e.code, hint=e.hint) from None
+        self.refused.setdefault(c.op, why.message)
+        return results
+
+    def _in_our_ops(
+        self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any]
+    ) -> list[Value | None]:
+        c = self.context
+        results = self._native(domain, op_type, operands, attrs)
+        if len(results) < c.outputs or None in results[: c.outputs]:
+            raise c.refuse("a result that only the operator itself has")
+        first = results[0] if results else None
+        if not domain and first is not None and first.type.rank <= 1:
+            sizes = fold.sizes_of_result(c, op_type, operands, {k: a.value for k, a in attrs.items()})
+            if sizes is not None:
+                c.sizes.setdefault(first, sizes)
+        return results
+
+    def _undo(self, first: int) -> None:
+        """Take back what a refused import has built."""
+        c = self.context
+        for made in reversed(c.b.created[first:]):
+            if made.graph is not None and not any(r.uses for r in made.results):
+                self.graph.erase(made)
+        del c.b.created[first:]
+
+    def _native(
+        self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any]
+    ) -> list[Value | None]:
+        c = self.context
+        found = find(domain, op_type, c.opset)
+        if found is None:
+            raise c.refuse("no import in terms of our ops", code="no-import")
+        fn, taken = found
+        strange = [v.dtype for v in operands if v is not None and v.dtype in _UNCOMPUTED]
+        if strange and op_type not in _MOVES:
+            raise c.refuse(f"our ops do not compute with {strange[0]}")
+        values: dict[str, Any] = {}
+        if not domain:
+            for name, spec in schema_at(domain, op_type, c.opset).attributes.items():
+                default = spec.default_value
+                values[name] = onnx.helper.get_attribute_value(default) if default.name else None
+                if isinstance(values[name], bytes):
+                    values[name] = values[name].decode()
+        for name, a in attrs.items():
+            if name not in taken:
+                raise c.refuse(f"attribute {name!r}")
+            values[name] = a.value.numpy() if a.type == onnx_ir.AttributeType.TENSOR else a.value
+        result = fn(c, *operands, **{k: values.get(k) for k in taken})
+        results = list(result) if isinstance(result, list | tuple) else [result]
+        for r in results:
+            if r is not None and r.dtype in _UNCOMPUTED and op_type not in _MOVES:
+                raise c.refuse(f"our ops do not compute with {r.dtype}")
+        return results
+
+    def _captured(self, node: onnx_ir.Node) -> dict[str, Value]:
+        """What the bodies of a node read from outside, by name."""
+        wanted: dict[str, None] = {}
+        for a in node.attributes.values():
+            if a.type == onnx_ir.AttributeType.GRAPH:
+                wanted |= dict.fromkeys(free_names(onnx_ir.to_proto(a.value)))
+        if not wanted:
+            return {}
+        by_name = {str(v.name): value for v, value in self.env.items()}
+        return {name: by_name[name] for name in wanted}
+
+    def _remove_dead(self) -> None:
+        from moec.ir.runtime_sizes import needs, runtime_symbols
+
+        sources = {symbol: value.producer for symbol, (value, _) in runtime_symbols(self.graph).items()}
+        shown = {sources.get(s) for v in self.graph.outputs for s in v.type.symbols}
+        for node in reversed(list(self.graph.nodes)):
+            if not any(r.uses or r.is_output for r in node.results) and node not in shown:
+                self.graph.erase(node)
+            else:
+                shown |= {sources.get(s) for s in needs(node)}
+        self.graph.prune_weights()
+
+
+def _may_be(declared: TensorType, actual: TensorType) -> bool:
+    return declared.rank == actual.rank and not any(
+        isinstance(d, int) and isinstance(a, int) and d != a for d, a in zip(declared.shape, actual.shape, strict=True)
+    )
+
+
+def _location(node: onnx_ir.Node, index: int) -> Location:
+    """Module path and line where the exporter wrote them down, else the node's name."""
+    meta = node.metadata_props
+    module = node.name or f"{node.op_type}_{index}"
+    scopes = meta.get("pkg.torch.onnx.name_scopes")
+    if scopes:
+        parts = [p.strip(" '\"") for p in scopes.strip("[]").split(",")]
+        module = next((p for p in reversed(parts[:-1]) if p), module)
+    frames = _FRAME.findall(meta.get("pkg.torch.onnx.stack_trace", ""))
+    if frames:
+        return Location.at(module=module, file=Path(frames[-1][0]).name, line=int(frames[-1][1]))
+    return Location.at(module=module)
