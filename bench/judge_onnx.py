@@ -11,6 +11,8 @@ our op families alone ("native") and with operators that came in as themselves (
 from __future__ import annotations
 
 import argparse
+import ctypes
+import math
 import multiprocessing
 import os
 import re
@@ -36,7 +38,9 @@ from moec.onnx_backend import PreparedModel
 from moec.passes.pipeline import Pipeline
 
 BACKENDS = ("reference", "onnxruntime", "plain-onnxruntime")
+PLAIN_ONLY = False
 SECONDS = 60  # for one case on all backends
+UNKNOWN_TO_NUMPY = {16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26}  # bfloat16, FP8, and types below 8 bits
 KINDS = {"onnx_node": ["node"], "onnx_other": ["simple", "pytorch-converted", "pytorch-operator", "real"]}
 
 
@@ -90,6 +94,8 @@ def run_case(case: Any) -> Result:
         return result
     model, sets = data_of(case)
     result.reasons["plain-onnxruntime"] = attempt(lambda: plain(model), case, sets)
+    if PLAIN_ONLY:
+        return result
     try:
         imported = import_onnx(model)
     except CompileError as e:
@@ -138,25 +144,44 @@ def plain(model: onnx.ModelProto) -> Any:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     types = [v.type for v in model.graph.input]
+    made = [v.type for v in model.graph.output]
+    special = any(t.WhichOneof("value") == "tensor_type" and t.tensor_type.elem_type in UNKNOWN_TO_NUMPY
+                  for t in (*types, *made))  # fmt: skip
 
     def run(inputs: list[Any]) -> list[Any]:
-        feeds = {v.name: ort_value(x, t) for v, x, t in zip(session.get_inputs(), inputs, types, strict=False)}
-        if all(isinstance(x, onnxruntime.OrtValue) for x in feeds.values()):
-            return [value.numpy() if value.is_tensor() else value.to_list() if hasattr(value, "to_list") else value
-                    for value in session.run_with_ort_values(None, feeds)]  # fmt: skip
-        return session.run(None, feeds)
+        names = [v.name for v in session.get_inputs()]
+        if not special:
+            return session.run(None, dict(zip(names, map(plain_array, inputs), strict=False)))
+        feeds = {n: ort_value(x, t.tensor_type.elem_type) for n, x, t in zip(names, inputs, types, strict=False)}
+        found = session.run_with_ort_values(None, feeds)
+        return [array_of(v, t.tensor_type.elem_type) for v, t in zip(found, made, strict=True)]
 
     return run
 
 
-def ort_value(x: Any, type: onnx.TypeProto) -> Any:
-    """An input as ONNX Runtime takes it: element types that NumPy lacks go by their number."""
-    if type.WhichOneof("value") != "tensor_type" or not isinstance(x, np.ndarray | np.generic):
-        return x
-    x = np.ascontiguousarray(x).reshape(np.shape(x))
-    if x.dtype.kind in "OUS" or x.dtype.isbuiltin:
-        return x
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(x, type.tensor_type.elem_type)
+def plain_array(x: Any) -> Any:
+    return np.asarray(x) if isinstance(x, np.generic) else x
+
+
+def ort_value(x: Any, kind: int) -> onnxruntime.OrtValue:
+    """An input of an element type that NumPy lacks, by its number; types below 8 bits are packed."""
+    x = np.asarray(x)
+    if kind not in UNKNOWN_TO_NUMPY:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(x)
+    packed = onnx.numpy_helper.from_array(x).raw_data
+    value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(x.shape), kind)
+    ctypes.memmove(value.data_ptr(), packed, len(packed))
+    return value
+
+
+def array_of(value: onnxruntime.OrtValue, kind: int) -> np.ndarray:
+    """The elements of a result, of types that NumPy lacks too."""
+    if kind not in UNKNOWN_TO_NUMPY:
+        return value.numpy()
+    shape = value.shape()
+    bits = 4 if kind in (21, 22, 23) else 2 if kind in (25, 26) else 16 if kind == onnx.TensorProto.BFLOAT16 else 8
+    raw = ctypes.string_at(value.data_ptr(), -(-math.prod(shape) * bits // 8))
+    return onnx.numpy_helper.to_array(onnx.TensorProto(data_type=kind, dims=shape, raw_data=raw))
 
 
 def general(text: str) -> str:
@@ -260,11 +285,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=list(KINDS), action="append")
     parser.add_argument("--only", nargs="*", help="names of cases; nothing is recorded")
+    parser.add_argument("--plain", action="store_true", help="ONNX Runtime alone; nothing is recorded")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     os.environ["ALLOW_RELEASED_ONNX_OPSET_ONLY"] = "0"  # plain ONNX Runtime refuses the newest opsets otherwise
     warnings.simplefilter("ignore")  # the suite divides by zero and overflows on purpose
     torch.set_num_threads(1)
+    global PLAIN_ONLY
+    PLAIN_ONLY = given.plain
     for suite in given.suite or list(KINDS):
         began = time.monotonic()
         todo = cases(suite)
@@ -273,10 +301,10 @@ def main() -> None:
         results = list(run_all(todo, given.workers))
         for backend, t in tally(results).items():
             print(f"{suite} {backend}: {t.passed} passed, {t.failed} failed, {t.skipped} skipped {t.notes}")
-            if not given.only:
+            if not given.only and not given.plain:
                 record(suite, backend, t)
             for reason, names in sorted(t.failures.items(), key=lambda item: -len(item[1])):
-                if backend != "plain-onnxruntime":
+                if given.plain == (backend == "plain-onnxruntime"):
                     print(f"    {len(names):4} {reason}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
         print(f"{suite}: {time.monotonic() - began:.0f} s")
 

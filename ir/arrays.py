@@ -47,4 +47,4 @@ def from_numpy(array: Any) -> torch.Tensor:
     if dtype in _AS_BITS:
         bits = np.int16 if dtype is DType.BF16 else np.uint8
         return torch.from_numpy(array.view(bits)).view(dtype.torch)
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.view(NUMPY[dtype]))  # NumPy has two types for some widths, of which torch knows one

@@ -21,6 +21,7 @@ from moec.backends.onnxruntime.lower import Lowered, lower
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import carrier
 from moec.ir import CompileError, Graph, Node, Value
+from moec.ir.arrays import from_numpy
 from moec.ir.interpreter import bind_inputs
 
 # a model in memory is copied while it is loaded; larger ones go through a memory-mapped file
@@ -56,7 +57,7 @@ class Session:
             arrays = self.session.run(self.outputs, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common base but this
             raise wrapped(error, self.sources, "running") from error
-        return [torch.from_numpy(a).to(v.dtype.torch) for a, v in zip(arrays, values, strict=True)]
+        return [from_numpy(a).to(v.dtype.torch) for a, v in zip(arrays, values, strict=True)]
 
 
 @dataclass(eq=False)

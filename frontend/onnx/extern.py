@@ -74,8 +74,9 @@ def extern(
         known = declared[slot]
         if dtype is None and known is not None:
             dtype = known.dtype
-        if sizes is None and known is not None:
-            sizes = [None] * known.rank
+        if sizes is None:
+            rank = known.rank if known is not None else _rank(op_type, operands, attrs)
+            sizes = None if rank is None else [None] * rank
         if dtype is None or sizes is None:
             raise c.refuse(f"the {'rank' if dtype else 'element type'} of result {slot} is known only at run time")
         results.append(TensorType(dtype, tuple(_size(c, s, texts) for s in sizes)))
@@ -86,6 +87,21 @@ def extern(
     for slot, v in zip(slots, node.results, strict=True):
         outs[slot] = v
     return outs
+
+
+def _rank(op_type: str, operands: Sequence[Value | None], attrs: dict[str, Any]) -> int | None:
+    """The rank of a result whose axes are known only at run time, where their number is known."""
+    x, axes = operands[0], operands[1] if len(operands) > 1 else None
+    if x is None or axes is None or axes.type.rank != 1:
+        return None
+    count = axes.shape[0]
+    if op_type.startswith("Reduce"):
+        kept = attrs.get("keepdims", 1)
+        fewer = count if isinstance(count, int) and count > 0 else None
+        return x.type.rank if kept else None if fewer is None else x.type.rank - fewer
+    if op_type in ("Squeeze", "Unsqueeze") and isinstance(count, int):
+        return x.type.rank + (count if op_type == "Unsqueeze" else -count)
+    return None
 
 
 def _size(c: ImportContext, size: Any, texts: dict[str, Dim]) -> int | Dim:

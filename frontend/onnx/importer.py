@@ -205,6 +205,8 @@ class Importer:
         self, node: onnx_ir.Node, domain: str, operands: list[Value | None], used: list[bool]
     ) -> Sequence[Value | None]:
         c = self.context
+        if node.op_type == "Loop" and not domain and len(operands) > 1 and operands[1] is None:
+            operands[1] = c.constant(np.array(True))  # ONNX's evaluator takes an absent condition for a false one
         if node.op_type in ("If", "Loop", "Scan") and not domain:
             from moec.frontend.onnx.control import inlined
 

@@ -89,6 +89,20 @@ def group_norm(c: ImportContext, x: Value, scale: Value, bias: Value, *, epsilon
     return c.cast(c.b.add(y, _channels(c, bias, x, y.dtype)), x.dtype)
 
 
+@imports("LpNormalization")
+def lp_norm(c: ImportContext, x: Value, *, axis: int, p: int) -> Value:
+    """x / ‖x‖ₚ, and 0 where the norm is 0."""
+    c.floats(x)
+    if p not in (1, 2):
+        raise c.refuse(f"p = {p}")
+    axes = (c.norm_axis(axis, x.type.rank),)
+    terms = c.b.abs(x) if p == 1 else c.b.mul(x, x)
+    norm = c.b.sum(terms, axes=axes, keepdim=True)
+    norm = norm if p == 1 else c.b.sqrt(norm)
+    zero = c.b.const(0.0, x.dtype)
+    return c.b.where(c.b.eq(norm, zero), zero, c.b.div(x, norm))
+
+
 def _normalised(c: ImportContext, x: Value, axes: tuple[int, ...], epsilon: float) -> Value:
     centred = c.b.sub(x, c.b.mean(x, axes=axes, keepdim=True))
     variance = c.b.mean(c.b.mul(centred, centred), axes=axes, keepdim=True)

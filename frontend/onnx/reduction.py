@@ -104,6 +104,29 @@ _softmax("Softmax", "math.softmax")
 _softmax("LogSoftmax", "math.log_softmax")
 
 
+def _hardmax(c: ImportContext, x: Value, axis: int) -> Value:
+    """1 at the first maximum along an axis, 0 elsewhere."""
+    rank, size = x.type.rank, x.shape[axis]
+    if not isinstance(size, int):
+        raise c.refuse(f"along an axis of unknown size {size}")
+    ones = c.cast(c.b.one_hot(c.b.argmax(x, axis=axis), depth=size), x.dtype)
+    perm = [*range(axis), rank - 1, *range(axis, rank - 1)]
+    return c.transpose(ones, perm)
+
+
+@imports("Hardmax", since=13)
+def hardmax(c: ImportContext, x: Value, *, axis: int) -> Value:
+    return _hardmax(c, x, c.norm_axis(axis, x.type.rank))
+
+
+@imports("Hardmax")
+def hardmax_of_rows(c: ImportContext, x: Value, *, axis: int) -> Value:
+    """Until opset 12: over all axes from `axis` on."""
+    axis = c.norm_axis(axis, x.type.rank)
+    flat = c.reshape(x, (*x.shape[:axis], x.type.with_shape(x.shape[axis:]).numel))
+    return c.reshape(_hardmax(c, flat, axis), x.shape)
+
+
 @imports("CumSum", since=11)
 def cumsum(c: ImportContext, x: Value, axis: Value, *, exclusive: int, reverse: int) -> Value:
     if reverse:
