@@ -142,7 +142,7 @@ def test_exported_programs(nested):
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        ("model.onnx", {}, ["model.onnx", "not supported in this version"]),
+        ("model.onnx", {}, ["model.onnx", "No such file"]),
         ("some/folder", {}, ["checkpoint folder", "not supported in this version"]),
         (42, {}, ["int"]),
         (nn.Identity(), {"args": torch.ones(2)}, ["args", "args=(tensor,)"]),

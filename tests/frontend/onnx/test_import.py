@@ -252,8 +252,8 @@ def test_sequences_and_strings_are_refused_by_name():
     proto = model([helper.make_node("ConcatFromSequence", ["x"], ["y"], axis=0)], [sequence], [value("y", [4])])
     with pytest.raises(CompileError, match="input 'x': is a sequence"):
         import_onnx(proto)
-    proto = model([helper.make_node("SplitToSequence", ["x"], ["s"]), helper.make_node("SequenceAt", ["s", "i"], ["y"])],
-                  [value("x", [2]), value("i", [], np.int64)], [value("y", [1])])  # fmt: skip
+    nodes = [helper.make_node("SplitToSequence", ["x"], ["s"]), helper.make_node("SequenceAt", ["s", "i"], ["y"])]
+    proto = model(nodes, [value("x", [2]), value("i", [], np.int64)], [value("y", [1])])
     with pytest.raises(CompileError, match="a sequence, no tensor"):
         import_onnx(proto)
     text = helper.make_tensor_value_info("x", onnx.TensorProto.STRING, [2])
