@@ -18,9 +18,6 @@ def _tables():
         backend = getattr(sys.modules.get(f"moec.backends.{name}"), "backend", None)
         if backend is not None:
             yield from (backend.lowerings, backend.checks, backend.unsupported)
-    codegen = sys.modules.get("moec.backends.triton.codegen")
-    if codegen is not None:
-        yield codegen.EXPRESSIONS
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec.backends.base import Backend, F, ships
-from moec.backends.triton.codegen import EXPRESSIONS, custom_expression, expression
+from moec.backends.triton.codegen import Custom, custom_expression, expression
 from moec.backends.triton.runner import launch, mode, run
 from moec.ir import DType, Graph, Node, all_ops, lookup
 
@@ -47,9 +47,9 @@ TORCH_OPS: dict[str, str] = {
 """Ops that run through their own reference in torch, on the device of their operands, and why."""
 
 
-def torch_reason(node: Node) -> str | None:
-    """Why torch runs this node, or None where kernels do."""
-    if backend.is_replaced(node.op):
+def torch_reason(node: Node, by: TritonBackend | None = None) -> str | None:
+    """Why torch runs this node, or None where kernels do; in `by`, a copy of the backend with other lowerings."""
+    if (by or backend).is_replaced(node.op):
         return None
     if node.op == "quant.quantize" and (_wrong_float(node) or not _per_token(node.attrs["block"])):
         return "blocks of several rows, or of a width that no kernel takes: weights, which are quantised once"
@@ -103,11 +103,14 @@ class TritonBackend(Backend):
         """Whether an op that torch or a shipped kernel runs has got a lowering from outside."""
         return op in self.lowerings and not ships(self.lowerings[op])
 
+    @property
+    def custom(self) -> Custom:
+        """The lowerings of elementwise ops that are not `codegen.expression`."""
+        return {op: fn for op, fn in self.lowerings.items() if fn is not expression and lookup(op).elementwise}
+
     def _register(self, name: str, fn: Callable[..., Any]) -> None:
         super()._register(name, fn)
         self.keeps_weights.discard(name)
-        if lookup(name).elementwise and fn is not expression:
-            EXPRESSIONS[name] = fn
 
     def compile(
         self, graph: Graph, *, threads: int | None = None, options: Mapping[str, Any] | None = None
@@ -115,11 +118,13 @@ class TritonBackend(Backend):
         """`threads` and `options` have no meaning here."""
         from moec.backends.triton.executable import TritonExecutable  # it imports this module
 
+        custom = self.custom
         for g in (graph, *graph.functions.values()):
             for node in g.nodes:
-                if node.op in EXPRESSIONS:
-                    custom_expression(node, [f"x{i}" for i, v in enumerate(node.operands) if v is not None])
-        return TritonExecutable(graph)
+                if node.op in custom:
+                    names = [f"x{i}" for i, v in enumerate(node.operands) if v is not None]
+                    custom_expression(node, names, custom[node.op])
+        return TritonExecutable(graph, self)
 
 
 def _fits(node: Node) -> str | None:

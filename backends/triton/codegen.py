@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ _TL = {
 }  # fmt: skip
 _NARROW = (DType.F16, DType.BF16, DType.F8E4M3)
 
-EXPRESSIONS: dict[str, Callable[[Any], str]] = {}
-"""Expressions of elementwise ops from outside of moec, added by `backend.lowers`."""
+Custom = Mapping[str, Callable[[Any], str]]
+"""Expressions of elementwise ops that a backend does not take from here, by op."""
 
 _UNARY = {
     "neg": "-{0}", "abs": "tl.abs({0})", "sign": "sign({0})", "exp": "tl.exp({0})", "log": "tl.log({0})",
@@ -76,13 +77,13 @@ def _rounded(x: str, dtype: DType) -> str:
     return f"({x}).to({_TL[dtype]}).to(tl.float32)" if dtype in _NARROW else x
 
 
-def expression(node: Node, operands: Sequence[str]) -> str:
+def expression(node: Node, operands: Sequence[str], custom: Custom = MappingProxyType({})) -> str:
     """Triton expression of an elementwise node over named operands, rounded to the node's dtype.
 
     Raises CompileError on an op that has none.
     """
-    if node.op in EXPRESSIONS:
-        return _rounded(custom_expression(node, operands), node.results[0].dtype)
+    if node.op in custom:
+        return _rounded(custom_expression(node, operands, custom[node.op]), node.results[0].dtype)
     family, name = node.op.split(".")
     dtype = node.results[0].dtype
     source = next(v.dtype for v in node.operands if v is not None)
@@ -113,13 +114,12 @@ def expression(node: Node, operands: Sequence[str]) -> str:
     return _rounded(text, dtype)
 
 
-def custom_expression(node: Node, operands: Sequence[str]) -> str:
-    """The expression that a lowering from outside of moec gives, not rounded.
+def custom_expression(node: Node, operands: Sequence[str], fn: Callable[[Any], str]) -> str:
+    """The expression that a lowering from outside of moec, `fn`, gives, not rounded.
 
     Raises CompileError naming the lowering's file:line where it is no expression over the operands, `tl` and the
     functions of `scalar_math`, or where the op is not elementwise.
     """
-    fn = EXPRESSIONS[node.op]
     types = [v.type for v in node.operands if v is not None]
     if len(node.results) != 1 or node.results[0].shape != broadcast(*(t.shape for t in types)):
         shown = ", ".join(str(r.type) for r in node.results)
@@ -167,11 +167,11 @@ def function_names() -> frozenset[str]:
     return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef))
 
 
-def _assertions(node: Node, name: str) -> list[str]:
+def _assertions(node: Node, name: str, custom: Custom) -> list[str]:
     """Statements that hold an expression from outside to its type: a store would convert anything."""
-    if node.op not in EXPRESSIONS:
+    if node.op not in custom:
         return []
-    where, dtype = describe(EXPRESSIONS[node.op]), node.results[0].dtype
+    where, dtype = describe(custom[node.op]), node.results[0].dtype
     said = [f"{node.op} ({where}): the expression {what}" for what in (f"is not {dtype}", "is not one value each")]
     return [
         f"tl.static_assert({name}.shape == [BLOCK], {said[1]!r})",
@@ -196,7 +196,13 @@ class Program:
     outputs: tuple[tuple[str, torch.dtype], ...]
 
 
-def program(nodes: Sequence[Node], inputs: Sequence[Value], literals: Mapping[Value, str], outputs: Sequence[Value]):
+def program(
+    nodes: Sequence[Node],
+    inputs: Sequence[Value],
+    literals: Mapping[Value, str],
+    outputs: Sequence[Value],
+    custom: Custom = MappingProxyType({}),
+) -> Program:
     """The program that computes `outputs` from `inputs` through `nodes` (in SSA order)."""
     names = dict(literals) | {v: f"x{i}" for i, v in enumerate(inputs)}
     lines = []
@@ -205,7 +211,7 @@ def program(nodes: Sequence[Node], inputs: Sequence[Value], literals: Mapping[Va
         # a name, so that a literal used twice is made once
         lines += [f"c{i}_{k} = {text}" for k, text in enumerate(operands) if text.startswith("tl.full")]
         operands = [f"c{i}_{k}" if text.startswith("tl.full") else text for k, text in enumerate(operands)]
-        lines += [f"v{i} = {expression(node, operands)}", *_assertions(node, f"v{i}")]
+        lines += [f"v{i} = {expression(node, operands, custom)}", *_assertions(node, f"v{i}", custom)]
         names[node.results[0]] = f"v{i}"
     return Program("\n".join(lines), tuple((names[v], v.dtype.torch) for v in outputs))
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from moec.backends.base import Executable, lowering_failed, returned
-from moec.backends.triton.backend import backend, by_reference, torch_reason
+from moec.backends.triton.backend import TritonBackend, by_reference, torch_reason
+from moec.backends.triton.codegen import Custom
 from moec.backends.triton.fusion import Group, Unit, plan
 from moec.backends.triton.runner import KernelError, Resident, mode, run
 from moec.ir import CompileError, Graph, Node, TensorType, Value
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import attributes, bind_inputs
-from moec.ir.ops.moe import check_expert_ids, routed
 from moec.ir.printer import excerpt
 from moec.ir.runtime_sizes import bind_results
 
@@ -24,8 +24,8 @@ from moec.ir.runtime_sizes import bind_results
 class Schedule:
     """Units in running order, and which values die after each. `graph.outputs` and `keep` stay."""
 
-    def __init__(self, graph: Graph, keep: Sequence[Value] = ()):
-        self.units: list[Unit] = plan(graph, keep)
+    def __init__(self, graph: Graph, keep: Sequence[Value], custom: Custom):
+        self.units: list[Unit] = plan(graph, keep, custom)
         last: dict[Value, int] = {}
         for i, unit in enumerate(self.units):
             for v in (*reads(unit), *writes(unit)):
@@ -48,15 +48,17 @@ class TritonExecutable(Executable):
     """See moec.backends.base.Executable. Runs on the current CUDA device, else in Triton's interpreter on the CPU;
     inputs may live on any device, and results come back to that of the first input."""
 
-    def __init__(self, graph: Graph, functions: dict[str, Executable] | None = None):
+    def __init__(self, graph: Graph, backend: TritonBackend, functions: dict[str, Executable] | None = None):
         self.graph = graph
+        self.backend = backend
         self._functions: dict[str, Executable] = {}
         if functions is None:
             for name, function in graph.functions.items():
-                self._functions[name] = TritonExecutable(function, self._functions)
+                self._functions[name] = TritonExecutable(function, backend, self._functions)
         else:  # a called graph: it may call others of the same table
             self._functions = functions
-        self._schedule = Schedule(graph)
+        self._custom = backend.custom
+        self._schedule = Schedule(graph, (), self._custom)
         self._tapped: tuple[tuple[Value, ...], Schedule] | None = None
         self._weights: dict[tuple[Value, torch.device], Resident] = {}
 
@@ -74,7 +76,7 @@ class TritonExecutable(Executable):
             for v in wanted:
                 if v not in known:
                     raise CompileError(f"{v!r} is not a value of the lowered graph", code="tap", location=v.location)
-            self._tapped = wanted, Schedule(self.graph, wanted)
+            self._tapped = wanted, Schedule(self.graph, wanted, self._custom)
         return dict(zip(wanted, self._run(self._tapped[1], inputs, wanted), strict=True))
 
     @property
@@ -84,8 +86,8 @@ class TritonExecutable(Executable):
         units = self._schedule.units
         groups = [u for u in units if isinstance(u, Group)]
         nodes = [u for u in units if isinstance(u, Node)]
-        by_torch = Counter(n.op for n in nodes if torch_reason(n))
-        kernels = Counter(n.op for n in nodes if not torch_reason(n) and n.op != "call.graph")
+        by_torch = Counter(n.op for n in nodes if torch_reason(n, self.backend))
+        kernels = Counter(n.op for n in nodes if not torch_reason(n, self.backend) and n.op != "call.graph")
         return {
             "kernels": dict(kernels) | ({"elementwise": len(groups)} if groups else {}),
             "fused_nodes": sum(len(g.nodes) for g in groups),
@@ -117,20 +119,18 @@ class TritonExecutable(Executable):
 
     def _node(self, node: Node, env: Mapping[Value, Any], binding: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
         operands = [None if v is None else env[v] for v in node.operands]
-        by_torch = torch_reason(node) is not None
-        if by_torch or node.op not in backend.keeps_weights:
+        by_torch = torch_reason(node, self.backend) is not None
+        replaced = self.backend.is_replaced(node.op)
+        if by_torch or replaced or node.op not in self.backend.keeps_weights:
             operands = [_plain(x) for x in operands]
         instance = node.opdef.instance(operands, attributes(node, binding))
-        if node.op in ("moe.experts", "quant.scaled_experts") and not routed(node.operand("experts")):
-            # the kernels skip what is out of range; this waits for the device
-            check_expert_ids(instance.experts, int(node.operand("gate_up").shape[0]))
         if node.op == "call.graph":
             instance.functions = self._functions
-        lowering = by_reference if by_torch else backend.lowerings[node.op]
+        lowering = by_reference if by_torch else self.backend.lowerings[node.op]
         try:
             result = lowering(instance)
         except Exception as error:  # whatever a lowering from outside does wrong is said with its place
-            if not backend.is_replaced(node.op):
+            if not replaced:
                 raise
             raise lowering_failed(lowering, node, error) from error
         return returned(lowering, node, result, torch.Tensor)

@@ -6,8 +6,9 @@ import heapq
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
-from moec.backends.triton.codegen import Program, literal, program
+from moec.backends.triton.codegen import Custom, Program, literal, program
 from moec.ir import Graph, Node, Value
 from moec.ir.runtime_sizes import needs, runtime_symbols
 
@@ -22,13 +23,14 @@ class Group:
     """Elementwise nodes of one result shape, in SSA order, that run as one kernel.
 
     `inputs`: values loaded; `outputs`: values stored (used outside the group, returned, or asked for); `literals`:
-    scalar constants written into the kernel.
+    scalar constants written into the kernel; `custom`: expressions from outside.
     """
 
     nodes: list[Node]
     inputs: list[Value]
     outputs: list[Value]
     literals: dict[Value, str]
+    custom: Custom
 
     @property
     def shape(self) -> tuple:
@@ -36,13 +38,13 @@ class Group:
 
     @cached_property
     def program(self) -> Program:
-        return program(self.nodes, self.inputs, self.literals, self.outputs)
+        return program(self.nodes, self.inputs, self.literals, self.outputs, self.custom)
 
 
 Unit = Group | Node
 
 
-def plan(graph: Graph, keep: Collection[Value] = ()) -> list[Unit]:
+def plan(graph: Graph, keep: Collection[Value] = (), custom: Custom = MappingProxyType({})) -> list[Unit]:
     """Units in an order in which each can run; values in `keep` are computed and stored even if only fused code
     needs them. Constants that are literals wherever they are used do not appear."""
     wanted = frozenset(keep)
@@ -55,7 +57,10 @@ def plan(graph: Graph, keep: Collection[Value] = ()) -> list[Unit]:
             for v in node.operands:
                 if v is not None and v.producer is not None and v.producer.opdef.elementwise:
                     partition.try_merge(v.producer, node)
-    return [_group(nodes, inlined, wanted) if nodes[0].opdef.elementwise else nodes[0] for nodes in partition.ordered()]
+    return [
+        _group(nodes, inlined, wanted, custom) if nodes[0].opdef.elementwise else nodes[0]
+        for nodes in partition.ordered()
+    ]
 
 
 def _is_literal(node: Node) -> bool:
@@ -83,7 +88,7 @@ def _text(v: Value) -> str:
     return literal(attrs["value"] if v.producer.op == "tensor.full" else attrs["value"][0], v.dtype)
 
 
-def _group(nodes: list[Node], inlined: set[tuple[Node, int]], wanted: frozenset[Value]) -> Group:
+def _group(nodes: list[Node], inlined: set[tuple[Node, int]], wanted: frozenset[Value], custom: Custom) -> Group:
     members = set(nodes)
     inputs: dict[Value, None] = {}
     literals: dict[Value, str] = {}
@@ -99,7 +104,7 @@ def _group(nodes: list[Node], inlined: set[tuple[Node, int]], wanted: frozenset[
     results = [n.results[0] for n in nodes]
     outputs = [v for v in results if v.is_output or v in wanted or any(n not in members for n in v.users)]
     # a node without any use still runs: its value may be asked for
-    return Group(nodes, list(inputs), outputs or results[-1:], literals)
+    return Group(nodes, list(inputs), outputs or results[-1:], literals, custom)
 
 
 class _Partition:

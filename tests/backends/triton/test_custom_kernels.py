@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -248,3 +249,16 @@ def test_a_process_that_interprets_runs_kernels_in_place(tmp_path):
         env = os.environ | {"TRITON_INTERPRET": value}
         done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True)
         assert done.stdout == f"{expected}\n", done.stderr
+
+
+def test_a_copy_of_the_backend_has_lowerings_of_its_own():
+    """Of ops that generated kernels compute, and of others."""
+    graph = moec.parse(
+        "graph(%x: f32[T, 4]) -> (%y: f32[T, 4]) {\n"
+        "  %0: f32[T, 4] = math.neg(%x)\n  %1: f32[T, 4] = norm.rms(%0, _)\n  return %1\n}"
+    )
+    other = {"math.neg": lambda op: f"{op.x} * 2.0", "norm.rms": lambda op: op.x + 1}
+    copy = dataclasses.replace(triton, lowerings={**triton.lowerings, **other})
+    x = torch.tensor([[1.0, -3.0, 0.0, 2.0]])
+    assert torch.equal(copy.compile(graph).run([x])[0], 2 * x + 1)
+    assert torch.allclose(triton.compile(graph).run([x])[0], moec.ir.run(graph, [x])[0])
