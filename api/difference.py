@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moec.ir import DType
-from moec.tolerance import CODE_FLIPS, Bound
+from moec.tolerance import CODE_FLIPS, Bound, limits
 
 _CHUNK = 1 << 22  # elements that are widened to float64 at once
 
@@ -20,6 +20,7 @@ class Difference:
 
     `max_error`, `mean_error`, `tolerance` are absolute (FP8 codes: in steps of the format); `relative_error` is
     ‖other − reference‖₂ / ‖reference‖₂ and `cosine` the angle's cosine, over the elements that are finite in both.
+    Where the relative error is beyond its limit, `tolerance` is what the largest error would be at that limit.
     """
 
     max_error: float
@@ -44,7 +45,7 @@ def difference(reference: torch.Tensor, other: torch.Tensor, bound: Bound, scale
         return Difference(math.inf, math.inf, 0.0, False, got, math.inf, 0.0)
     if reference.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and other.dtype == reference.dtype:
         return _codes(reference, other)
-    tolerance = bound.relative * scale
+    tolerance, typical = limits(bound, reference, scale)
     found = _Errors()
     for a, b in _chunks(reference, other):
         found.add(a, b, tolerance)
@@ -52,8 +53,12 @@ def difference(reference: torch.Tensor, other: torch.Tensor, bound: Bound, scale
     if not ok and bound.loose:
         allowed = max(bound.share * reference.numel(), reference.shape[-1] if reference.dim() else 1)
         ok = found.worst <= bound.loose * scale and found.beyond <= allowed
+    why = bound.why
+    if ok and found.relative > typical:
+        ok, why = False, f"{why}; relative error {found.relative:.3g}, at most {typical:.3g}"
+        tolerance = min(tolerance, found.worst * typical / found.relative)
     mean = found.total / max(1, reference.numel())
-    return Difference(found.worst, mean, tolerance, ok, bound.why, found.relative, found.cosine)
+    return Difference(found.worst, mean, tolerance, ok, why, found.relative, found.cosine)
 
 
 @dataclass

@@ -1,42 +1,57 @@
-"""How far two backends may be apart, from dtype and reduction length.
+"""How far two backends may be apart, from dtype and reduction length: see docs/tolerances.md for the derivation.
 
 A sum of K products in arithmetic of unit roundoff u has an error that grows as u·√K while the rounding errors are
-independent (Higham, Accuracy and Stability of Numerical Algorithms, §2.8). The bound for a value is
+independent (Higham, Accuracy and Stability of Numerical Algorithms, §2.8). Two limits follow for a value:
 
-    FACTOR · (u_acc · √(Σ K) + u_out · √(number of roundings)) · scale
+    largest error   ≤ (8 · u·√K + 3 · v·√R) · scale          one element that is wrong
+    ‖error‖/‖value‖ ≤  2 · u·√K + 1 · v·√R                   all elements a little wrong
 
-where for one node (isolated) K is the node's reduction length and there is one rounding to the stored dtype, and end
-to end both run over all nodes up to the value. u_acc is f32's unit (f64's for f64 values), u_out the stored dtype's,
-scale the largest magnitude in the reference's tensor (and in the operands, where an op adds or subtracts). Integers
-and booleans must be equal.
+u is f32's unit (f64's for f64 values), in which everything is summed up; v the stored dtype's where that is narrower,
+and R the number of roundings to it. For one node (isolated) K and R are the node's own, end to end they run over all
+nodes up to the value. scale is the largest magnitude in the reference's tensor, and where an op cancels, what it
+cancels: on that part one node has errors of u only. Integers and booleans must be equal.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from moec.ir import DType, Graph, Node, TensorType, Value
+from moec.ir import ArgumentTypeError, ArgumentValueError, DType, Graph, Node, TensorType, Value
 from moec.ir.dims import evaluate
+from moec.op_errors import effective_length, largest, reduction_length, roundings, scale_of
 
-FACTOR = 8.0
+__all__ = [
+    "Bound", "Tolerance", "check_tolerance", "end_to_end", "given_bound", "limits", "one_node", "reduction_length",
+    "scale_of", "unit",
+]  # fmt: skip
+
+FACTOR, NARROW_FACTOR = 8.0, 3.0
+TYPICAL, NARROW_TYPICAL = 2.0, 1.0
 CODE_FLIPS = 0.01  # share of FP8 codes that may sit at a rounding midpoint
 _UNIT = {DType.F64: 2.0**-53, DType.F32: 2.0**-24, DType.F16: 2.0**-11, DType.BF16: 2.0**-8}
-_ADDITIVE = {"math.add", "math.sub", "math.mean", "math.sum", "math.cumsum", "math.sin", "math.cos", "math.mod"}
+
+Tolerance = float | Mapping[str, float] | None
+"""What may be given in place of the derived tolerances: see `given_bound`."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Relative tolerance (to the scale) and its reason. A node that rounds to FP8 inside may flip a code at a
-    midpoint, which shows in one row of its result: up to `loose` there, in `share` of the elements."""
+    """A relative tolerance on the largest error (to the scale) and its reason. A node that rounds to FP8 inside may
+    flip a code at a midpoint, which shows in one row of its result: up to `loose` there, in `share` of the elements.
+
+    `typical`: the same on ‖error‖/‖value‖. `carried`: what counts in place of `relative` on the part of the scale that
+    the value itself does not reach (None: `relative`)."""
 
     relative: float
     why: str
     loose: float = 0.0
     share: float = 0.0
+    typical: float = math.inf
+    carried: float | None = None
 
 
 def unit(dtype: DType) -> float:
@@ -44,102 +59,122 @@ def unit(dtype: DType) -> float:
     return _UNIT.get(dtype, 0.0)
 
 
-def reduction_length(node: Node, binding: Mapping[str, int]) -> int:
-    """How many terms a node adds up for one element of its result, at least 1."""
-
-    def shape(i: int) -> list[int]:
-        v = node.operands[i]
-        return [] if v is None else [evaluate(s, binding) for s in v.shape]
-
-    match node.op:
-        case "linear.linear" | "linear.matmul" | "linear.grouped_matmul" | "quant.scaled_linear":
-            return max(1, shape(0)[-1])
-        case "attention.sdpa":
-            return max(1, shape(0)[3] + shape(1)[2])
-        case "moe.experts" | "quant.scaled_experts":
-            down = node.operand("down")
-            return max(1, sum(evaluate(s, binding) for s in down.shape[1:]))
-    if _foreign(node) and not node.opdef.elementwise:  # what it adds up is not known: any of its axes at most
-        return max([1, *(s for i in range(len(node.operands)) for s in shape(i))])
-    if node.op.startswith("norm.") or node.op in ("math.softmax", "math.log_softmax", "math.cumsum"):
-        return max(1, *shape(0), 1)
-    if node.op.startswith("math.") and node.operands and node.operands[0] is not None:
-        size, result = math.prod(shape(0)), math.prod(evaluate(s, binding) for s in node.results[0].shape)
-        return max(1, size // result) if result else 1
-    return 1
+def limits(bound: Bound, reference: torch.Tensor, scale: float) -> tuple[float, float]:
+    """(limit of the largest error, limit of ‖error‖/‖reference‖) of a tensor under a bound."""
+    own = min(largest(reference), scale)
+    carried = bound.relative if bound.carried is None else bound.carried
+    most = bound.relative * own + carried * (scale - own)
+    if not own or not bound.relative:
+        return most, math.inf
+    # of a few elements, one decides; and what cancels counts as in the scale
+    few = 1 + 2 / math.sqrt(reference.numel())
+    return most, bound.typical * few * most / (bound.relative * own)
 
 
 def one_node(node: Node, value: Value, binding: Mapping[str, int]) -> Bound:
     """The bound of a node's result computed from equal operands."""
-    k = reduction_length(node, binding)
-    bound = _bound(value.type, k, 1, f"{node.op}: K = {k}")
+    k = effective_length(node, binding)
+    bound = _bound(value.type, k, _narrow(value.type) ** 2 * roundings(node), f"{node.op}: K = {k:.4g}")
+    if bound.relative:
+        u = unit(value.dtype if value.dtype is DType.F64 else DType.F32)
+        bound = replace(bound, carried=FACTOR * u * (1.0 if node.op == "attention.sdpa" else math.sqrt(k)))
     if node.op == "quant.scaled_experts" and node.attrs["group"] is not None:
         inner = node.operand("down").shape[2]
         loose = 2.0**-3 * 4 / math.sqrt(max(16, inner))  # one E4M3 step of a few of the f summed terms
         why = f"{bound.why}; a flipped inner code moves a row by {loose:.2g} at most, in {CODE_FLIPS:.0%} of them"
-        return Bound(bound.relative, why, loose, CODE_FLIPS)
+        return replace(bound, why=why, loose=loose, share=CODE_FLIPS, typical=math.inf)
     return bound
-
-
-def _foreign(node: Node) -> bool:
-    """Whether an op is declared outside of moec."""
-    return node.opdef.cls.__module__.split(".")[0] != "moec"
 
 
 def end_to_end(graph: Graph, binding: Mapping[str, int]) -> dict[Value, Bound]:
     """The bounds of all node results and inputs when everything before them was computed by the backend too."""
-    bounds = {v: _bound(v.type, 0, 0, "input") for v in graph.inputs}
-    work = 0
-    for roundings, node in enumerate(graph.nodes, 1):
-        work += _work(node, graph, binding)
+    bounds = {v: _bound(v.type, 0, _narrow(v.type) ** 2, "input") for v in graph.inputs}
+    work, variance = 0.0, 0.0
+    for node in graph.nodes:
+        more, rounded = _work(node, graph, binding)
+        work, variance = work + more, variance + rounded
         for r in node.results:
-            bounds[r] = _bound(r.type, work, roundings, f"ΣK = {work}")
+            bounds[r] = _bound(r.type, work, variance, f"ΣK = {work:.4g}")
     return bounds
 
 
-def _work(node: Node, graph: Graph, binding: Mapping[str, int]) -> int:
+def _work(node: Node, graph: Graph, binding: Mapping[str, int]) -> tuple[float, float]:
+    """(K, sum of squared unit roundoffs of narrow dtypes) that a node adds."""
     if node.op == "call.graph":
         callee = graph.functions[node.attrs["callee"]]
         inner = {name: evaluate(s, binding) for name, s in node.attrs["dims"]}
-        return sum(_work(n, graph, inner) for n in callee.nodes)
-    moves_data = node.op.startswith("tensor.")
-    return 0 if moves_data else reduction_length(node, binding)
+        parts = [_work(n, callee, inner) for n in callee.nodes]
+        return sum(p[0] for p in parts), sum(p[1] for p in parts)
+    if node.op.startswith("tensor."):  # moves data
+        return 0.0, 0.0
+    narrow = max((_narrow(r.type) for r in node.results), default=0.0)
+    return effective_length(node, binding), narrow**2 * roundings(node)
 
 
-def _bound(type: TensorType, k: int, roundings: int, what: str) -> Bound:
-    u_out = unit(type.dtype)
-    u_acc = u_out if type.dtype is DType.F64 else unit(DType.F32)
-    if u_out == 0.0:
+def _narrow(type: TensorType) -> float:
+    """The unit roundoff of a dtype narrower than f32, else 0."""
+    return unit(type.dtype) if type.dtype in (DType.F16, DType.BF16) else 0.0
+
+
+def _bound(type: TensorType, k: float, variance: float, what: str) -> Bound:
+    """variance: sum of the squared unit roundoffs of all roundings to narrow dtypes."""
+    if unit(type.dtype) == 0.0:
         return Bound(0.0, f"{type.dtype} must be equal")
-    if type.dtype in (DType.F32, DType.F64):  # accumulation already counts the stored dtype's roundings
-        return Bound(FACTOR * u_acc * math.sqrt(max(1, k)), f"{type.dtype}, {what}")
-    relative = FACTOR * (u_acc * math.sqrt(max(1, k)) + u_out * math.sqrt(max(1, roundings)))
-    return Bound(relative, f"{type.dtype}, {what}, {roundings} roundings")
+    summed = unit(DType.F64 if type.dtype is DType.F64 else DType.F32) * math.sqrt(max(1.0, k))
+    rounded = math.sqrt(max(variance, _narrow(type) ** 2))
+    if rounded:
+        what = f"{what}, rounded by {rounded:.2g}"
+    return Bound(
+        FACTOR * summed + NARROW_FACTOR * rounded,
+        f"{type.dtype}, {what}",
+        typical=TYPICAL * summed + NARROW_TYPICAL * rounded,
+    )
 
 
-def scale_of(reference: torch.Tensor, node: Node | None, operands: Mapping[Value, torch.Tensor]) -> float:
-    """Largest finite magnitude that the errors of a value are relative to."""
-    if node is not None and node.op == "attention.sdpa":
-        return _attention_scale(node, reference, operands)
-    tensors = [reference]
-    if node is not None and (node.op in _ADDITIVE or _foreign(node)):
-        tensors += [operands[v] for v in node.operands if v is not None and v in operands]
-    return max((_largest(t) for t in tensors), default=0.0)
+def check_tolerance(tolerance: Tolerance) -> None:
+    """Raises ArgumentTypeError or ArgumentValueError for what `given_bound` does not take."""
+    if tolerance is None:
+        return
+    named = tolerance if isinstance(tolerance, Mapping) else {"": tolerance}
+    for name, x in named.items():
+        what = f"tolerance[{name!r}]" if isinstance(tolerance, Mapping) else "tolerance"
+        if not isinstance(name, str):
+            raise ArgumentTypeError(
+                f"a key of tolerance must be an op, a family, a module path or an output, got {name!r}",
+                code="arguments",
+            )
+        if isinstance(x, bool) or not isinstance(x, int | float):
+            hint = "a mapping gives one per op, module or output" if name == "" else None
+            raise ArgumentTypeError(
+                f"{what} must be a relative error, got {type(x).__name__} {x!r}", code="arguments", hint=hint
+            )
+        if not 0 <= x < math.inf:
+            raise ArgumentValueError(f"{what} must be a finite number of at least 0, got {x}", code="arguments")
 
 
-def _attention_scale(node: Node, reference: torch.Tensor, operands: Mapping[Value, torch.Tensor]) -> float:
-    """An error of a score is a relative error of its exponential: errors grow with the largest score."""
-    q, k = (operands.get(node.operand(name)) for name in ("q", "k"))
-    if q is None or k is None or not q.numel() or not k.numel():
-        return _largest(reference)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = q.to(torch.float32) @ k.to(torch.float32).transpose(-1, -2)
-    return _largest(reference) * (1.0 + _largest(scores) * abs(node.attrs["scale"]))
+def given_bound(bound: Bound, tolerance: Tolerance, node: Node | None = None, output: str | None = None) -> Bound:
+    """The bound that a user's tolerance makes of a derived one: a relative error to the scale, on the largest error
+    alone.
+
+    A float holds for all values. A mapping holds where a key names the output, the node's module or one that it is in
+    ("model.layers.0"), its op ("norm.rms") or its family ("norm"), the first of these and the longest path first; ""
+    names all that is left. None, or no key that fits: as derived. What must be equal (integers, FP8 codes) stays so.
+    """
+    if tolerance is None or not bound.relative:
+        return bound
+    if isinstance(tolerance, Mapping):
+        key = next((k for k in _keys(node, output) if k in tolerance), None)
+        if key is None:
+            return bound
+        return Bound(float(tolerance[key]), f"given for {key!r}" if key else "given")
+    return Bound(float(tolerance), "given")
 
 
-def _largest(t: torch.Tensor) -> float:
-    if not t.numel() or t.dtype == torch.bool or t.is_complex():
-        return 0.0
-    x = t.to(torch.float64).abs()
-    x = x[torch.isfinite(x)]
-    return float(x.max()) if x.numel() else 0.0
+def _keys(node: Node | None, output: str | None) -> list[str]:
+    keys = [] if output is None else [output]
+    if node is not None:
+        paths = {f.module for f in node.location.frames}
+        inside = {".".join(p.split(".")[:i]) for p in paths for i in range(1, p.count(".") + 2)} - {""}
+        keys += sorted(inside, key=lambda p: (-len(p), p))
+        keys += [node.op, node.opdef.family]
+    return [*keys, ""]

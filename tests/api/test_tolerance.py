@@ -9,8 +9,19 @@ import torch
 
 import moec
 from moec.difference import difference
-from moec.ir import DType
-from moec.tolerance import Bound, end_to_end, one_node, reduction_length, scale_of, unit
+from moec.ir import ArgumentTypeError, ArgumentValueError, DType, all_ops, run
+from moec.ir.sampling import Sampler
+from moec.op_cases import single
+from moec.tolerance import (
+    Bound,
+    check_tolerance,
+    end_to_end,
+    given_bound,
+    one_node,
+    reduction_length,
+    scale_of,
+    unit,
+)
 
 BINDING = {"T": 5}
 
@@ -145,3 +156,143 @@ def test_neighbouring_large_integers_differ():
     big = torch.tensor([2**53])
     assert differ(big, big).ok
     assert not differ(big, big + 1).ok
+
+
+COMPUTES = [o for o in all_ops() if o.samples is not None and o.family not in ("tensor", "call", "extern")]
+LARGE = Sampler(64, 64, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("opdef", COMPUTES, ids=lambda o: o.name)
+def test_one_percent_of_any_op_is_seen(opdef, dtype):
+    """Up or down, of all of a result (where it is not a handful of numbers)."""
+    seen, taken = 0, 0
+    for operands, attrs in opdef.samples(LARGE):
+        given = [t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in operands]
+        try:
+            graph = single(opdef, given, attrs)
+        except moec.CompileError:  # the op does not take this dtype
+            continue
+        taken += 1
+        inputs = [t for t in given if t is not None]
+        node = next(iter(graph.nodes))
+        operand_values = dict(zip(graph.inputs, inputs, strict=True))
+        for value, y in zip(node.results, run(graph, inputs), strict=True):
+            if not y.is_floating_point() or y.dtype.itemsize == 1 or (y.isfinite() & (y != 0)).sum() < 64:
+                continue
+            bound, scale = one_node(node, value, {}), scale_of(y, node, operand_values)
+            assert difference(y, y, bound, scale).ok
+            for factor in (1.01, 1 / 1.01):
+                d = difference(y, (y.double() * factor).to(y.dtype), bound, scale)
+                assert not d.ok, f"{attrs} {d}"
+                assert d.max_error > d.tolerance
+                assert d.badness > 1
+            seen += 1
+    assert seen or not taken or opdef.name in NOT_FLOATS
+
+
+NOT_FLOATS = {
+    o.name for o in COMPUTES if o.name.split(".")[1] in ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor")
+} | {"math.any", "math.all", "math.argmax", "moe.remap", "math.isnan", "math.isinf"}
+
+
+@pytest.mark.parametrize("width", [64, 512, 7168])
+def test_another_eps_is_seen(width):
+    x, w = torch.randn(32, width), torch.rand(width) + 0.5
+    results = []
+    for eps in (1e-6, 1e-5):
+        graph = moec.parse(
+            f"graph(%x: f32[T, {width}], %w: f32[{width}]) -> (%y: f32[T, {width}]) {{\n"
+            f"  %0: f32[T, {width}] = norm.rms(%x, %w) {{eps={eps}}}\n  return %0\n}}"
+        )
+        results += run(graph, [x, w])
+    node = next(iter(graph.nodes))
+    bound, scale = one_node(node, node.result, {"T": 32}), scale_of(results[0], node, {})
+    assert not difference(*results, bound, scale).ok
+    double = [x.double(), w.double()]
+    exact = double[0] * (double[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * double[1]
+    assert difference(exact, results[0].double(), bound, scale).ok
+
+
+def test_the_typical_error_decides_where_no_element_is_far_off():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    bound = Bound(1e-3, "test", typical=1e-4)
+    one, all_of_it = x.clone(), x * (1 + 2e-4)
+    one[3, 4] += 9e-4 * float(x.abs().max())
+    scale = scale_of(x, None, {})
+    assert difference(x, one, bound, scale).ok
+    d = difference(x, all_of_it, bound, scale)
+    assert not d.ok
+    assert d.max_error > d.tolerance
+    assert "relative error 0.0002, at most" in d.why
+
+
+def test_what_cancels_counts_for_one_node_with_f32_s_errors_only():
+    """x + y of large operands in bf16: both sides round the small sum, and nothing else."""
+    text = "graph(%x: bf16[T], %y: bf16[T]) -> (%z: bf16[T]) {\n  %0: bf16[T] = math.sub(%x, %y)\n  return %0\n}"
+    graph = moec.parse(text)
+    node = next(iter(graph.nodes))
+    x = torch.full((256,), 256.0, dtype=torch.bfloat16)
+    y = torch.full((256,), 254.0, dtype=torch.bfloat16)
+    (z,) = run(graph, [x, y])
+    scale = scale_of(z, node, dict(zip(graph.inputs, (x, y), strict=True)))
+    assert scale == 256
+    assert not difference(z, z * 1.02, one_node(node, node.result, {"T": 256}), scale).ok
+
+
+def test_narrow_roundings_reach_what_is_computed_from_them():
+    graph = moec.parse(
+        "graph(%x: bf16[T, 16], %w: bf16[3, 16]) -> (%y: f32[T, 3]) {\n"
+        "  %0: bf16[T, 3] = linear.linear(%x, %w)\n  %1: f32[T, 3] = math.cast(%0) {dtype=f32}\n  return %1\n}"
+    )
+    cast = list(graph.nodes)[1]
+    assert end_to_end(graph, BINDING)[cast.result].relative > unit(DType.BF16)
+    assert one_node(cast, cast.result, BINDING).relative < 1e-5
+
+
+def test_given_tolerances(mlp):
+    up = next(n for n in mlp.nodes if n.location.under("up"))
+    derived = one_node(up, up.result, BINDING)
+    assert given_bound(derived, None, up) is derived
+    assert given_bound(derived, 0.25, up) == Bound(0.25, "given")
+    exact = Bound(0.0, "i64 must be equal")
+    assert given_bound(exact, 0.25, up) is exact
+    named = {"": 1.0, "linear": 2.0, "linear.linear": 3.0, "up": 4.0, "y": 5.0}
+    for expected, output in ((5.0, "y"), (4.0, None)):
+        assert given_bound(derived, named, up, output).relative == expected
+    for key in ("up", "linear.linear", "linear"):
+        assert given_bound(derived, named, up).relative == named.pop(key)
+    assert given_bound(derived, named, up).relative == 1.0
+    assert given_bound(derived, {"norm": 1.0, "u": 1.0}, up) is derived
+
+
+def test_a_longer_path_is_nearer():
+    graph = moec.parse(
+        "graph(%x: f32[T]) -> (%y: f32[T]) {\n"
+        '  %0: f32[T] = math.neg(%x) loc("model.layers.1.mlp" "m.py":1)\n  return %0\n}'
+    )
+    node = next(iter(graph.nodes))
+    bound = one_node(node, node.result, BINDING)
+    assert given_bound(bound, {"model": 1.0, "model.layers.1": 2.0, "math.neg": 3.0}, node).relative == 2.0
+    assert given_bound(bound, {"model.layers.10": 1.0, "model.layers.": 1.0}, node) is bound
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "kind", "message"),
+    [
+        ("1e-3", ArgumentTypeError, "tolerance must be a relative error, got str '1e-3'"),
+        (True, ArgumentTypeError, "got bool True"),
+        (-1e-3, ArgumentValueError, "tolerance must be a finite number of at least 0, got -0.001"),
+        (math.nan, ArgumentValueError, "got nan"),
+        (math.inf, ArgumentValueError, "got inf"),
+        ({"norm.rms": "small"}, ArgumentTypeError, r"tolerance\['norm.rms'\] must be a relative error, got str"),
+        ({3: 1.0}, ArgumentTypeError, "a key of tolerance must be an op, a family, a module path or an output, got 3"),
+        ({"norm.rms": -1}, ArgumentValueError, r"tolerance\['norm.rms'\] must be a finite number"),
+    ],
+)
+def test_bad_tolerances(tolerance, kind, message):
+    with pytest.raises(kind, match=message):
+        check_tolerance(tolerance)
+    check_tolerance(None)
+    check_tolerance(0.5)
+    check_tolerance({"": 1})

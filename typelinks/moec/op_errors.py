@@ -1,0 +1,1 @@
+../../api/op_errors.py
