@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from moec.ir import ArgumentValueError, CompileError, DType, Graph, Node, Value, lookup
+from moec.ir import ArgumentValueError, CompileError, Dim, DType, Graph, Node, Value, lookup
+from moec.ir.dims import evaluate
+from moec.ir.interpreter import bind_inputs
 
 F = TypeVar("F", bound=Callable[..., Any])
 Check = Callable[[Node], "str | None"]
+
+
+Keep = Callable[[Value, torch.Tensor], None]
+TAP_BUDGET = 256 << 20  # bytes of values inside that are held at once
 
 
 class Executable(ABC):
@@ -30,6 +37,16 @@ class Executable(ABC):
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
         """Intermediate values of the lowered graph (not of a differently fused one) for `inputs`."""
 
+    def stream(
+        self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET
+    ) -> None:
+        """`keep(value, tensor)` for each of `values`, in bounded memory: as many at a time as `budget` bytes hold, each
+        time in a run of its own, or all in one run where the backend hands them out as it goes."""
+        binding = bind_inputs(self.graph, inputs)
+        for chunk in chunked(values, binding, budget):
+            for value, tensor in self.tap(inputs, chunk).items():
+                keep(value, tensor)
+
     def save(self, folder: Path) -> None:  # noqa: B027  (a hook)
         """Write backend artefacts (a model.onnx, say) beside the IR; nothing where there are none."""
 
@@ -37,6 +54,26 @@ class Executable(ABC):
     def stats(self) -> dict[str, Any]:
         """Figures for the report: memory, number of kernels, load time, …"""
         return {}
+
+
+def chunked(values: Sequence[Value], binding: Mapping[str, int], budget: int) -> Iterator[list[Value]]:
+    """Consecutive parts of `values`, each of at most `budget` bytes (or of one value)."""
+    part: list[Value] = []
+    held = 0
+    for v in values:
+        size = math.prod(evaluate(s, binding) for s in v.shape if known(s, binding)) * v.dtype.bits // 8
+        if part and held + size > budget:
+            yield part
+            part, held = [], 0
+        part.append(v)
+        held += size
+    if part:
+        yield part
+
+
+def known(size: int | Dim, binding: Mapping[str, int]) -> bool:
+    """Whether a binding gives a size its number."""
+    return not isinstance(size, Dim) or size.symbols <= binding.keys()
 
 
 @dataclass(eq=False)

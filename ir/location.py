@@ -46,6 +46,11 @@ class Location:
             common.append(parts[0])
         return ".".join(common)
 
+    @property
+    def layer(self) -> int | None:
+        """The first number among the parts of the module path (`layers.3.mlp` → 3)."""
+        return next((int(part) for part in self.module.split(".") if part.isdecimal()), None)
+
     def under(self, module: str) -> bool:
         """Whether any frame lies in `module` (a dotted prefix)."""
         return any(f.module == module or f.module.startswith(module + ".") for f in self.frames)

@@ -32,6 +32,20 @@ def loading_in_float64() -> Iterator[None]:
         _in_float64.reset(token)
 
 
+# set while computed weights are read once and not kept, see `loading_once`
+_once: ContextVar[bool] = ContextVar("once", default=False)
+
+
+@contextmanager
+def loading_once() -> Iterator[None]:
+    """Inside, a computed weight is not kept after `Weight.load`: for passing weights on, one at a time."""
+    token = _once.set(True)
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
 class WeightSource(Protocol):
     """Where bytes come from."""
 
@@ -74,9 +88,12 @@ class ComputedSource:
         if _in_float64.get():
             return self.compute()
         with self._lock:
-            if self._value is None:
-                self._value = self.compute()
-            return self._value
+            if self._value is not None:
+                return self._value
+            value = self.compute()
+            if not _once.get():
+                self._value = value
+            return value
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import onnx_ir as onnx
 import onnxruntime
 import torch
 
-from moec.backends.base import Backend, Executable
+from moec.backends.base import TAP_BUDGET, Backend, Executable, Keep
 from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Lowered, lower
@@ -69,7 +69,7 @@ class OnnxExecutable(Executable):
     options: Options
     threads: int | None
     backend: Backend
-    session: Session
+    _session: Session | None
     figures: dict[str, Any]
     _tapped: tuple[tuple[Value, ...], Session] | None = field(default=None, repr=False)
 
@@ -108,11 +108,30 @@ class OnnxExecutable(Executable):
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.session.run(self.graph, inputs, self.graph.outputs)
 
+    def stream(
+        self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET
+    ) -> None:
+        """Where weights are large, the session is given up first, so that there is one copy of them; the next run
+        makes it again."""
+        size = self.figures["weight_bytes"]
+        if size > budget:
+            self._session = None
+        super().stream(inputs, values, keep, max(budget, size // 4))
+        self._tapped = None
+
+    @property
+    def session(self) -> Session:
+        """The session that `run` uses."""
+        if self._session is None:
+            self._session = start(lower(self.graph, self.options, self.backend), self.threads)
+        return self._session
+
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
         wanted = tuple(dict.fromkeys(values))
         inner = tuple(v for v in wanted if v.weight is None)
         if self._tapped is None or self._tapped[0] != inner:
             self._check_known(inner)
+            self._tapped = None  # one copy of the weights at a time
             self._tapped = inner, start(lower(self.graph, self.options, self.backend, list(inner)), self.threads)
         given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner])
         found = dict(zip(inner, given[len(self.graph.outputs) :], strict=True))

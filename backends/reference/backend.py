@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moec.backends.base import Backend, Check, Executable, F
+from moec.backends.base import TAP_BUDGET, Backend, Check, Executable, F, Keep
 from moec.ir import CompileError, DType, Graph, Node, Value, run
 
 
@@ -20,14 +20,20 @@ class ReferenceExecutable(Executable):
         return run(self.graph, inputs)
 
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
-        wanted, seen = set(values), {}
-
-        def keep(value: Value, tensor: torch.Tensor) -> None:
-            if value in wanted:
-                seen[value] = tensor
-
-        run(self.graph, inputs, tap=keep)
+        seen: dict[Value, torch.Tensor] = {}
+        self.stream(inputs, values, seen.__setitem__)
         return seen
+
+    def stream(
+        self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET
+    ) -> None:
+        wanted = set(values)
+
+        def see(value: Value, tensor: torch.Tensor) -> None:
+            if value in wanted:
+                keep(value, tensor)
+
+        run(self.graph, inputs, tap=see)
 
 
 class ReferenceBackend(Backend):

@@ -63,30 +63,42 @@ class Route:
         return t.with_shape((t.shape[0], self.k)), TensorType(DType.I64, (t.shape[0], self.k))
 
     def reference(self) -> tuple[torch.Tensor, ...]:
+        scores = self.scores()
+        experts = self.choose(scores)
+        return self.weigh(scores, experts), experts
+
+    def scores(self) -> torch.Tensor:
+        """What the logits score before bias and groups, [T, E]."""
         x = self.logits
-        scores = {
+        return {
             "softmax": lambda: torch.softmax(x, -1),
             "sigmoid": lambda: torch.sigmoid(x),
             "sqrt_softplus": lambda: F.softplus(x).sqrt(),
         }.get(self.scoring, lambda: x)()
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The experts of each token, i64[T, k]."""
         choice = scores if self.bias is None else scores + self.bias
         if self.n_group > 1:
-            grouped = choice.reshape(x.shape[0], self.n_group, x.shape[1] // self.n_group)
+            grouped = choice.reshape(choice.shape[0], self.n_group, choice.shape[1] // self.n_group)
             best = grouped.sort(dim=-1, descending=True, stable=True).values
             group = best[..., 0] if self.group_score == "max" else best[..., :2].sum(-1)
             chosen = group.sort(dim=-1, descending=True, stable=True).indices[:, : self.topk_group]
             keep = torch.zeros_like(group, dtype=torch.bool).scatter(1, chosen, True)
-            choice = grouped.masked_fill(~keep[..., None], self.masked_score).reshape(x.shape)
-        experts = choice.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
+            choice = grouped.masked_fill(~keep[..., None], self.masked_score).reshape(choice.shape)
+        return choice.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
+
+    def weigh(self, scores: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """The weights of chosen experts, [T, k]."""
         weights = scores.gather(1, experts)
         if self.scoring == "topk_softmax":
-            return torch.softmax(weights, -1) * self.scale, experts
+            return torch.softmax(weights, -1) * self.scale
         if self.scoring == "topk_sigmoid":
             weights = torch.sigmoid(weights)
         if self.normalize:
             total = weights.sum(-1, keepdim=True) + self.normalize_eps
             weights = weights / (total.clamp(min=self.normalize_min) if self.normalize_min else total)
-        return weights * self.scale, experts
+        return weights * self.scale
 
     def decompose(self, b: Any) -> Any:
         x, (tokens, num) = self.logits, self.logits.shape

@@ -1,0 +1,73 @@
+"""Running one contender: its outputs, then values inside, to a store; or nodes by themselves."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moec.backends import Executable
+from moec.comparing.nodes import NodeResult, compare_nodes
+from moec.comparing.store import Values
+from moec.ir import Graph, Node, Value, run
+from moec.ir.interpreter import bind_inputs
+from moec.ir.runtime_sizes import runtime_symbols
+from moec.program import Settings
+
+Step = Callable[[str], None]
+
+
+def run_program(
+    executable: Executable, inputs: Sequence[torch.Tensor], taps: Sequence[Value], values: Values
+) -> None:
+    """The outputs of a plain run, and `taps` of further ones, to `values` (of the executable's graph)."""
+    for i, tensor in enumerate(executable.run(inputs)):
+        values.store.put(f"output{i}", tensor)
+    for v, t in zip(executable.graph.inputs, inputs, strict=True):
+        values.put(v, t)
+    if taps:
+        executable.stream(inputs, taps, values.put)
+
+
+def run_reference(
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    values: Values,
+    replacing: Callable[[Value, torch.Tensor], torch.Tensor | None] = lambda value, tensor: None,
+) -> None:
+    """Every value of one run in the interpreter, and the outputs. `replacing` may put others in their place."""
+
+    def keep(value: Value, tensor: torch.Tensor) -> torch.Tensor | None:
+        other = replacing(value, tensor)
+        values.put(value, tensor if other is None else other)
+        return other
+
+    for i, tensor in enumerate(run(graph, inputs, tap=keep)):
+        values.store.put(f"output{i}", tensor)
+
+
+def run_nodes(
+    values: Values, nodes: Sequence[Node], settings: Settings, tolerance: float | None, step: Step = lambda name: None
+) -> list[NodeResult]:
+    """See `compare_nodes`; the sizes are those that the values have."""
+    return compare_nodes(values, nodes, settings, binding_of(values), tolerance, step)
+
+
+def binding_of(values: Values) -> dict[str, int]:
+    """The dim symbols of a graph by its values: those of inputs, and those that only a run gives."""
+    graph = values.graph
+    binding = bind_inputs(graph, [values.get(v) for v in graph.inputs])
+    for symbol, (value, axis) in runtime_symbols(graph).items():
+        if value in values:
+            size = values.type(value).shape[axis]
+            assert isinstance(size, int)
+            binding[symbol] = size
+    return binding
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,170 @@
+"""Nodes of a graph on a backend by themselves, fed with the reference's operands.
+
+Many go into one program, each with inputs of its own, so that a backend can fuse nothing across them and is loaded
+once for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from moec.comparing.store import Values
+from moec.difference import Difference, difference
+from moec.ir import CompileError, Dim, Graph, Node, TensorType, Value
+from moec.ir.dims import evaluate
+from moec.ir.graph import copy_node
+from moec.program import Settings, legalise, lower
+from moec.tolerance import one_node, scale_of
+
+Step = Callable[[str], None]
+TOGETHER = 48  # nodes in one program at most
+BUDGET = 128 << 20  # bytes of operands, weights and results in it
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """One node (its worst result, or why it did not run) or one value inside, on one backend."""
+
+    backend: str
+    op: str
+    location: str
+    node: Node
+    difference: Difference
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem and self.difference.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        shown = {"backend": self.backend, "op": self.op, "location": self.location, "problem": self.problem}
+        return {**shown, "ok": self.ok, "difference": asdict(self.difference)}
+
+
+def compare_nodes(
+    values: Values,
+    nodes: Sequence[Node],
+    settings: Settings,
+    binding: Mapping[str, int],
+    tolerance: float | None = None,
+    step: Step = lambda name: None,
+) -> list[NodeResult]:
+    """Each of `nodes` on the backend of `settings` against the reference, whose values are given; in their order.
+    Constants are part of the nodes that use them, not nodes of their own."""
+    results: list[NodeResult] = []
+    judged = [n for n in nodes if n.op != "tensor.constant"]
+    for part in _parts(judged, values):
+        step(f"{settings.backend.name}, node {len(results)} of {len(judged)}")
+        results += _compare(part, values, settings, binding, tolerance)
+    return results
+
+
+def _parts(nodes: Sequence[Node], values: Values) -> Iterator[list[Node]]:
+    part: list[Node] = []
+    held = 0
+    for node in nodes:
+        size = sum(_bytes(values.type(v)) for v in (*node.operands, *node.results) if v is not None)
+        if part and (len(part) == TOGETHER or held + size > BUDGET):
+            yield part
+            part, held = [], 0
+        part.append(node)
+        held += size
+    if part:
+        yield part
+
+
+def _bytes(type: TensorType) -> int:
+    return math.prod(s for s in type.shape if isinstance(s, int)) * type.dtype.bits // 8
+
+
+def _compare(
+    nodes: list[Node], values: Values, settings: Settings, binding: Mapping[str, int], tolerance: float | None
+) -> list[NodeResult]:
+    try:
+        part, fed = isolate(nodes, values, binding)
+        legal, _, left = legalise(part, settings)
+        got = lower(legal, settings, left).run(fed)
+    except CompileError as e:
+        if len(nodes) > 1:  # which of them it is
+            middle = len(nodes) // 2
+            halves = nodes[:middle], nodes[middle:]
+            return [r for half in halves for r in _compare(half, values, settings, binding, tolerance)]
+        node = nodes[0]
+        nothing = Difference(math.inf, math.inf, 0.0, False)
+        return [NodeResult(settings.backend.name, node.op, node.location.describe(), node, nothing, str(e.message))]
+    found, start = [], 0
+    for node in nodes:
+        mine = got[start : start + len(node.results)]
+        start += len(node.results)
+        worst = _worst(node, values, mine, binding, tolerance)
+        found.append(NodeResult(settings.backend.name, node.op, node.location.describe(), node, worst))
+    return found
+
+
+def _worst(
+    node: Node, values: Values, got: list[torch.Tensor], binding: Mapping[str, int], tolerance: float | None
+) -> Difference:
+    operands = {v: values.get(v) for v in node.operands if v is not None}
+    found = []
+    for value, tensor in zip(node.results, got, strict=True):
+        expected = values.get(value)
+        if node.op == "moe.route":
+            expected, tensor = _align(node, value, values, got)
+        bound = one_node(node, value, binding)
+        if tolerance is not None and bound.relative:
+            bound = replace(bound, relative=tolerance, why="given")
+        found.append(difference(expected, tensor, bound, scale_of(expected, node, operands)))
+    return max(found, key=lambda d: (not d.ok, d.badness))
+
+
+def _align(
+    node: Node, value: Value, values: Values, got: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A routing result with each token's experts in order of their ids: near ties may come in either order."""
+    weights, experts = (values.get(r) for r in node.results)
+    mine, theirs = experts.argsort(dim=-1, stable=True), got[1].argsort(dim=-1, stable=True)
+    expected = experts if value is node.results[1] else weights
+    return expected.gather(-1, mine), got[value.index].gather(-1, theirs)
+
+
+def isolate(nodes: Sequence[Node], values: Values, binding: Mapping[str, int]) -> tuple[Graph, list[torch.Tensor]]:
+    """A graph of some nodes, not connected to each other, with every size a number; and their operands. Weights stay
+    weights, constants stay constants. Its outputs are the nodes' results in order."""
+    part = Graph("nodes")
+    part.functions = values.graph.functions
+    fed: list[torch.Tensor] = []
+    for node in nodes:
+        mapping: dict[Value, Value] = {}
+        for v in node.operands:
+            if v is None or v in mapping:
+                continue
+            if v.weight is not None:
+                mapping[v] = part.add_weight(v.weight)
+            elif v.producer is not None and v.producer.op == "tensor.constant":
+                copy_node(v.producer, part, mapping)
+            else:
+                mapping[v] = part.add_input(f"x{len(fed)}", values.type(v))
+                fed.append(values.get(v))
+        attrs = {k: a if k in node.opdef.binds else _concrete(a, binding) for k, a in node.attrs.items()}
+        operands = [None if v is None else mapping[v] for v in node.operands]
+        copy = part.create(node.opdef, operands, attrs, location=node.location)
+        for old, new in zip(node.results, copy.results, strict=True):
+            new.origins = old.origins
+            part.add_output(new)
+    return part, fed
+
+
+def _concrete(x: Any, binding: Mapping[str, int]) -> Any:
+    match x:
+        case Dim():
+            return x.evaluate(binding)
+        case TensorType():
+            return x.with_shape([evaluate(s, binding) for s in x.shape])
+        case tuple():
+            return tuple(_concrete(y, binding) for y in x)
+    return x
