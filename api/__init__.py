@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moec import passes, testing
     from moec.artifact import load
     from moec.bisection import bisect
-    from moec.comparison import Comparison, compare
+    from moec.comparing import Comparison, compare
     from moec.compiled import CompiledModel
     from moec.compiler import compile, trace
     from moec.culprit import Culprit
@@ -67,12 +67,12 @@ __all__ = [
 
 _HOMES = {
     "UNSET": "moec.generation",
-    "Comparison": "moec.comparison",
+    "Comparison": "moec.comparing",
     "CompiledModel": "moec.compiled",
     "Culprit": "moec.culprit",
     "Report": "moec.report",
     "bisect": "moec.bisection",
-    "compare": "moec.comparison",
+    "compare": "moec.comparing",
     "compile": "moec.compiler",
     "explain": "moec.passes",
     "load": "moec.artifact",

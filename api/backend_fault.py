@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from moec.backends import Backend
-from moec.comparison import Comparison, compare
+from moec.comparing import Comparison, compare
 from moec.culprit import Culprit
 from moec.ir import CompileError, Graph, Location
 from moec.ir.equivalence import Oracle

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moec.comparison import Divergence
+from moec.comparing import Divergence
 from moec.ir import Graph, Location
 from moec.ir.printer import print_graph
 from moec.judging import Fault

@@ -59,7 +59,7 @@ def sample_program() -> Graph:
 
 def self_check(backend: str) -> Check:
     """A small program on one backend against the reference."""
-    from moec.comparison import compare
+    from moec.comparing import compare
 
     what = f"backend {backend}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:

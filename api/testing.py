@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moec.checks import check_pass, check_rewrite, check_unchanged
-from moec.comparison import Comparison, compare
+from moec.comparing import Comparison, compare
 from moec.op_check import check_op
 
 __all__ = ["assert_backends_agree", "check_op", "check_pass", "check_rewrite", "check_unchanged"]

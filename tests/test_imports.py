@@ -98,12 +98,13 @@ def test_no_python_file_outside_a_package():
 def test_typelinks_show_the_installed_shape():
     links = ROOT / "typelinks" / "moec"
     expected = {p.name for p in (ROOT / "api").iterdir() if p.suffix == ".py" or p.name == "py.typed"}
-    expected |= set(FOLDERS) - {"api"}
+    inner = {p.parent.name for p in (ROOT / "api").glob("*/__init__.py")}
+    expected |= inner | set(FOLDERS) - {"api"}
     assert {p.name for p in links.iterdir() if not p.name.startswith("__pycache__")} == expected
     for link in links.iterdir():
         assert link.is_symlink(), link
         assert not link.readlink().is_absolute(), link
-        target = ROOT / "api" / link.name if link.name not in FOLDERS else ROOT / link.name
+        target = ROOT / link.name if link.name in FOLDERS else ROOT / "api" / link.name
         assert link.resolve() == target.resolve()
 
 

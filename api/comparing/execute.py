@@ -19,9 +19,7 @@ from moec.program import Settings
 Step = Callable[[str], None]
 
 
-def run_program(
-    executable: Executable, inputs: Sequence[torch.Tensor], taps: Sequence[Value], values: Values
-) -> None:
+def run_program(executable: Executable, inputs: Sequence[torch.Tensor], taps: Sequence[Value], values: Values) -> None:
     """The outputs of a plain run, and `taps` of further ones, to `values` (of the executable's graph)."""
     for i, tensor in enumerate(executable.run(inputs)):
         values.store.put(f"output{i}", tensor)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moec.comparing.routing import meet
 from moec.comparing.store import Values
 from moec.difference import Difference, difference
 from moec.ir import CompileError, Dim, Graph, Node, TensorType, Value
@@ -101,35 +102,43 @@ def _compare(
     for node in nodes:
         mine = got[start : start + len(node.results)]
         start += len(node.results)
-        worst = _worst(node, values, mine, binding, tolerance)
+        worst = _worst(settings.backend.name, node, values, mine, binding, tolerance)
         found.append(NodeResult(settings.backend.name, node.op, node.location.describe(), node, worst))
     return found
 
 
 def _worst(
-    node: Node, values: Values, got: list[torch.Tensor], binding: Mapping[str, int], tolerance: float | None
+    name: str,
+    node: Node,
+    values: Values,
+    got: list[torch.Tensor],
+    binding: Mapping[str, int],
+    tolerance: float | None,
 ) -> Difference:
     operands = {v: values.get(v) for v in node.operands if v is not None}
+    expected = [values.get(r) for r in node.results]
+    if node.op == "moe.route":
+        expected = _routed(name, node, operands, got)
     found = []
-    for value, tensor in zip(node.results, got, strict=True):
-        expected = values.get(value)
-        if node.op == "moe.route":
-            expected, tensor = _align(node, value, values, got)
+    for value, want, tensor in zip(node.results, expected, got, strict=True):
         bound = one_node(node, value, binding)
         if tolerance is not None and bound.relative:
             bound = replace(bound, relative=tolerance, why="given")
-        found.append(difference(expected, tensor, bound, scale_of(expected, node, operands)))
+        found.append(difference(want, tensor, bound, scale_of(want, node, operands)))
     return max(found, key=lambda d: (not d.ok, d.badness))
 
 
-def _align(
-    node: Node, value: Value, values: Values, got: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A routing result with each token's experts in order of their ids: near ties may come in either order."""
-    weights, experts = (values.get(r) for r in node.results)
-    mine, theirs = experts.argsort(dim=-1, stable=True), got[1].argsort(dim=-1, stable=True)
-    expected = experts if value is node.results[1] else weights
-    return expected.gather(-1, mine), got[value.index].gather(-1, theirs)
+def _routed(
+    name: str, node: Node, operands: Mapping[Value, torch.Tensor], got: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What a router should give: computed anew, as the reference's values may be pinned to another's; near ties as the
+    backend chose."""
+    logits, bias = (None if v is None else operands[v] for v in (node.operand("logits"), node.operand("bias")))
+    assert logits is not None
+    met = meet(name, node, logits, bias, got[1], logits)
+    if met is not None:
+        return [met[0], met[1]]
+    return list(node.opdef.instance([logits, bias], node.attrs).reference())
 
 
 def isolate(nodes: Sequence[Node], values: Values, binding: Mapping[str, int]) -> tuple[Graph, list[torch.Tensor]]:

@@ -75,7 +75,7 @@ class Comparison:
     `outputs` holds a row per backend and output; `values` a row per backend and value inside that both graphs have;
     `nodes` a row per backend and node where nodes were compared in isolation; `routing_flips` the tokens that chose
     other experts. `fallbacks`: nodes that ran in the reference instead, by backend; `peak_bytes`: the largest resident
-    memory of each process that ran a backend (of this one where it ran here); `notes`: what else is worth knowing.
+    memory of each backend that ran in a process of its own; `notes`: what else is worth knowing.
     """
 
     reference: str
@@ -93,7 +93,7 @@ class Comparison:
     def ok(self) -> bool:
         """Whether everything judged is in tolerance: the nodes where isolated, else the outputs and the values inside;
         and every routing flip is a near tie."""
-        judged = self.nodes if self.isolated else [*self.outputs, *self.values]
+        judged: list[Any] = [*self.nodes] if self.isolated else [*self.outputs, *self.values]
         return all(_in_tolerance(row) for row in judged) and all(f.near_tie for f in self.routing_flips)
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,7 +52,6 @@ class Pinned:
     ):
         self.backend = backend
         self.flips: list[RoutingFlip] = []
-        self.changed: set[Value] = set()  # results that were replaced
         self._chosen, self._logits, self._tolerance = chosen, logits, tolerance
         self._operands: dict[Value, torch.Tensor] = {}
         self._experts: dict[Node, torch.Tensor] = {}
@@ -77,24 +76,38 @@ class Pinned:
     def _weights(self, node: Node, own: torch.Tensor) -> torch.Tensor | None:
         logits, bias = self._operand(node, "logits"), self._operand(node, "bias")
         assert logits is not None
-        route = node.opdef.instance([logits, bias], node.attrs)
-        scores = route.scores()
-        mine, theirs = route.choose(scores), self._chosen[node.results[1]].to(torch.int64)
-        if theirs.shape != mine.shape or torch.equal(mine, theirs):
-            return None
         other = self._logits.get(node.operands[0])  # type: ignore[arg-type]  # logits are no optional operand
-        found = flips(
-            self.backend, node, logits, bias, mine, theirs, _explained(logits, other, scores, self._tolerance(node, logits))
-        )
+        theirs = self._chosen[node.results[1]]
+        met = meet(self.backend, node, logits, bias, theirs, other, self._tolerance(node, logits))
+        if met is None:
+            return None
+        weights, self._experts[node], found = met
         self.flips += found
-        unexplained = [f.token for f in found if not f.near_tie]
-        experts = theirs.clone()
-        experts[unexplained] = mine[unexplained]
-        self.changed |= {*node.results}
-        self._experts[node] = experts
-        weights = route.weigh(scores, experts)
-        same = (experts == mine).all(dim=-1, keepdim=True)
-        return torch.where(same, own, weights)
+        return weights
+
+
+def meet(
+    backend: str,
+    node: Node,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    theirs: torch.Tensor,
+    their_logits: torch.Tensor | None,
+    tolerance: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, list[RoutingFlip]] | None:
+    """The results of a `moe.route` node with another's choice `theirs` i64[T, k] (and order) wherever rounding explains
+    it: weights [T, k], experts i64[T, k], and the flips. None where the choice is the same."""
+    route = node.opdef.instance([logits, bias], node.attrs)
+    scores = route.scores()
+    mine, theirs = route.choose(scores), theirs.to(torch.int64)
+    if theirs.shape != mine.shape or torch.equal(mine, theirs):
+        return None
+    explained = _explained(logits, their_logits, scores, tolerance)
+    found = flips(backend, node, logits, bias, mine, theirs, explained)
+    unexplained = [f.token for f in found if not f.near_tie]
+    experts = theirs.clone()
+    experts[unexplained] = mine[unexplained]
+    return route.weigh(scores, experts), experts, found
 
 
 def _explained(

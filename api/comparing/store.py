@@ -45,10 +45,11 @@ class Store:
 
 
 class Values:
-    """The values of one graph in a store, by their place in it: inputs first, then results in order."""
+    """The values of one graph in a store, by their place in it: inputs first, then results in order. `legal_for`: the
+    backend that the graph was legalised for."""
 
-    def __init__(self, graph: Graph, store: Store):
-        self.graph, self.store = graph, store
+    def __init__(self, graph: Graph, store: Store, legal_for: str = "reference"):
+        self.graph, self.store, self.legal_for = graph, store, legal_for
         self.index = {v: i for i, v in enumerate(ordered(graph))}
 
     def put(self, value: Value, tensor: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moec.backends.base import TAP_BUDGET, Backend, Check, Executable, F, Keep
+from moec.backends.base import Backend, Check, Executable, F
 from moec.ir import CompileError, DType, Graph, Node, Value, run
 
 
@@ -20,20 +20,14 @@ class ReferenceExecutable(Executable):
         return run(self.graph, inputs)
 
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
-        seen: dict[Value, torch.Tensor] = {}
-        self.stream(inputs, values, seen.__setitem__)
-        return seen
+        wanted, seen = set(values), {}
 
-    def stream(
-        self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET
-    ) -> None:
-        wanted = set(values)
-
-        def see(value: Value, tensor: torch.Tensor) -> None:
+        def keep(value: Value, tensor: torch.Tensor) -> None:
             if value in wanted:
-                keep(value, tensor)
+                seen[value] = tensor
 
-        run(self.graph, inputs, tap=see)
+        run(self.graph, inputs, tap=keep)
+        return seen
 
 
 class ReferenceBackend(Backend):

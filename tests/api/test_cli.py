@@ -74,7 +74,7 @@ def test_generate_from_a_saved_folder(compiled_lm, tmp_path):
 
 
 def test_compare_exits_with_one_where_backends_differ(module, monkeypatch):
-    monkeypatch.setattr("moec.comparison.Comparison.ok", False)
+    monkeypatch.setattr("moec.comparing.Comparison.ok", False)
     assert call("compare", f"{module}:model").exit_code == 1
 
 

@@ -1,0 +1,334 @@
+"""`moec.compare`: the same program on several backends, and where they first part."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.backends import Backend, get_backend
+from moec.comparing import transport
+from moec.comparing.contenders import Compiled, Contender, Eager, Fresh, Saved
+from moec.comparing.localise import Localised, blame, bounds_of, divergence_of, localise
+from moec.comparing.matching import corresponding
+from moec.comparing.result import Comparison, Divergence, OutputResult
+from moec.comparing.store import Store, Values, ordered
+from moec.compiled import CompiledModel
+from moec.difference import difference
+from moec.frontend import Signature
+from moec.ir import ArgumentValueError, Graph, Node, Placement, Quantization, Value
+from moec.passes.base import Pass
+from moec.passes.pipeline import Pipeline, build_pipeline
+from moec.program import Settings, run_passes
+from moec.progress import progress
+from moec.sources import acquire, positional
+from moec.tolerance import Bound, scale_of
+
+Step = Callable[[str], None]
+LARGE = 256 << 20  # bytes of weights from which on every backend has a process of its own
+_TAPPED = 1e-3  # how far reading values inside may move an output, relative
+SAVED = (".safetensors", ".npz")
+
+
+def compare(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backends: Sequence[str | Path | Backend | CompiledModel] = ("reference", "onnxruntime"),
+    dynamic_shapes: Any = None,
+    passes: Iterable[Pass] | Pipeline | None = None,
+    quantize: str | Quantization | None = None,
+    placement: Placement | None = None,
+    fallback: str = "error",
+    threads: int | None = None,
+    isolated: bool | None = None,
+    tolerance: float | None = None,
+    processes: bool | None = None,
+    save: str | Path | None = None,
+) -> Comparison:
+    """Run a model on several backends and compare each with the first.
+
+    model, args, kwargs, dynamic_shapes, passes, quantize, placement, fallback, threads: as in `moec.compile`; every
+        backend runs the graph after the same passes. For a Graph, args are the tensors of its inputs. A CompiledModel,
+        or the folder that one was saved to, is compared as the graph that it holds.
+    backends: at least two of: a name, a Backend, a CompiledModel (compiled from this model at these arguments), a
+        `.safetensors` or `.npz` file of outputs by name, or "eager" for the model itself in PyTorch.
+    isolated: False ("propagated"): every backend computes on its own values; outputs are compared, and values inside at
+        points that survive in both graphs, in order; the node to blame is then found among what leads to the first that
+        differs. True: every node gets the reference's operands and is judged by itself, which is how FP8 is judged.
+        None chooses True for graphs that quantise activations, else False.
+    tolerance: relative to the largest magnitude of a tensor, in place of the tolerances from dtype and reduction length
+        (`moec.tolerance`).
+    processes: whether each backend named by text has a process of its own, one after the other, so that memory stays
+        near that of the larger plain run and a crash is an error. None: where the weights have 256 MiB or more.
+    save: a folder to keep inputs, outputs and values in; its `NAME/outputs.safetensors` can stand for a backend later.
+
+    Tokens whose experts differ are reported with their margin; where that is a near tie, the reference is run again
+    with the other backend's experts, so that the comparison goes on past them. Values go through files, two are held at
+    a time. Raises CompileError, also for a backend that crashes in its own process.
+    """
+    if isinstance(backends, str | Path | Backend | CompiledModel) or len(backends) < 2:
+        raise ArgumentValueError(f"backends={backends!r} must be at least two", code="arguments")
+    if tolerance is not None and not tolerance >= 0:
+        raise ArgumentValueError(f"tolerance={tolerance!r} must be a number that is not negative", code="arguments")
+    with progress("compare") as step, _workspace(save) as folder:
+        step("trace")
+        held = _held(model)
+        if held is not None:
+            graph, signature = held.program.graph, held.signature or positional(held.program.graph)
+            passes = Pipeline(()) if passes is None else passes
+        else:
+            example, named = ((), None) if isinstance(model, Graph) else (args, kwargs)
+            graph, signature = acquire(model, example, named, dynamic_shapes)
+        inputs = signature.flatten(args, kwargs)
+        pipeline = build_pipeline(passes, quantize, placement)
+        base = Settings(get_backend("reference"), pipeline, fallback, threads)
+        after, _ = run_passes(graph, base, step)
+        run = _Run(model, (args, kwargs or {}), signature, after, inputs, base, tolerance, processes, folder, step)
+        return run.compare(backends, _quantises(after) if isolated is None else isolated)
+
+
+@dataclass(eq=False)
+class _Run:
+    model: Any
+    call: tuple[Sequence[Any], Mapping[str, Any]]
+    signature: Signature
+    after: Graph
+    inputs: list[torch.Tensor]
+    base: Settings
+    tolerance: float | None
+    processes: bool | None
+    folder: Path
+    step: Step
+    packed: Path | None = None
+
+    def compare(self, backends: Sequence[Any], isolated: bool) -> Comparison:
+        contenders = _distinct([self._contender(b) for b in backends])
+        first, *others = contenders
+        comparison = Comparison(first.name, isolated)
+        self._keep_inputs()
+        self.step(f"run {first.name}")
+        base = first.run(self.inputs, _all(first), self._at(first))
+        guide, guided = self._guide(first, base)
+        bounds = bounds_of(guided, self.tolerance)
+        outputs = [bounds.get(v, Bound(0.0, "a weight")) for v in guided.graph.outputs]
+        for other in others:
+            self.step(f"run {other.name}")
+            pairs = {} if guide.legal is None or other.legal is None else corresponding(guide.legal, other.legal)
+            theirs = other.run(self.inputs, list(dict.fromkeys(pairs.values())), self._at(other))
+            comparison.fallbacks[other.name] = other.fallbacks
+            found = None
+            if isolated and other.settings is not None:
+                nodes = [n for n in guided.graph.nodes if n.op != "tensor.constant"]
+                rows = other.nodes(guided, nodes, self.tolerance, self.step)
+                comparison.nodes += rows
+                bad = next((r for r in rows if not r.ok), None)
+                divergence = None if bad is None else divergence_of(bad, guided)
+            else:
+                divergence, found = self._propagated(comparison, first, guide, guided, other, theirs, pairs)
+            expected = found.reference.store if found is not None and guide is first else base
+            self._outputs(comparison, expected, other, theirs, outputs)
+            comparison.first_divergence = comparison.first_divergence or divergence
+            self._finish(comparison, other, theirs, guide is first)
+        for c in contenders:
+            if c.peak_bytes:
+                comparison.peak_bytes[c.name] = c.peak_bytes
+        self._save_outputs(contenders)
+        return comparison
+
+    # -- contenders --------------------------------------------------------------------------------
+
+    def _contender(self, backend: Any) -> Contender:
+        if isinstance(backend, CompiledModel):
+            return Compiled(f"compiled {backend.backend}", backend.settings, self._fitting(backend))
+        if backend == "eager":
+            if not isinstance(self.model, torch.nn.Module):
+                raise ArgumentValueError(
+                    f"'eager' needs a torch.nn.Module, got {type(self.model).__name__}", code="arguments"
+                )
+            return Eager(self.model, *self.call, self.signature.outputs)
+        if isinstance(backend, str | Path) and Path(backend).suffix in SAVED:
+            return Saved(Path(backend), self.after.output_names)
+        return self._fresh(replace(self.base, backend=get_backend(backend)))
+
+    def _fresh(self, settings: Settings) -> Fresh:
+        obstacle = transport.obstacle(self.after, settings)
+        apart = _weight_bytes(self.after) >= LARGE if self.processes is None else self.processes
+        if not apart or obstacle is not None:
+            if obstacle is not None and self.processes:
+                raise ArgumentValueError(
+                    f"processes=True, but {settings.backend.name} cannot run in another process: {obstacle}",
+                    code="arguments",
+                )
+            return Fresh(self.after, settings)
+        if self.packed is None:
+            self.step("write the weights")
+            self.packed = self.folder / "packed"
+            transport.pack(self.after, self.packed)
+        return Fresh(self.after, settings, self.packed, self.folder / "inputs")
+
+    def _fitting(self, compiled: CompiledModel) -> Any:
+        program = compiled.program
+        shapes = [[v.type for v in g.inputs] for g in (self.after, program.graph)]
+        if shapes[0] != shapes[1] or program.graph.output_names != self.after.output_names:
+            raise ArgumentValueError(
+                f"{compiled!r} was compiled with inputs {', '.join(map(str, shapes[1]))}, the model has "
+                f"{', '.join(map(str, shapes[0]))} here",
+                code="arguments",
+                hint="compile the model at the same arguments and dynamic_shapes",
+            )
+        return program
+
+    def _guide(self, first: Contender, base: Store) -> tuple[Contender, Values]:
+        """Whose values the others' are held against: the first contender's, or the reference's where that has none."""
+        if first.legal is not None:
+            return first, Values(first.legal, base, first.name)
+        guide = self._fresh(self.base)
+        self.step("run reference")
+        assert guide.legal is not None
+        return guide, Values(guide.legal, guide.run(self.inputs, (), self.folder / "guide"))
+
+    # -- judging -----------------------------------------------------------------------------------
+
+    def _propagated(
+        self,
+        comparison: Comparison,
+        first: Contender,
+        guide: Contender,
+        guided: Values,
+        other: Contender,
+        theirs: Store,
+        pairs: Mapping[Value, Value],
+    ) -> tuple[Divergence | None, Localised | None]:
+        if other.legal is None:
+            return None, None
+        self.step(f"compare {other.name}")
+        again = self.folder / f"pinned-{other.name}"
+        found = localise(guide, guided, other, theirs, pairs, self.inputs, self.tolerance, again)
+        comparison.routing_flips += found.flips
+        comparison.values += found.rows
+        if found.first is None:
+            found.first = self._at_an_output(found, other, theirs)
+        if found.first is None:
+            return None, found
+        self.step(f"blame {other.name}")
+        return blame(found, other, theirs, pairs, self.tolerance, self.step), found
+
+    def _at_an_output(self, found: Localised, other: Contender, theirs: Store) -> Divergence | None:
+        """The node of the first output out of tolerance, where no value inside is."""
+        graph = found.reference.graph
+        for i, v in enumerate(graph.outputs):
+            if v.producer is None:
+                continue
+            expected = found.reference.output(i)
+            d = difference(expected, theirs.get(f"output{i}"), found.bounds[v], scale_of(expected, None, {}))
+            if not d.ok:
+                where = v.producer.location.describe()
+                return Divergence(other.name, v.producer, where, d.max_error, d.tolerance, d.why)
+        return None
+
+    def _outputs(
+        self, comparison: Comparison, base: Store, other: Contender, theirs: Store, bounds: Sequence[Bound]
+    ) -> None:
+        for i, (name, bound) in enumerate(zip(self.after.output_names, bounds, strict=True)):
+            expected = base.get(f"output{i}")
+            d = difference(expected, theirs.get(f"output{i}"), bound, scale_of(expected, None, {}))
+            comparison.outputs.append(OutputResult(other.name, name, d))
+
+    def _finish(self, comparison: Comparison, other: Contender, theirs: Store, guided: bool) -> None:
+        """Notes on what the tables do not say."""
+        if other.legal is not None:
+            seen = Values(other.legal, theirs)
+            for i, (name, v) in enumerate(zip(other.legal.output_names, other.legal.outputs, strict=True)):
+                if v.producer is None or v not in seen:
+                    continue
+                plain, tapped = theirs.get(f"output{i}"), seen.get(v)
+                d = difference(plain, tapped, Bound(_TAPPED, ""), scale_of(tapped, None, {}))
+                if not d.ok:
+                    comparison.notes.append(
+                        f"{other.name}: output {name!r} changes by {d.max_error:.3g} when values inside are read, so "
+                        "that the backend's own fusion of the whole program is at fault"
+                    )
+        if not guided:
+            comparison.notes.append(
+                f"{comparison.reference} has no values inside: {other.name}'s were held against the reference's"
+            )
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def _at(self, contender: Contender) -> Path:
+        return self.folder / contender.name.replace("/", "_").replace(" ", "-")
+
+    def _keep_inputs(self) -> None:
+        store = Store(self.folder / "inputs")
+        for i, t in enumerate(self.inputs):
+            store.put(f"input{i}", t)
+
+    def _save_outputs(self, contenders: Sequence[Contender]) -> None:
+        from safetensors.torch import save_file
+
+        for c in contenders:
+            store = Store(self._at(c) / "values")
+            named = {n: store.get(f"output{i}").clone() for i, n in enumerate(self.after.output_names)}
+            save_file(named, self._at(c) / "outputs.safetensors")
+
+
+def _held(model: Any) -> CompiledModel | None:
+    """A compiled model, or the one that a folder holds."""
+    from moec.artifact import MANIFEST, load
+
+    if isinstance(model, CompiledModel):
+        return model
+    if isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file():
+        return load(model)
+    return None
+
+
+def _all(contender: Contender) -> list[Value]:
+    return [] if contender.legal is None else [v for v in ordered(contender.legal) if v.producer is not None]
+
+
+def _quantises(graph: Graph) -> bool:
+    def inside(node: Node) -> bool:
+        return node.op == "quant.scaled_experts" and node.attrs["group"] is not None
+
+    return any(node.op == "quant.quantize" or inside(node) for node in graph.nodes)
+
+
+def _weight_bytes(graph: Graph) -> int:
+    sizes = (v.type.nbytes for v in graph.weights.values())
+    return sum(s for s in sizes if isinstance(s, int))
+
+
+def _distinct(contenders: list[Contender]) -> list[Contender]:
+    """With names that tell them apart."""
+    seen: dict[str, int] = {}
+    for c in contenders:
+        seen[c.name] = seen.get(c.name, 0) + 1
+        if seen[c.name] > 1:
+            c.name = f"{c.name} #{seen[c.name]}"
+    return contenders
+
+
+@contextmanager
+def _workspace(save: str | Path | None) -> Iterator[Path]:
+    if save is not None:
+        folder = Path(save)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ArgumentValueError(f"save={str(save)!r} exists and is not an empty folder", code="arguments")
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder / "packed", ignore_errors=True)
+        return
+    made = Path(tempfile.mkdtemp(prefix="moec-compare-"))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,216 @@
+"""What a comparison compares: a backend's program here or in a process of its own, the model itself, saved outputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils import _pytree as pytree
+
+from moec.backends import BACKENDS
+from moec.backends.reference.backend import ReferenceBackend
+from moec.comparing import execute, transport
+from moec.comparing.nodes import NodeResult
+from moec.comparing.routing import Pinned, RoutingFlip
+from moec.comparing.store import Store, Values, ordered
+from moec.difference import Difference
+from moec.frontend.torch_export import evaluating
+from moec.ir import ArgumentValueError, Graph, Node, Value
+from moec.program import Program, Settings, legalise, lower
+
+Step = Callable[[str], None]
+
+
+class Contender(ABC):
+    """One side of a comparison. `settings`: of its backend, None where there is none; `legal`: the graph whose values
+    it can show, None where it only has outputs."""
+
+    name: str
+    settings: Settings | None = None
+    legal: Graph | None = None
+    fallbacks: int = 0
+    peak_bytes: int = 0
+
+    @abstractmethod
+    def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
+        """The outputs (`output0`, …) and values of `legal` (see `Values`) in a store in `folder`."""
+
+    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: float | None, step: Step) -> list[NodeResult]:
+        """Nodes by themselves on this backend, fed with the reference's `values`."""
+        assert self.settings is not None
+        return execute.run_nodes(values, nodes, self.settings, tolerance, step)
+
+
+class Fresh(Contender):
+    """A graph on a backend, legalised here; lowered and run here, or in a process of its own where it is `packed`."""
+
+    def __init__(self, graph: Graph, settings: Settings, packed: Path | None = None, inputs: Path | None = None):
+        self.name, self.settings = settings.backend.name, settings
+        self.legal, _, self._left = legalise(graph, settings)
+        self.fallbacks = len(self._left)
+        self._packed, self._inputs = packed, inputs
+
+    @property
+    def interprets(self) -> bool:
+        """Whether it is the reference interpreter, which can go on with another's routing."""
+        assert self.settings is not None
+        return type(self.settings.backend) is ReferenceBackend
+
+    def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
+        assert self.legal is not None
+        assert self.settings is not None
+        store = Store(folder / "values")
+        values = Values(self.legal, store)
+        if self._packed is None:
+            if self.interprets:
+                execute.run_reference(self.legal, inputs, values)
+            else:
+                execute.run_program(lower(self.legal, self.settings, self._left), inputs, taps, values)
+            return store
+        kind = "reference" if self.interprets else "program"
+        self._call(kind, folder, {"taps": [values.index[v] for v in taps]})
+        return Store(folder / "values")
+
+    def run_pinned(
+        self,
+        inputs: Sequence[torch.Tensor],
+        folder: Path,
+        name: str,
+        chosen: Mapping[Value, str],
+        logits: Mapping[Value, str],
+        theirs: Store,
+        tolerance: Callable[[Node], float],
+    ) -> tuple[Store, list[RoutingFlip]]:
+        """The reference with the routing of another backend wherever that differs by near ties only. chosen, logits:
+        names of the other's tensors in the store `theirs` by values of `legal`. Returns the store and the
+        flips."""
+        assert self.legal is not None
+        if self._packed is None:
+            values = Values(self.legal, Store(folder / "values"))
+            given = [{v: theirs.get(n) for v, n in named.items()} for named in (chosen, logits)]
+            pinned = Pinned(name, given[0], given[1], lambda node, _: tolerance(node))
+            execute.run_reference(self.legal, inputs, values, pinned)
+            return values.store, pinned.flips
+        index = {v: i for i, v in enumerate(ordered(self.legal))}
+        job = {
+            "other": str(theirs.folder),
+            "name": name,
+            "chosen": {index[v]: n for v, n in chosen.items()},
+            "logits": {index[v]: n for v, n in logits.items()},
+            "tolerances": {index[v]: tolerance(v.producer) for v in chosen if v.producer is not None},
+        }
+        rows = self._call("reference", folder, job)["flips"]
+        pairs = ("reference", "other")
+        flips = [RoutingFlip(**{**row, **{side: tuple(row[side]) for side in pairs}}) for row in rows]
+        return Store(folder / "values"), flips
+
+    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: float | None, step: Step) -> list[NodeResult]:
+        assert self.settings is not None
+        if self._packed is None or values.legal_for not in BACKENDS:
+            return super().nodes(values, nodes, tolerance, step)
+        step(f"{self.name}, {len(nodes)} nodes")
+        every = list(values.graph.nodes)
+        place = {n: i for i, n in enumerate(every)}
+        folder = values.store.folder.parent / f"nodes-{self.name}"
+        job = {
+            "store": str(values.store.folder),
+            "legal_for": values.legal_for,
+            "nodes": [place[n] for n in nodes],
+            "tolerance": tolerance,
+        }
+        rows = self._call("nodes", folder, job)["rows"]
+        found = []
+        for row in rows:
+            node, d = every[row["node"]], Difference(**row["difference"])
+            found.append(NodeResult(self.name, node.op, node.location.describe(), node, d, row["problem"]))
+        return found
+
+    def _call(self, kind: str, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._packed is not None
+        assert self.settings is not None
+        common = {
+            "settings": transport.describe(self.settings),
+            "inputs": str(self._inputs),
+            "store": str(folder / "values"),
+        }
+        result = transport.call(kind, self._packed, {**common, **job}, folder)
+        self.peak_bytes = max(self.peak_bytes, result["peak_bytes"])
+        return result
+
+
+class Compiled(Contender):
+    """A model that is compiled or loaded already; it runs here."""
+
+    def __init__(self, name: str, settings: Settings, program: Program):
+        self.name, self.settings, self.program = name, settings, program
+        self.legal = program.legal
+        self.fallbacks = len(program.fallbacks)
+
+    def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
+        store = Store(folder / "values")
+        execute.run_program(self.program.executable, inputs, taps, Values(self.program.legal, store))
+        return store
+
+
+class Eager(Contender):
+    """The model itself, in PyTorch."""
+
+    def __init__(self, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]):
+        self.name = "eager"
+        self._call, self._leaves = (model, args, kwargs), leaves
+
+    def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
+        model, args, kwargs = self._call
+        with evaluating(model), torch.no_grad():
+            flat = pytree.tree_leaves(model(*args, **kwargs))
+        store = Store(folder / "values")
+        for (kind, i), value in zip(self._leaves, flat, strict=True):
+            if kind != "constant":
+                store.put(f"output{i}", value if kind == "tensor" else torch.tensor(value))
+        return store
+
+
+class Saved(Contender):
+    """Outputs from a `.safetensors` or `.npz` file, by the names of the graph's outputs (a file of one tensor is the
+    only output whatever its name)."""
+
+    def __init__(self, path: Path, names: Sequence[str]):
+        self.name = path.name
+        self._tensors = named_outputs(path, names)
+
+    def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
+        store = Store(folder / "values")
+        for i, tensor in enumerate(self._tensors):
+            store.put(f"output{i}", tensor)
+        return store
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` or `.npz` file (nothing in it is unpickled). Raises ArgumentValueError."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return {name: torch.from_numpy(file[name]) for name in file.files}
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, TypeError, EOFError) as e:
+        raise ArgumentValueError(f"cannot read saved outputs from {path}: {e}", code="arguments") from None
+
+
+def named_outputs(path: Path, names: Sequence[str]) -> list[torch.Tensor]:
+    """The tensors of a file in the order of `names`. Raises ArgumentValueError that lists what is missing."""
+    found = read_tensors(path)
+    if len(names) == 1 and len(found) == 1:
+        return list(found.values())
+    missing = [n for n in names if n not in found]
+    if missing:
+        raise ArgumentValueError(
+            f"{path} has no outputs {', '.join(missing)}; it holds {', '.join(sorted(found)) or 'nothing'}",
+            code="arguments",
+        )
+    return [found[n] for n in names]

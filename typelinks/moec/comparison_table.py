@@ -1,1 +1,0 @@
-../../api/comparison_table.py

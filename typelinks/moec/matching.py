@@ -1,1 +1,0 @@
-../../api/matching.py
