@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moec.cli_compare import compare
 from moec.cli_options import BackendName, Batch, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
 from moec.cli_passes import bisect, explain
 from moec.ir import CompileError
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile Mixture-of-Experts transformers and run them on ONNX Runtime, Triton or the reference.",
 )
+app.command()(compare)
 app.command()(explain)
 app.command()(bisect)
 
@@ -149,40 +151,6 @@ def inspect(
     for op, count in graph.count_ops().items():
         table.add_row(op, str(count))
     console.print(table, soft_wrap=False)
-
-
-@app.command()
-def compare(
-    spec: Spec,
-    backends: Annotated[str, typer.Option(help="comma-separated; the first is the reference")] = (
-        "reference,onnxruntime"
-    ),
-    passes: Passes = None,
-    quantize: Quantize = None,
-    isolated: Annotated[bool | None, typer.Option(help="judge every node by itself; default: for FP8")] = None,
-    fallback: Annotated[str, typer.Option(help="error, or reference for nodes a backend lacks")] = "error",
-    batch: Batch = 2,
-    seq: Seq = 24,
-) -> None:
-    """Run a model on several backends and compare them; exit code 1 where they differ.
-
-    A graph.ir runs on the data of the .safetensors file beside it, or on seeded random numbers.
-    """
-    import moec
-    from moec.specs import resolve
-
-    target = resolve(spec, batch, seq).with_data()
-    comparison = moec.compare(
-        target.model,
-        target.args,
-        backends=[b.strip() for b in backends.split(",") if b.strip()],
-        passes=passes_of(passes),
-        quantize=quantize,
-        isolated=isolated,
-        fallback=fallback,
-    )
-    print(str(comparison))
-    raise typer.Exit(0 if comparison.ok else 1)
 
 
 @app.command()

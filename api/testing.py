@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from moec.backends import Backend
 from moec.checks import check_pass, check_rewrite, check_unchanged
 from moec.comparing import Comparison, compare
+from moec.compiled import CompiledModel
 from moec.op_check import check_op
 
-__all__ = ["assert_backends_agree", "check_op", "check_pass", "check_rewrite", "check_unchanged"]
+__all__ = ["BackendsDisagree", "assert_backends_agree", "check_op", "check_pass", "check_rewrite", "check_unchanged"]
+
+
+class BackendsDisagree(AssertionError):
+    """Backends that are out of tolerance; `comparison` says where."""
+
+    def __init__(self, comparison: Comparison):
+        super().__init__(f"backends disagree\n{comparison}")
+        self.comparison = comparison
 
 
 def assert_backends_agree(
-    model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backends: Sequence[str | Path | Backend | CompiledModel] = ("reference", "onnxruntime"),
+    tolerance: float | None = None,
+    **options: Any,
 ) -> Comparison:
-    """`moec.compare(model, args, kwargs, **options)`; AssertionError with its table unless everything is in
-    tolerance. Returns the comparison."""
-    comparison = compare(model, args, kwargs, **options)
+    """`moec.compare` with the same arguments; BackendsDisagree, an AssertionError with its table and the first
+    divergent node, unless everything is in tolerance. Returns the comparison.
+
+    Under pytest, moec's plugin saves what fails as a folder that shows it again; its `backend` fixture runs a test once
+    for each backend of `--moec-backends`:
+
+        def test_my_model(backend):
+            assert_backends_agree(model, (x,), backends=("reference", backend))
+    """
+    comparison = compare(model, args, kwargs, backends=backends, tolerance=tolerance, **options)
     if not comparison.ok:
-        raise AssertionError(f"backends disagree\n{comparison}")
+        raise BackendsDisagree(comparison)
     return comparison

@@ -131,6 +131,15 @@ def _bound(type: TensorType, k: float, variance: float, what: str) -> Bound:
     )
 
 
+UNKNOWN = 1 << 16  # terms added up on the way to a saved output
+ROUNDED = 16  # roundings to its dtype
+
+
+def unknown_length(type: TensorType) -> Bound:
+    """The bound of a value of which nothing is known but its type: as if 2¹⁶ terms led to it, in 16 roundings."""
+    return _bound(type, UNKNOWN, ROUNDED * _narrow(type) ** 2, f"K not known, taken as {UNKNOWN}")
+
+
 def check_tolerance(tolerance: Tolerance) -> None:
     """Raises ArgumentTypeError or ArgumentValueError for what `given_bound` does not take."""
     if tolerance is None:

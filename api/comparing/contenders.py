@@ -181,7 +181,7 @@ class Saved(Contender):
     only output whatever its name)."""
 
     def __init__(self, path: Path, names: Sequence[str]):
-        self.name = path.name
+        self.name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
         self._tensors = named_outputs(path, names)
 
     def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:

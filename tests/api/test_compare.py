@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import moec
 from moec.backends.reference.backend import ReferenceBackend, ReferenceExecutable
-from moec.ir import ArgumentValueError, DType, run
+from moec.graph_file import load_graph
+from moec.ir import ArgumentValueError, Builder, Dim, DType, Graph, TensorType, Weight, run
 from moec.testing import assert_backends_agree
 
 from .samples import bind
@@ -227,3 +231,197 @@ def test_bad_arguments(mlp, mlp_args):
     other = moec.compile(nn.Linear(4, 3), (torch.zeros(2, 4),), backend="reference")
     with pytest.raises(ArgumentValueError, match="compiled with inputs"):
         moec.compare(mlp, mlp_args, backends=("reference", other))
+
+
+def test_figures_of_outputs(mlp, mlp_args):
+    comparison = moec.compare(mlp, mlp_args, backends=("reference", FaultyBackend("math.silu", scaled(1.5))))
+    d = comparison.outputs[0].difference
+    assert d.max_error >= d.mean_error > 0
+    assert 0 < d.relative_error < 1
+    assert d.cosine < 1
+    data = json.loads(json.dumps(comparison.to_dict()))
+    assert data["ok"] is False
+    assert data["first_divergence"]["op"] == "math.silu"
+    assert (data["first_divergence"]["file"], data["first_divergence"]["line"]) == ("model.py", 5)
+
+
+def test_values_inside_are_judged_too(mlp, mlp_args):
+    """A fault that the output does not show is one nevertheless."""
+    text = """
+graph(%x: f32[T, 4]) -> (%y: f32[T, 4]) {
+  %0: f32[T, 4] = math.tanh(%x) loc("layers.2.act" "m.py":3) origin("tanh")
+  %1: f32[T, 4] = math.clamp(%0) {low=0.0, high=0.0} origin("none of it")
+  return %1
+}
+"""
+    graph = moec.parse(text)
+    comparison = moec.compare(graph, (torch.ones(3, 4),), backends=("reference", FaultyBackend("math.tanh", scaled(2))))
+    assert comparison.outputs[0].difference.ok
+    assert not comparison.ok
+    assert comparison.first_divergence.layer == 2
+    assert "layer 2" in str(comparison)
+    assert "1 of 2 values inside" in str(comparison)
+
+
+def test_the_node_to_blame_is_not_the_one_where_it_shows():
+    """A small error, in tolerance end to end, that a later node makes large."""
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.add_input("x", TensorType("f32", (Dim("T"), 64)))
+    up = b.linear(x, graph.add_weight(Weight.of("w", torch.randn(64, 64) / 8)))
+    back = b.sub(b.add(up, 3.0), up)
+    graph.add_output(b.mul(b.sub(back, 3.0), 1e6))
+    for i, node in enumerate(graph.nodes):
+        for r in node.results:
+            r.origins = frozenset([f"v{i}"])
+    x = torch.randn(5, 64)
+    shifted = FaultyBackend("math.add", lambda value, tensor: tensor + 1e-5)
+    found = moec.compare(graph, (x,), backends=("reference", shifted), passes=moec.passes.Pipeline(()))
+    assert not found.ok
+    assert found.first_divergence.node.op == "math.add"
+    assert found.first_divergence.isolated
+
+
+def test_a_tolerance_of_the_callers_own(mlp, mlp_args):
+    faulty = FaultyBackend("math.silu", scaled(1.01))
+    for isolated in (False, True):
+        assert moec.compare(mlp, mlp_args, backends=("reference", faulty), tolerance=0.05, isolated=isolated).ok
+        assert not moec.compare(mlp, mlp_args, backends=("reference", faulty), tolerance=1e-4, isolated=isolated).ok
+    with pytest.raises(ArgumentValueError, match="tolerance"):
+        moec.compare(mlp, mlp_args, tolerance=-1)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_backends_in_processes_of_their_own(mlp, mlp_args, isolated):
+    here = moec.compare(mlp, mlp_args, isolated=isolated, processes=False)
+    there = moec.compare(mlp, mlp_args, isolated=isolated, processes=True)
+    assert here.to_dict() | {"peak_bytes": 0} == there.to_dict() | {"peak_bytes": 0}
+    assert set(there.peak_bytes) == {"reference", "onnxruntime"}
+    assert there.peak_bytes["reference"] > 50 << 20
+
+
+def test_routing_in_processes_of_their_own(routed):
+    graph, x = routed
+    gate = graph.weights["gate"].weight.load().clone()
+    gate[:] = gate[0] * (1 + 1e-7 * torch.arange(8))[:, None]  # all experts nearly tie
+    graph.bind_weights({"gate": gate})
+    here, there = (moec.compare(graph, (x,), processes=apart) for apart in (False, True))
+    assert here.ok
+    assert there.ok
+    assert here.to_dict()["routing_flips"] == there.to_dict()["routing_flips"]
+
+
+def test_what_cannot_travel_stays_here(mlp, mlp_args):
+    faulty = FaultyBackend("math.silu", scaled(1.01))
+    with pytest.raises(ArgumentValueError, match="faulty is an object of this process"):
+        moec.compare(mlp, mlp_args, backends=("reference", faulty), processes=True)
+
+
+def test_a_process_that_dies_is_an_error(mlp, mlp_args, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('DIE'): os.kill(os.getpid(), 11)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DIE", "1")
+    with pytest.raises(moec.CompileError, match="process that ran reference ended with signal 11"):
+        moec.compare(mlp, mlp_args, processes=True)
+
+
+def test_no_files_are_left(mlp, mlp_args, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    moec.compare(mlp, mlp_args, backends=("reference", FaultyBackend("math.silu", scaled(2.0))))
+    with pytest.raises(moec.CompileError):
+        moec.compare(mlp, (torch.zeros(2, 5), torch.arange(2)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saved_outputs(mlp, mlp_args, tmp_path):
+    first = moec.compare(mlp, mlp_args, save=tmp_path / "kept")
+    assert first.ok
+    outputs = tmp_path / "kept" / "onnxruntime" / "outputs.safetensors"
+    again = moec.compare(mlp, mlp_args, backends=(outputs, "reference"))
+    assert again.ok
+    assert [o.output for o in again.outputs] == ["y", "kept"]
+    faulty = FaultyBackend("math.silu", scaled(1.01))
+    wrong = moec.compare(mlp, mlp_args, backends=(str(outputs), faulty))
+    assert not wrong.ok
+    assert wrong.first_divergence.node.op == "math.silu"  # by the reference's values
+    assert any("no values inside" in n for n in wrong.notes)
+    np.savez(tmp_path / "some.npz", y=np.zeros(3))
+    with pytest.raises(ArgumentValueError, match=r"some\.npz has no outputs kept; it holds y"):
+        moec.compare(mlp, mlp_args, backends=("reference", tmp_path / "some.npz"))
+    with pytest.raises(ArgumentValueError, match="not an empty folder"):
+        moec.compare(mlp, mlp_args, save=tmp_path / "kept")
+
+
+def test_pickles_are_not_read(mlp, mlp_args, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    np.savez(tmp_path / "evil.npz", y=np.array([Evil()], dtype=object), kept=np.zeros(2))
+    with pytest.raises(ArgumentValueError, match=r"evil\.npz"):
+        moec.compare(mlp, mlp_args, backends=("reference", tmp_path / "evil.npz"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_saved_folders_and_compiled_models(mlp, mlp_args, tmp_path):
+    compiled = moec.compile(mlp, backend="onnxruntime", threads=1)
+    compiled.save(tmp_path / "saved")
+    for model in (compiled, tmp_path / "saved", str(tmp_path / "saved")):
+        comparison = moec.compare(model, mlp_args)
+        assert comparison.ok
+        assert comparison.values
+    loaded = moec.load(tmp_path / "saved")
+    both = moec.compare(compiled, mlp_args, backends=(compiled, loaded, "reference"))
+    assert both.ok
+    assert [o.backend for o in both.outputs[::2]] == ["compiled onnxruntime #2", "reference"]
+    assert all(o.difference.max_error == 0 for o in both.outputs[:2])
+
+
+def test_a_wrong_front_end_is_told_from_a_wrong_backend():
+    """Eager is the truth: where the reference parts from it too, the trace or a pass is wrong."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.SiLU())
+    args = (torch.randn(2, 4),)
+    faulty = FaultyBackend("math.silu", scaled(1.01))
+    comparison = moec.compare(model, args, backends=("eager", faulty))
+    assert not comparison.ok
+    assert comparison.first_divergence.node.op == "math.silu"
+
+
+def test_a_repro_shows_the_fault_again(mlp, mlp_args, tmp_path):
+    faulty = FaultyBackend("norm.rms", scaled(1.01))
+    comparison = moec.compare(mlp, mlp_args, backends=("reference", faulty))
+    folder = comparison.save_repro(tmp_path / "repro")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "comparison.json", "comparison.txt", "node.ir", "node.safetensors",
+    ]  # fmt: skip
+    graph, inputs = load_graph(folder / "node.ir")
+    assert [n.op for n in graph.nodes] == ["norm.rms"]
+    again = moec.compare(graph, inputs, backends=("reference", faulty))
+    assert again.first_divergence.node.op == "norm.rms"
+    assert moec.compare(graph, inputs).ok
+    with pytest.raises(moec.CompileError, match="nothing diverges"):
+        moec.compare(mlp, mlp_args).save_repro(tmp_path / "none")
+
+
+def test_weights_of_the_router_are_judged_where_its_choice_is_pinned(routed):
+    """Near-tied tokens go on with the other's experts, not with its weights."""
+    graph, x = routed
+    gate = graph.weights["gate"].weight.load().clone()
+    gate[1::2] = gate[::2]  # pairs of experts tie for every token
+    graph.bind_weights({"gate": gate, "bias": torch.zeros(8)})
+    graph = _with_one_expert(graph, {})
+
+    def swapped(value, tensor):
+        if value.index == 0:
+            return tensor * 1.01
+        return tensor ^ 1  # the other of each pair
+
+    found = moec.compare(graph, (x,), backends=("reference", FaultyBackend("moe.route", swapped)))
+    assert found.routing_flips
+    assert all(f.near_tie for f in found.routing_flips)
+    assert not found.ok
+    assert found.first_divergence.node.op == "moe.route"
+    healthy = moec.compare(
+        graph, (x,), backends=("reference", FaultyBackend("moe.route", lambda v, t: t ^ 1 if v.index else t))
+    )
+    assert healthy.ok, str(healthy)

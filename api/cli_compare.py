@@ -1,0 +1,168 @@
+"""`moec compare`: a model on several backends, or one thing against another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moec.cli_options import Batch, Passes, Quantize, Seq, passes_of
+from moec.ir import ArgumentValueError
+
+if TYPE_CHECKING:
+    from moec.backends import Backend
+    from moec.comparing import Comparison
+    from moec.compiled import CompiledModel
+
+BOTH = "reference,onnxruntime"
+
+
+def compare(
+    first: Annotated[
+        str, typer.Argument(help="a model as in `compile`, a saved folder, an .onnx file, or a file of outputs")
+    ],
+    second: Annotated[
+        str | None, typer.Argument(help="what to compare it with, instead of backends with each other")
+    ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            help="comma-separated names, module:name or path.py:name; the first is the reference. "
+            f"Default: {BOTH}; with two models onnxruntime for both (saved folders run on their own)"
+        ),
+    ] = None,
+    passes: Passes = None,
+    quantize: Quantize = None,
+    isolated: Annotated[bool | None, typer.Option(help="judge every node by itself; default: for FP8")] = None,
+    fallback: Annotated[str, typer.Option(help="error, or reference for nodes a backend lacks")] = "error",
+    tolerance: Annotated[float | None, typer.Option(min=0, help="relative, in place of the derived ones")] = None,
+    processes: Annotated[
+        bool | None, typer.Option(help="a process for each backend; default: where the weights are large")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help=".safetensors or .npz file of inputs by name")] = None,
+    save: Annotated[Path | None, typer.Option(help="folder for inputs, outputs and values inside")] = None,
+    repro: Annotated[Path | None, typer.Option(help="folder for the first divergent node, where there is one")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="write the comparison as JSON")] = None,
+    batch: Batch = 2,
+    seq: Seq = 24,
+) -> None:
+    """Compare a model on several backends, two models or saved folders, or either with saved outputs.
+
+    Exit code 0 where they agree, 1 where they differ, 2 for bad input. A graph.ir runs on the data of the .safetensors
+    file beside it, or on seeded random numbers; so does a saved folder without --inputs.
+    """
+    options = {
+        "passes": passes_of(passes),
+        "quantize": quantize,
+        "isolated": isolated,
+        "fallback": fallback,
+        "tolerance": tolerance,
+        "processes": processes,
+        "save": save,
+    }
+    found = _compare(first, second, backends, inputs, (batch, seq), options)
+    print(str(found))
+    if json_ is not None:
+        json_.write_text(json.dumps(found.to_dict(), indent=1), "utf-8")
+    if repro is not None and found.first_divergence is not None:
+        print(f"the first divergent node is in {found.save_repro(repro)}")
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _compare(
+    first: str,
+    second: str | None,
+    backends: str | None,
+    inputs: Path | None,
+    sizes: tuple[int, int],
+    options: dict[str, Any],
+) -> Comparison:
+    import moec
+    from moec.backend_spec import parse_backends
+    from moec.comparing.saved import compare_files
+    from moec.passes import Pipeline
+
+    given = [first] if second is None else [first, second]
+    files = [s for s in given if _is_file(s)]
+    if len(files) == 2:
+        return compare_files(first, str(second), options["tolerance"])
+    if second is None and files:
+        raise ArgumentValueError(f"{first} holds outputs: name what to compare it with", code="arguments")
+    subject = next(_Subject.of(s, inputs, *sizes) for s in given if not _is_file(s))
+    if second is None:
+        sides: Sequence[Any] = parse_backends(backends or BOTH)
+    elif files:
+        chosen: list[Any] = parse_backends(backends or "onnxruntime")
+        sides = [*files, *chosen] if _is_file(first) else [*chosen[:1], *files, *chosen[1:]]
+    else:
+        chosen = parse_backends(backends or "onnxruntime")
+        if len(chosen) > 2:
+            raise ArgumentValueError(f"--backends {backends}: one for both, or one for each", code="arguments")
+        other = _Subject.of(str(second), inputs, *sizes)
+        sides = [subject.on(chosen[0], options), other.on(chosen[-1], options, subject)]
+        model = sides[0] if subject.loaded is None else subject.model
+        options = {**options, "passes": Pipeline(()), "quantize": None}
+        return moec.compare(model, subject.args, subject.kwargs, backends=sides, **options)
+    if subject.loaded is not None:  # its graph has been through the passes
+        options = {**options, "passes": Pipeline(tuple(options["passes"]))}
+    return moec.compare(subject.model, subject.args, subject.kwargs, backends=sides, **options)
+
+
+def _is_file(text: str) -> bool:
+    return Path(text).suffix in (".safetensors", ".npz")
+
+
+@dataclass
+class _Subject:
+    """A model with arguments; of a saved one, its graph with the tensors of its inputs."""
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] | None
+    loaded: CompiledModel | None = None
+
+    @staticmethod
+    def of(spec: str, inputs: Path | None, batch: int, seq: int) -> _Subject:
+        import moec
+        from moec.comparing.contenders import read_tensors
+        from moec.specs import Target, resolve
+
+        loaded = moec.load(spec) if Path(spec).is_dir() else None
+        target = Target(loaded.graph, (), None) if loaded is not None else resolve(spec, batch, seq)
+        named = None if inputs is None else read_tensors(inputs)
+        if isinstance(target.model, moec.Graph):
+            target = target.with_data()
+            args = target.args if named is None else _by_name([str(v.name) for v in target.model.inputs], named, inputs)
+            return _Subject(target.model, args, None, loaded)
+        return _Subject(target.model, () if named is not None else target.args, named)
+
+    def on(self, backend: str | Backend, options: dict[str, Any], like: _Subject | None = None) -> CompiledModel:
+        """Compiled, on the backend (what is saved: on its own), at the arguments of `like`."""
+        import moec
+
+        if self.loaded is not None:
+            return self.loaded
+        at = like or self
+        graph = isinstance(self.model, moec.Graph)
+        return moec.compile(
+            self.model,
+            () if graph else at.args,
+            None if graph else at.kwargs,
+            backend=backend,
+            passes=options["passes"],
+            quantize=options["quantize"],
+            fallback=options["fallback"],
+        )
+
+
+def _by_name(names: Sequence[str], tensors: dict[str, Any], path: Path | None) -> tuple[Any, ...]:
+    missing = [n for n in names if n not in tensors]
+    if missing:
+        raise ArgumentValueError(
+            f"{path} has no inputs {', '.join(missing)}; it holds {', '.join(sorted(tensors))}", code="arguments"
+        )
+    return tuple(tensors[n] for n in names)

@@ -1,0 +1,1 @@
+../../api/backend_spec.py
