@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix bench-passes bench-attention clean
+.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -20,6 +20,10 @@ bench-passes: $(STAMP)
 # passes of choice against the default pipeline
 bench-attention: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/attention_passes.py
+
+# peak memory of a comparison against plain runs
+bench-memory: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/compare_memory.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from moec.checks import check_pass, check_rewrite, check_unchanged
 from moec.comparing import Comparison, compare
 from moec.compiled import CompiledModel
 from moec.op_check import check_op
+from moec.tolerance import Tolerance
 
 __all__ = ["BackendsDisagree", "assert_backends_agree", "check_op", "check_pass", "check_rewrite", "check_unchanged"]
 
@@ -29,7 +30,7 @@ def assert_backends_agree(
     kwargs: Mapping[str, Any] | None = None,
     *,
     backends: Sequence[str | Path | Backend | CompiledModel] = ("reference", "onnxruntime"),
-    tolerance: float | None = None,
+    tolerance: Tolerance = None,
     **options: Any,
 ) -> Comparison:
     """`moec.compare` with the same arguments; BackendsDisagree, an AssertionError with its table and the first

@@ -26,7 +26,7 @@ from moec.op_errors import effective_length, largest, reduction_length, rounding
 
 __all__ = [
     "Bound", "Tolerance", "check_tolerance", "end_to_end", "given_bound", "limits", "one_node", "reduction_length",
-    "scale_of", "unit",
+    "scale_of", "unit", "unknown_length",
 ]  # fmt: skip
 
 FACTOR, NARROW_FACTOR = 8.0, 3.0

@@ -28,7 +28,7 @@ from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Settings, run_passes
 from moec.progress import progress
 from moec.sources import acquire, positional
-from moec.tolerance import Bound, scale_of
+from moec.tolerance import Bound, Tolerance, check_tolerance, given_bound, scale_of
 
 Step = Callable[[str], None]
 LARGE = 256 << 20  # bytes of weights from which on every backend has a process of its own
@@ -49,7 +49,7 @@ def compare(
     fallback: str = "error",
     threads: int | None = None,
     isolated: bool | None = None,
-    tolerance: float | None = None,
+    tolerance: Tolerance = None,
     processes: bool | None = None,
     save: str | Path | None = None,
 ) -> Comparison:
@@ -65,7 +65,7 @@ def compare(
         differs. True: every node gets the reference's operands and is judged by itself, which is how FP8 is judged.
         None chooses True for graphs that quantise activations, else False.
     tolerance: relative to the largest magnitude of a tensor, in place of the tolerances from dtype and reduction length
-        (`moec.tolerance`).
+        (docs/tolerances.md): one for all, or by output, module path, op or family of ops ("" for the rest).
     processes: whether each backend named by text has a process of its own, one after the other, so that memory stays
         near that of the larger plain run and a crash is an error. None: where the weights have 256 MiB or more.
     save: a folder to keep inputs, outputs and values in; its `NAME/outputs.safetensors` can stand for a backend later.
@@ -76,8 +76,7 @@ def compare(
     """
     if isinstance(backends, str | Path | Backend | CompiledModel) or len(backends) < 2:
         raise ArgumentValueError(f"backends={backends!r} must be at least two", code="arguments")
-    if tolerance is not None and not tolerance >= 0:
-        raise ArgumentValueError(f"tolerance={tolerance!r} must be a number that is not negative", code="arguments")
+    check_tolerance(tolerance)
     with progress("compare") as step, _workspace(save) as folder:
         step("trace")
         held = _held(model)
@@ -103,7 +102,7 @@ class _Run:
     after: Graph
     inputs: list[torch.Tensor]
     base: Settings
-    tolerance: float | None
+    tolerance: Tolerance
     processes: bool | None
     folder: Path
     step: Step
@@ -118,7 +117,10 @@ class _Run:
         base = first.run(self.inputs, _all(first), self._at(first))
         guide, guided = self._guide(first, base)
         bounds = bounds_of(guided, self.tolerance)
-        outputs = [bounds.get(v, Bound(0.0, "a weight")) for v in guided.graph.outputs]
+        outputs = [
+            given_bound(bounds.get(v, Bound(0.0, "a weight")), self.tolerance, v.producer, name)
+            for name, v in zip(self.after.output_names, guided.graph.outputs, strict=True)
+        ]
         for other in others:
             self.step(f"run {other.name}")
             pairs = {} if guide.legal is None or other.legal is None else corresponding(guide.legal, other.legal)

@@ -23,6 +23,7 @@ from moec.difference import Difference
 from moec.frontend.torch_export import evaluating
 from moec.ir import ArgumentValueError, Graph, Node, Value
 from moec.program import Program, Settings, legalise, lower
+from moec.tolerance import Tolerance
 
 Step = Callable[[str], None]
 
@@ -41,7 +42,7 @@ class Contender(ABC):
     def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
         """The outputs (`output0`, …) and values of `legal` (see `Values`) in a store in `folder`."""
 
-    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: float | None, step: Step) -> list[NodeResult]:
+    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: Tolerance, step: Step) -> list[NodeResult]:
         """Nodes by themselves on this backend, fed with the reference's `values`."""
         assert self.settings is not None
         return execute.run_nodes(values, nodes, self.settings, tolerance, step)
@@ -110,7 +111,7 @@ class Fresh(Contender):
         flips = [RoutingFlip(**{**row, **{side: tuple(row[side]) for side in pairs}}) for row in rows]
         return Store(folder / "values"), flips
 
-    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: float | None, step: Step) -> list[NodeResult]:
+    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: Tolerance, step: Step) -> list[NodeResult]:
         assert self.settings is not None
         if self._packed is None or values.legal_for not in BACKENDS:
             return super().nodes(values, nodes, tolerance, step)

@@ -15,6 +15,7 @@ from moec.ir import Graph, Node, Value, run
 from moec.ir.interpreter import bind_inputs
 from moec.ir.runtime_sizes import runtime_symbols
 from moec.program import Settings
+from moec.tolerance import Tolerance
 
 Step = Callable[[str], None]
 
@@ -47,7 +48,7 @@ def run_reference(
 
 
 def run_nodes(
-    values: Values, nodes: Sequence[Node], settings: Settings, tolerance: float | None, step: Step = lambda name: None
+    values: Values, nodes: Sequence[Node], settings: Settings, tolerance: Tolerance, step: Step = lambda name: None
 ) -> list[NodeResult]:
     """See `compare_nodes`; the sizes are those that the values have."""
     return compare_nodes(values, nodes, settings, binding_of(values), tolerance, step)

@@ -16,7 +16,7 @@ from moec.comparing.routing import RoutingFlip
 from moec.comparing.store import Store, Values
 from moec.difference import difference
 from moec.ir import Node, Value
-from moec.tolerance import Bound, end_to_end, one_node, scale_of
+from moec.tolerance import Bound, Tolerance, end_to_end, given_bound, one_node, scale_of
 
 Step = Callable[[str], None]
 
@@ -40,7 +40,7 @@ def localise(
     theirs: Store,
     pairs: Mapping[Value, Value],
     inputs: Sequence[torch.Tensor],
-    tolerance: float | None,
+    tolerance: Tolerance,
     folder: Path,
 ) -> Localised:
     """Compare the values of `other` (in `theirs`) with those of a plain run of `guide`. pairs: values of the guide's
@@ -74,12 +74,10 @@ def localise(
     return found
 
 
-def bounds_of(values: Values, tolerance: float | None) -> dict[Value, Bound]:
-    """End-to-end bounds of a graph's values; `tolerance` takes the place of those that are not 0."""
+def bounds_of(values: Values, tolerance: Tolerance) -> dict[Value, Bound]:
+    """End-to-end bounds of a graph's values, under a tolerance that the user may have given."""
     bounds = end_to_end(values.graph, binding_of(values))
-    if tolerance is None:
-        return bounds
-    return {v: replace(b, relative=tolerance, why="given") if b.relative else b for v, b in bounds.items()}
+    return {v: given_bound(b, tolerance, v.producer) for v, b in bounds.items()}
 
 
 def _margin(node: Node, values: Values, bounds: Mapping[Value, Bound]) -> float:
@@ -91,7 +89,7 @@ def _margin(node: Node, values: Values, bounds: Mapping[Value, Bound]) -> float:
 
 
 def blame(
-    found: Localised, other: Contender, theirs: Store, pairs: Mapping[Value, Value], tolerance: float | None, step: Step
+    found: Localised, other: Contender, theirs: Store, pairs: Mapping[Value, Value], tolerance: Tolerance, step: Step
 ) -> Divergence:
     """The node at fault for `found.first`: of what leads to it, the first that is out of tolerance on the reference's
     own operands; where none is, the one at which it was seen."""
@@ -141,4 +139,5 @@ def _close(v: Value, reference: Values, got: Values, pairs: Mapping[Value, Value
         return False
     expected = reference.get(v)
     bound = one_node(v.producer, v, binding)
-    return difference(expected, got.get(other), Bound(bound.relative / 4, ""), scale_of(expected, None, {})).ok
+    close = Bound(bound.relative / 4, "", typical=bound.typical / 4)
+    return difference(expected, got.get(other), close, scale_of(expected, None, {})).ok

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from moec.ir import CompileError, Dim, Graph, Node, TensorType, Value
 from moec.ir.dims import evaluate
 from moec.ir.graph import copy_node
 from moec.program import Settings, legalise, lower
-from moec.tolerance import one_node, scale_of
+from moec.tolerance import Tolerance, given_bound, one_node, scale_of
 
 Step = Callable[[str], None]
 TOGETHER = 48  # nodes in one program at most
@@ -52,7 +52,7 @@ def compare_nodes(
     nodes: Sequence[Node],
     settings: Settings,
     binding: Mapping[str, int],
-    tolerance: float | None = None,
+    tolerance: Tolerance = None,
     step: Step = lambda name: None,
 ) -> list[NodeResult]:
     """Each of `nodes` on the backend of `settings` against the reference, whose values are given; in their order.
@@ -84,7 +84,7 @@ def _bytes(type: TensorType) -> int:
 
 
 def _compare(
-    nodes: list[Node], values: Values, settings: Settings, binding: Mapping[str, int], tolerance: float | None
+    nodes: list[Node], values: Values, settings: Settings, binding: Mapping[str, int], tolerance: Tolerance
 ) -> list[NodeResult]:
     try:
         part, fed = isolate(nodes, values, binding)
@@ -113,7 +113,7 @@ def _worst(
     values: Values,
     got: list[torch.Tensor],
     binding: Mapping[str, int],
-    tolerance: float | None,
+    tolerance: Tolerance,
 ) -> Difference:
     operands = {v: values.get(v) for v in node.operands if v is not None}
     expected = [values.get(r) for r in node.results]
@@ -121,9 +121,7 @@ def _worst(
         expected = _routed(name, node, operands, got)
     found = []
     for value, want, tensor in zip(node.results, expected, got, strict=True):
-        bound = one_node(node, value, binding)
-        if tolerance is not None and bound.relative:
-            bound = replace(bound, relative=tolerance, why="given")
+        bound = given_bound(one_node(node, value, binding), tolerance, node)
         found.append(difference(want, tensor, bound, scale_of(want, node, operands)))
     return max(found, key=lambda d: (not d.ok, d.badness))
 

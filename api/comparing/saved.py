@@ -8,10 +8,10 @@ from moec.comparing.contenders import read_tensors
 from moec.comparing.result import Comparison, OutputResult
 from moec.difference import difference
 from moec.ir import ArgumentValueError, TensorType
-from moec.tolerance import Bound, scale_of, unknown_length
+from moec.tolerance import Tolerance, check_tolerance, given_bound, scale_of, unknown_length
 
 
-def compare_files(first: str | Path, second: str | Path, tolerance: float | None = None) -> Comparison:
+def compare_files(first: str | Path, second: str | Path, tolerance: Tolerance = None) -> Comparison:
     """The tensors of two `.safetensors` or `.npz` files by name, `first` being the reference. The tolerance is
     `moec.tolerance.unknown_length` of their dtype, or `tolerance` times the largest magnitude of each. Raises
     ArgumentValueError for files that cannot be read or hold other names."""
@@ -21,11 +21,10 @@ def compare_files(first: str | Path, second: str | Path, tolerance: float | None
         sides = ((a, mine.keys() - theirs.keys()), (b, theirs.keys() - mine.keys()))
         only = "; ".join(f"only {path.name} has {', '.join(sorted(names))}" for path, names in sides if names)
         raise ArgumentValueError(f"{a} and {b} hold other outputs: {only}", code="arguments")
+    check_tolerance(tolerance)
     comparison = Comparison(a.name, False)
     for name, expected in mine.items():
-        bound = unknown_length(TensorType.of(expected))
-        if tolerance is not None and bound.relative:
-            bound = Bound(tolerance, "given")
+        bound = given_bound(unknown_length(TensorType.of(expected)), tolerance, output=name)
         d = difference(expected, theirs[name], bound, scale_of(expected, None, {}))
         comparison.outputs.append(OutputResult(b.name, name, d))
     return comparison
