@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory clean
+.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory check-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -24,6 +24,10 @@ bench-attention: $(STAMP)
 # peak memory of a comparison against plain runs
 bench-memory: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/compare_memory.py
+
+# the Triton backend against the reference on this machine's GPU
+check-gpu: $(STAMP)
+	$(BIN)/python bench/gpu_agreement.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
