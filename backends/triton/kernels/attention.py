@@ -34,9 +34,12 @@ def attention_kernel(
     SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # The queries of all heads that share a key head form one matrix of GROUP · S rows: row = head · S + position.
-    batch = (tl.program_id(1) // HKV).to(tl.int64)
-    kv_head = (tl.program_id(1) % HKV).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_M
+    # All matrices lie along one axis of the grid: the others hold 65535 programs.
+    tiles = tl.cdiv(GROUP * S, BLOCK_M)
+    matrix = tl.program_id(0) // tiles
+    batch = (matrix // HKV).to(tl.int64)
+    kv_head = (matrix % HKV).to(tl.int64)
+    first = tl.program_id(0) % tiles * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     row_mask = row < GROUP * S
     head = kv_head * GROUP + row // S
@@ -51,7 +54,7 @@ def attention_kernel(
         q2 = tl.load(q_rows[:, None] + d2[None, :], mask=row_mask[:, None] & (d2[None, :] < D), other=0.0)
     if MASK != "none":
         mask_rows = mask_ptr + batch * mask_b + head * mask_h + position.to(tl.int64) * mask_s
-    dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     end = T
     if CAUSAL:
         last = min(first + BLOCK_M, GROUP * S) - 1
@@ -168,7 +171,7 @@ def attention(
     block_dv = min(next_pow2(dv, 16), tile.v)
     d1 = max(16, 1 << (d.bit_length() - 1))
     launch(
-        attention_kernel, (cdiv(rows, tile.m), b * hkv, cdiv(dv, block_dv)),
+        attention_kernel, (cdiv(rows, tile.m) * b * hkv, cdiv(dv, block_dv)),
         q, k, v, mask, sinks, out, float(scale), float(softcap or 1.0),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, hkv, s, t,
         GROUP=h // hkv, D=d, D1=d1, D2=next_pow2(d - d1, 16) if d > d1 else 0, DV=dv, BLOCK_DV=block_dv,

@@ -35,7 +35,7 @@ def fp8_linear_kernel(
     height = min(tiles_m - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_n)
     n0 = within // height * BLOCK_N
-    m = ((group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    m = (group * GROUP + within % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     groups = tl.cdiv(K, BLOCK_K)

@@ -31,8 +31,8 @@ def linear_kernel(
     group = tl.program_id(0) // (GROUP * tiles_n)
     height = min(tiles_m - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_n)
-    m = ((group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (within // height * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    m = (group * GROUP + within % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (within // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m[:, None] * K + k[None, :]
     w_ptrs = w_ptr + n[:, None] * K + k[None, :]

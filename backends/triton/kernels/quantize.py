@@ -16,7 +16,7 @@ def quantize_kernel(
     x_ptr, codes_ptr, scales_ptr, M, D,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     col = group * GROUP + tl.arange(0, GROUP)[None, None, :]
     mask = (row < M) & (col < D)

@@ -32,7 +32,7 @@ def route_kernel(
     SCORING: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     # Column c of a tile is expert (c % BLOCK_S) of group (c // BLOCK_S): increasing in the expert's number.
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_G * BLOCK_S)
     expert = c // BLOCK_S * GROUP_SIZE + c % BLOCK_S
     exists = (c // BLOCK_S < GROUPS) & (c % BLOCK_S < GROUP_SIZE)
