@@ -51,7 +51,9 @@ LARGE = {
         meta(1, 2**17, 64, 64), meta(1, 2**17, 64, 64), meta(1, 2**17, 64, 64), scale=1.0
     ),
     "linear": lambda: linear(meta(2**24, 64), meta(2**20, 64)),
-    "fp8_linear": lambda: fp8_linear(meta(2**24, 128, dtype=F8), scales(2**24, 1), meta(2**20, 128, dtype=F8), scales(2**13, 1)),
+    "fp8_linear": lambda: fp8_linear(
+        meta(2**24, 128, dtype=F8), scales(2**24, 1), meta(2**20, 128, dtype=F8), scales(2**13, 1)
+    ),
     "rms_norm": lambda: rms_norm(meta(2**28, 64)),
     "quantize": lambda: quantize(meta(2**28, 256)),
     "route": lambda: route(meta(2**26, 64), k=8),
