@@ -23,6 +23,9 @@ class DType(enum.StrEnum):
     BF16 = "bf16"
     F8E4M3 = "f8e4m3fn"
     F8E5M2 = "f8e5m2"
+    F8E4M3FNUZ = "f8e4m3fnuz"
+    F8E5M2FNUZ = "f8e5m2fnuz"
+    F8E8M0 = "f8e8m0fnu"
     I64 = "i64"
     I32 = "i32"
     I16 = "i16"
@@ -33,6 +36,8 @@ class DType(enum.StrEnum):
     U8 = "u8"
     I4 = "i4"
     U4 = "u4"
+    I2 = "i2"
+    U2 = "u2"
     BOOL = "bool"
     C64 = "c64"
 
@@ -50,11 +55,9 @@ class DType(enum.StrEnum):
 
     @property
     def torch(self) -> TorchDType:
-        """The torch dtype. Raises CompileError for the 4-bit types, which torch cannot hold unpacked."""
-        try:
-            return _TORCH[self]
-        except KeyError:
-            raise CompileError(f"torch has no dtype for {self}", code="dtype") from None
+        """The torch dtype. Those below 8 bits hold one element a byte there, and torch does nothing with them but view
+        them as 8-bit integers (see moec.ir.arrays)."""
+        return _TORCH[self]
 
     @staticmethod
     def of(x: DType | str | TorchDType) -> DType:
@@ -76,6 +79,9 @@ _TORCH = {
     DType.BF16: torch.bfloat16,
     DType.F8E4M3: torch.float8_e4m3fn,
     DType.F8E5M2: torch.float8_e5m2,
+    DType.F8E4M3FNUZ: torch.float8_e4m3fnuz,
+    DType.F8E5M2FNUZ: torch.float8_e5m2fnuz,
+    DType.F8E8M0: torch.float8_e8m0fnu,
     DType.I64: torch.int64,
     DType.I32: torch.int32,
     DType.I16: torch.int16,
@@ -84,6 +90,10 @@ _TORCH = {
     DType.U32: torch.uint32,
     DType.U16: torch.uint16,
     DType.U8: torch.uint8,
+    DType.I4: torch.int4,  # type: ignore[attr-defined]  # missing in torch's stubs
+    DType.U4: torch.uint4,  # type: ignore[attr-defined]  # missing in torch's stubs
+    DType.I2: torch.int2,  # type: ignore[attr-defined]  # missing in torch's stubs
+    DType.U2: torch.uint2,  # type: ignore[attr-defined]  # missing in torch's stubs
     DType.BOOL: torch.bool,
     DType.C64: torch.complex64,
 }

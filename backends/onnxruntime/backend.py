@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moec.backends.onnxruntime.executable import OnnxExecutable
 
 # what a graph may hold; 16-bit and 8-bit floats are carried in f32 (see types.carrier)
-DTYPES = frozenset(DType) - {DType.C64, DType.I4, DType.U4}
+DTYPES = frozenset(DType) - {DType.C64}
 
 # ops whose ONNX operator has no f64 kernel on CPU and no exact composition
 NO_F64 = frozenset({"math.erf"})

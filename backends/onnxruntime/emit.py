@@ -132,6 +132,7 @@ class Emitter:
             if a.type == onnx.AttributeType.GRAPH:
                 attach(a.as_graph(), outside)
                 rename_values(a.as_graph(), self.unique(f"{self._scope}:{proto.op_type}.{a.name}"))
+        has_body = any(a.type == onnx.AttributeType.GRAPH for a in attributes)
         name = self.unique(f"{self._scope}:{proto.op_type}")
         node = onnx.Node(
             proto.domain,
@@ -142,7 +143,8 @@ class Emitter:
             name=name,
         )
         for i, (given_name, out) in enumerate(zip(proto.output, node.outputs, strict=True)):
-            out.name = f"{name}.{i}" if given_name else ""
+            # ONNX Runtime crashes in loops without a name for every state
+            out.name = f"{name}.{i}" if given_name or has_body else ""
         self.nodes.append(node)
         self._foreign_nodes.add(node)
         return {o: v for o, v in zip(proto.output, node.outputs, strict=True) if o}

@@ -19,7 +19,7 @@ from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Lowered, lower
 from moec.backends.onnxruntime.options import Options
-from moec.backends.onnxruntime.types import carrier
+from moec.backends.onnxruntime.types import carried, uncarried
 from moec.ir import CompileError, Graph, Node, Value
 from moec.ir.arrays import from_numpy
 from moec.ir.interpreter import bind_inputs
@@ -50,14 +50,14 @@ class Session:
         """Outputs in the dtypes of `values`. Raises Argument… errors on inputs that do not fit."""
         bind_inputs(graph, inputs)
         feeds = {
-            name: t.detach().cpu().to(carrier(v.dtype).torch).contiguous().numpy()
+            name: carried(t.detach().cpu(), v.dtype).contiguous().numpy()
             for name, v, t in zip(self.inputs, graph.inputs, inputs, strict=True)
         }
         try:
             arrays = self.session.run(self.outputs, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common base but this
             raise wrapped(error, self.sources, "running") from error
-        return [from_numpy(a).to(v.dtype.torch) for a, v in zip(arrays, values, strict=True)]
+        return [uncarried(from_numpy(a), v.dtype) for a, v in zip(arrays, values, strict=True)]
 
 
 @dataclass(eq=False)

@@ -14,11 +14,10 @@ import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.opsets import Requirement, body_operators, converted
-from moec.backends.onnxruntime.types import FLOAT8, ONNX
+from moec.backends.onnxruntime.types import ONNX, STORED, carrier
 from moec.ir import DType, Node
 from moec.ir.ops.extern import node_proto, output_names, schema_of, split_name, type_proto
 
-_STORED = {DType.F16: onnx.DataType.FLOAT16, DType.BF16: onnx.DataType.BFLOAT16, **{t: ONNX[t] for t in FLOAT8}}
 _DECIDES_TYPES = ("to", "dtype", "output_dtype", "stash_type", "softmax_precision")  # attributes
 
 
@@ -64,16 +63,16 @@ def _carried(type: Any, wide: bool) -> Any:
 
 def _is_stored(v: Any, wide: bool) -> bool:
     """Whether the operator gets the value in another type than its carrier's."""
-    return v.dtype in _STORED and not (wide and v.dtype is DType.BF16)
+    return v.dtype in STORED and not (wide and v.dtype is DType.BF16)
 
 
 def _narrowed(e: Emitter, v: Any, wide: bool) -> onnx.Value:
     x = e.value(v)
-    return e.op("Cast", x, to=_STORED[v.dtype].value) if _is_stored(v, wide) else x
+    return e.op("Cast", x, to=STORED[v.dtype].value) if _is_stored(v, wide) else x
 
 
 def _widened(e: Emitter, x: onnx.Value, v: Any, wide: bool) -> onnx.Value:
-    return e.op("Cast", x, to=ONNX[DType.F32].value) if _is_stored(v, wide) else x
+    return e.op("Cast", x, to=ONNX[carrier(v.dtype)].value) if _is_stored(v, wide) else x
 
 
 def _computes_wide(node: Node) -> bool:

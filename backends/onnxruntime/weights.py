@@ -12,6 +12,7 @@ import torch
 
 from moec.backends.onnxruntime.types import FLOAT8, ONNX
 from moec.ir import DType, Weight
+from moec.ir.arrays import BYTES
 
 _FLOAT8 = {DType.F8E4M3: ml_dtypes.float8_e4m3fn, DType.F8E5M2: ml_dtypes.float8_e5m2}
 
@@ -41,4 +42,6 @@ def as_numpy(tensor: torch.Tensor, dtype: DType) -> np.ndarray:
     """A contiguous array of `dtype`; shares memory where it can."""
     if dtype in FLOAT8:
         return tensor.contiguous().view(torch.uint8).numpy().view(_FLOAT8[dtype])
+    if DType.of(tensor.dtype) in BYTES:
+        return tensor.contiguous().view(dtype.torch).numpy()
     return tensor.to(dtype.torch).contiguous().numpy()

@@ -12,12 +12,13 @@ from moec.backends.base import Backend, F, ships
 from moec.backends.triton.codegen import Custom, custom_expression, expression
 from moec.backends.triton.runner import launch, mode, run
 from moec.ir import DType, Graph, Node, all_ops, lookup
+from moec.ir.arrays import OPAQUE
 
 if TYPE_CHECKING:
     from moec.backends.triton.executable import TritonExecutable
 
 WIDE_UNSIGNED = {DType.U64, DType.U32, DType.U16}  # torch computes with none of them
-DTYPES = frozenset(DType) - {DType.C64, DType.I4, DType.U4, DType.F8E5M2} - WIDE_UNSIGNED
+DTYPES = frozenset(DType) - {DType.C64, DType.F8E5M2} - WIDE_UNSIGNED - OPAQUE
 
 _KERNEL_FLOATS = (DType.F32, DType.BF16, DType.F16)
 _MAX_WIDTH, _MAX_EXPERTS, _MAX_HEAD = 65536, 4096, 1024

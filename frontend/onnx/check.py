@@ -10,7 +10,7 @@ import onnx
 
 from moec.ir import CompileError, Location
 
-DEEPEST = 64  # bodies in bodies
+DEEPEST = 16  # bodies in bodies
 
 
 def check_model(model: onnx.ModelProto) -> None:

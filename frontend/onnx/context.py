@@ -10,7 +10,7 @@ import numpy as np
 from moec.frontend.context import Context, Size
 from moec.frontend.symbols import Symbols
 from moec.ir import CompileError, Dim, DType, Graph, TensorType, Value, Weight
-from moec.ir.arrays import dtype_of, from_numpy
+from moec.ir.arrays import OPAQUE, dtype_of, from_numpy
 from moec.ir.ops.tensor import INLINE_LIMIT
 from moec.ir.weight import TensorSource
 
@@ -68,7 +68,7 @@ class ImportContext(Context):
         array = np.asarray(array)
         dtype = dtype_of(array)
         exact = not dtype.is_float or dtype in (DType.F32, DType.F64)
-        if array.size <= INLINE_LIMIT and exact and dtype is not DType.C64:
+        if array.size <= INLINE_LIMIT and exact and dtype is not DType.C64 and dtype not in OPAQUE:
             v = self.b.const(array.reshape(-1).tolist(), dtype, array.shape)
         else:
             tensor = from_numpy(array)

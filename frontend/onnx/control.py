@@ -1,4 +1,4 @@
-"""If and Loop where their way is known while importing: the bodies' nodes take their place."""
+"""If, Loop and Scan: where their way is known while importing, the bodies' nodes take their place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir
 
-from moec.ir import Value
+from moec.ir import Dim, DType, TensorType, Value
 
 if TYPE_CHECKING:
     from moec.frontend.onnx.importer import Importer
@@ -26,7 +26,7 @@ def inlined(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]
         return list(_body(importer, taken, []))
     if node.op_type == "Loop":
         return _loop(importer, node, operands)
-    return None
+    return _scan(importer, node, operands)
 
 
 def _body(importer: Importer, body: onnx_ir.Graph, arguments: list[Value]) -> list[Value]:
@@ -69,6 +69,71 @@ def _loop(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]) 
         for rows, v in zip(collected, results[1 + len(carried) :], strict=True):
             rows.append(c.reshape(v, (1, *v.shape)))
     return [*carried, *(c.concat(rows, 0) for rows in collected)]
+
+
+def _scan(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]) -> list[Value | None] | None:
+    """A scan over a known, small number of rows: states first, then what is scanned, along axis 0 each."""
+    c = importer.context
+    plain = {"body", "num_scan_inputs"}
+    given = {name: a for name, a in node.attributes.items() if name not in plain}
+    if c.opset < 9 or any(any(a.value) for a in given.values()) or any(v is None for v in operands):
+        return None
+    body = node.attributes["body"].as_graph()
+    states = len(operands) - node.attributes["num_scan_inputs"].as_int()
+    state, scanned = [v for v in operands if v is not None][:states], [v for v in operands if v is not None][states:]
+    rows = scanned[0].shape[0] if scanned and scanned[0].type.rank else None
+    if not isinstance(rows, int) or not 0 < rows <= MOST_ITERATIONS or any(v.shape[0] != rows for v in scanned):
+        return None
+    collected: list[list[Value]] = [[] for _ in body.outputs[states:]]
+    for i in range(rows):
+        taken = [c.reshape(c.slice(v, 0, i, i + 1), v.shape[1:]) for v in scanned]
+        results = _body(importer, body, [*state, *taken])
+        state = results[:states]
+        for kept, v in zip(collected, results[states:], strict=True):
+            kept.append(c.reshape(v, (1, *v.shape)))
+    return [*state, *(c.concat(kept, 0) for kept in collected)]
+
+
+def body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorType]) -> list[TensorType]:
+    """The types that a body gives for arguments of these types. Raises CompileError where it cannot be imported."""
+    from moec.frontend.onnx.importer import Importer
+
+    scratch = Importer(importer.model, {}, importer.folder)
+    scratch.opsets, scratch.context.opset = importer.opsets, importer.opsets.get("", 1)
+    scratch.context.taken = set(importer.context.taken)
+    for outer, value in importer.env.items():
+        if value in importer.context.arrays:
+            scratch.env[outer] = scratch.context.constant(importer.context.arrays[value])
+        else:
+            scratch.env[outer] = scratch.graph.add_input(f"outer.{len(scratch.graph.inputs)}", value.type)
+    values = [scratch.graph.add_input(f"argument.{i}", t) for i, t in enumerate(arguments)]
+    return [v.type for v in _body(scratch, body, values)]
+
+
+def declared(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]) -> list[TensorType | None]:
+    """Types of the results of If, Loop and Scan from their bodies, sizes apart: those may differ from run to run."""
+    types = [None if v is None else v.type for v in operands]
+    unknown = Dim("_")
+
+    def ranks(found: list[TensorType]) -> list[TensorType | None]:
+        return [t.with_shape([unknown] * t.rank) for t in found]
+
+    if node.op_type == "If":
+        branches = [node.attributes[a].as_graph() for a in ("then_branch", "else_branch")]
+        first, second = (ranks(body_types(importer, b, [])) for b in branches)
+        return [a if a == b else None for a, b in zip(first, second, strict=True)]
+    body = node.attributes["body"].as_graph()
+    if node.op_type == "Loop":
+        carried = [t for t in types[2:] if t is not None]
+        arguments = [TensorType(DType.I64, ()), TensorType(DType.BOOL, ()), *carried]
+        found = body_types(importer, body, arguments)[1:]
+        rows = found[len(carried) :]
+        return [*ranks(found[: len(carried)]), *ranks([t.with_shape([0, *t.shape]) for t in rows])]
+    count = node.attributes["num_scan_inputs"].as_int()
+    given = [t for t in types if t is not None]
+    states, scanned = given[:-count], given[-count:]
+    found = body_types(importer, body, [*states, *(t.with_shape(t.shape[1:]) for t in scanned)])
+    return [*ranks(found[: len(states)]), *ranks([t.with_shape([0, *t.shape]) for t in found[len(states) :]])]
 
 
 def _keeps_going(body: onnx_ir.Graph) -> bool:

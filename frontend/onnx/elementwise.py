@@ -11,6 +11,7 @@ from moec.frontend.onnx.context import ImportContext
 from moec.frontend.onnx.extern import element_name, element_type
 from moec.frontend.onnx.registry import imports
 from moec.ir import DType, Value
+from moec.ir.arrays import OPAQUE
 
 NUMBERS = {"Neg": "neg", "Abs": "abs"}
 FLOATS = {
@@ -211,6 +212,8 @@ def _cast(c: ImportContext, x: Value, to: int, saturate: int | None) -> Value:
         raise c.refuse(f"to {element_name(to)}, which is not supported")
     if dtype is x.dtype:
         return x
+    if dtype in OPAQUE:
+        raise c.refuse(f"to {dtype}: our ops do not compute with it")
     if dtype is DType.F8E5M2 or (dtype is DType.F8E4M3 and saturate == 0):
         raise c.refuse(f"to {dtype} with {saturate=}: ours follows torch")
     if x.dtype.is_float and dtype.is_integer and dtype.bits < 32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from moec.frontend.onnx.extern import attribute, element_name, element_type, ext
 from moec.frontend.onnx.files import ExternalSource, ProtoSource
 from moec.frontend.onnx.registry import MICROSOFT, find
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
+from moec.ir.arrays import OPAQUE
 from moec.ir.dims import parse_size
 from moec.ir.ops.extern import schema_at
 
@@ -27,6 +29,7 @@ _RESERVED = {d.value for d in DType} | {"none", "true", "false", "inf", "nan"}
 _UNCOMPUTED = (DType.U64, DType.U32, DType.U16, DType.C64)
 _MOVES = {"Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Constant",
           "Expand", "Shape", "Size", "Dropout"}  # fmt: skip
+_CONTROL = ("If", "Loop", "Scan")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -207,13 +210,15 @@ class Importer:
         c = self.context
         if node.op_type == "Loop" and not domain and len(operands) > 1 and operands[1] is None:
             operands[1] = c.constant(np.array(True))  # ONNX's evaluator takes an absent condition for a false one
-        if node.op_type in ("If", "Loop", "Scan") and not domain:
+        if node.op_type in _CONTROL and not domain:
             from moec.frontend.onnx.control import inlined
 
             done = inlined(self, node, operands)
             if done is not None:
                 return done
         attrs = dict(node.attributes.items())
+        if domain != MICROSOFT:
+            self._check_call(domain, node.op_type, operands, attrs)
         has_body = any(a.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS) for a in attrs.values())
         if not has_body:
             folded = fold.evaluated(c, onnx_ir.to_proto(node), domain, operands)
@@ -229,14 +234,41 @@ class Importer:
             raise why
         own = {name: attribute(name, a) for name, a in attrs.items()}
         declared = [self._declared(o) for o in node.outputs]
+        if node.op_type in _CONTROL and not domain:
+            from moec.frontend.onnx.control import declared as from_bodies
+
+            known = from_bodies(self, node, operands)
+            declared = [d if d is not None else known[i] for i, d in enumerate(declared)]
         try:
             results = extern(c, domain, node.op_type, operands, own, used, declared, self._captured(node))
         except CompileError as e:
-            if why.code == "no-import" or e.code in ("unknown-op", "type"):
+            if why.code == "no-import" or e.code == "unknown-op":
                 raise
-            raise CompileError(f"{e.message}; {why.message}", code=e.code, hint=e.hint) from None
+            raise CompileError(f"{why.message}; {e.message}", code=e.code, hint=e.hint) from None
         self.refused.setdefault(c.op, why.message)
         return results
+
+    def _check_call(self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any]) -> None:
+        """Numbers of operands and the attributes that must be there."""
+        c = self.context
+        schema = schema_at(domain, op_type, c.opset)
+        if not schema.min_input <= len(operands) <= schema.max_input:
+            want = (
+                f"{schema.min_input} to {schema.max_input}"
+                if schema.max_input < 2**31 - 1
+                else f"at least {schema.min_input}"
+            )
+            raise c.refuse(f"takes {want} operands in opset {c.opset}, got {len(operands)}", code="arity")
+        for i, v in enumerate(operands):
+            formal = schema.inputs[min(i, len(schema.inputs) - 1)]
+            if v is None and formal.option == formal.option.__class__.Single:
+                raise c.refuse(f"operand {formal.name!r} is missing", code="arity")
+        for name, spec in schema.attributes.items():
+            if spec.required and name not in attrs:
+                raise c.refuse(f"attribute {name!r} is missing", code="attribute")
+        for name in attrs:
+            if name not in schema.attributes:
+                raise c.refuse(f"has no attribute {name!r} in opset {c.opset}", code="attribute")
 
     def _in_our_ops(
         self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any]
@@ -268,8 +300,10 @@ class Importer:
         if found is None:
             raise c.refuse("no import in terms of our ops", code="no-import")
         fn, taken = found
-        strange = [v.dtype for v in operands if v is not None and v.dtype in _UNCOMPUTED]
-        if strange and op_type not in _MOVES:
+        kinds = [v.dtype for v in operands if v is not None]
+        strange = [d for d in kinds if d in OPAQUE and op_type != "Identity"]
+        strange += [d for d in kinds if d in _UNCOMPUTED and op_type not in _MOVES]
+        if strange:
             raise c.refuse(f"our ops do not compute with {strange[0]}")
         values: dict[str, Any] = {}
         if not domain:
@@ -282,7 +316,11 @@ class Importer:
             if name not in taken:
                 raise c.refuse(f"attribute {name!r}")
             values[name] = a.value.numpy() if a.type == onnx_ir.AttributeType.TENSOR else a.value
-        result = fn(c, *operands, **{k: values.get(k) for k in taken})
+        try:
+            call = inspect.signature(fn).bind(c, *operands, **{k: values.get(k) for k in taken})
+        except TypeError:
+            raise c.refuse(f"{len(operands)} operands", code="type") from None
+        result = fn(*call.args, **call.kwargs)
         results = list(result) if isinstance(result, list | tuple) else [result]
         for r in results:
             if r is not None and r.dtype in _UNCOMPUTED and op_type not in _MOVES:

@@ -40,7 +40,9 @@ def onnx_dtypes() -> dict[DType, int]:
         DType.F64: T.DOUBLE, DType.F32: T.FLOAT, DType.F16: T.FLOAT16, DType.BF16: T.BFLOAT16,
         DType.F8E4M3: T.FLOAT8E4M3FN, DType.F8E5M2: T.FLOAT8E5M2, DType.I64: T.INT64, DType.I32: T.INT32,
         DType.I16: T.INT16, DType.I8: T.INT8, DType.U64: T.UINT64, DType.U32: T.UINT32, DType.U16: T.UINT16,
-        DType.U8: T.UINT8, DType.BOOL: T.BOOL, DType.C64: T.COMPLEX64,
+        DType.U8: T.UINT8, DType.BOOL: T.BOOL, DType.C64: T.COMPLEX64, DType.I4: T.INT4, DType.U4: T.UINT4,
+        DType.I2: T.INT2, DType.U2: T.UINT2, DType.F8E4M3FNUZ: T.FLOAT8E4M3FNUZ, DType.F8E5M2FNUZ: T.FLOAT8E5M2FNUZ,
+        DType.F8E8M0: T.FLOAT8E8M0,
     }  # fmt: skip
 
 
@@ -235,6 +237,8 @@ def evaluate(op: Any, operands: Any) -> tuple[torch.Tensor, ...]:
         if isinstance(result, list | dict) or result is None:
             raise CompileError(f"{op.opdef.name} gave a {type(result).__name__}, no tensor", code="execution")
         t = from_numpy(result)
+        if op.opdef.name == "extern.Loop" and t.dim() == declared.rank + 1 and t.shape[-1] == 1:
+            t = t[..., 0]  # the evaluator collects scalars as rows of one
         # numpy promotes scalars and halves now and then; a wider float is the same number before its rounding
         found.append(t.to(declared.dtype.torch) if _is_widened(t, declared) else t)
     return tuple(found)
