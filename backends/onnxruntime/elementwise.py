@@ -204,6 +204,15 @@ def cast(e: Emitter, node: Node) -> onnx.Value:
     return e.cast(x, source, target)
 
 
-def nan_as_infinity(e: Emitter, x: onnx.Value, dtype: DType) -> onnx.Value:
-    """x with NaN replaced by +∞: comparing kernels then rank NaN highest, as torch does (tied with +∞)."""
-    return e.op("Where", e.op("IsNaN", x), e.scalar(np.inf, dtype), x)
+def order_key(e: Emitter, x: onnx.Value, dtype: DType, *, finite: bool = False) -> onnx.Value:
+    """A key that comparing kernels order as torch orders floats x: NaN above +∞, which is above all numbers.
+
+    NaN becomes +∞ and +∞ (unless x is `finite` or NaN) a number above all that x can hold; f64 has no such number, there
+    +∞ ties with the largest. f32 takes f64 for it.
+    """
+    missing = e.op("IsNaN", x)
+    if not finite:
+        if dtype is DType.F32:
+            x, dtype = e.cast(x, dtype, DType.F64), DType.F64
+        x = e.op("Min", x, e.scalar(np.finfo(np.float64 if dtype is DType.F64 else np.float32).max, dtype))
+    return e.op("Where", missing, e.scalar(np.inf, dtype), x)

@@ -23,7 +23,15 @@ def wrapped(error: Exception, sources: Mapping[str, Node], doing: str) -> Compil
         code="onnxruntime",
         location=node.location if node is not None else None,
         excerpt=excerpt(node) if node is not None else None,
+        hint=_hint(node, text),
     )
+
+
+def _hint(node: Node | None, text: str) -> str | None:
+    """What is wrong with the values that a node was given, as far as its operator's complaint tells."""
+    if node is None or node.op not in ("moe.experts", "quant.scaled_experts") or "out of data bounds" not in text:
+        return None
+    return f"expert ids must be in 0 … {int(node.operand('gate_up').shape[0]) - 1}"
 
 
 @contextmanager

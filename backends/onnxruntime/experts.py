@@ -18,6 +18,7 @@ from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.tensor import count_ids
 from moec.backends.onnxruntime.types import carrier
 from moec.ir import DType, Graph, Node, Value
+from moec.ir.ops.moe import routed
 
 # sessions with more MatMul chains than this take minutes to load
 UNROLL_LIMIT = 2048
@@ -142,7 +143,7 @@ def sorted_experts(e: Emitter, spec: Spec, x: onnx.Value, *, unroll: bool) -> on
     rows = tokens * k
     gate_up, down = spec.matrices(e)
     flat = e.op("Reshape", e.value(spec.experts), np.array([-1]))
-    if spec.experts.producer is None or spec.experts.producer.op not in ("moe.route", "moe.remap"):
+    if not routed(spec.experts):
         # ids must fail where they are out of range; ScatterElements takes negative ones
         flat = e.op("Where", e.op("Less", flat, np.int64(0)), np.int64(spec.num), flat)
     counts = count_ids(e, flat, spec.num)

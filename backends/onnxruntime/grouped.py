@@ -77,7 +77,8 @@ def grouped_product(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: Expe
     num = int(weights.value.shape[0])
     if not unroll:
         return _loop(e, x, counts, weights, num)
-    parts = e.op("Split", x, counts, outputs=num, axis=0) if num > 1 else (x,)
+    parts = e.op("Split", x, counts, outputs=num, axis=0)
+    parts = parts if num > 1 else (parts,)
     outputs = [e.op("MatMul", part, weights.one(i)) for i, part in enumerate(parts)]
     return e.op("Concat", *outputs, axis=0) if num > 1 else outputs[0]
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as onnx
 
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.elementwise import nan_as_infinity
+from moec.backends.onnxruntime.elementwise import order_key
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.types import NARROW_INTEGERS, onnx_type
 from moec.ir import DType, Node
@@ -94,7 +94,7 @@ def cumsum(e: Emitter, node: Node) -> onnx.Value:
 @backend.lowers("math.argmax")
 def argmax(e: Emitter, node: Node) -> onnx.Value:
     x, dtype = wide_operand(e, node)
-    key = nan_as_infinity(e, x, dtype) if dtype.is_float else x
+    key = order_key(e, x, dtype) if dtype.is_float else x
     return e.op("ArgMax", key, axis=node.attrs["axis"], keepdims=int(node.attrs["keepdim"]))
 
 
@@ -102,7 +102,7 @@ def sorted_indices(
     e: Emitter, x: onnx.Value, dtype: DType, count: onnx.Value, axis: int, largest: bool
 ) -> tuple[onnx.Value, onnx.Value]:
     """The first `count` (i64[1]) in order, (values, indices); TopK keeps the order of ties."""
-    key = nan_as_infinity(e, x, dtype) if dtype.is_float else x
+    key = order_key(e, x, dtype) if dtype.is_float else x
     values, indices = e.op("TopK", key, count, outputs=2, axis=axis, largest=int(largest), sorted=1)
     return (e.op("GatherElements", x, indices, axis=axis) if dtype.is_float else values), indices
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as onnx
+import torch
 
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.elementwise import nan_as_infinity
+from moec.backends.onnxruntime.elementwise import order_key
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.types import onnx_type
@@ -25,10 +26,11 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     elif a["scoring"] == "sqrt_softplus":
         scores = e.op("Sqrt", e.op("Softplus", logits))
     choice = scores if bias is None else e.op("Add", scores, bias)
-    choice = nan_as_infinity(e, choice, dtype)
+    finite = _finite(node)
     if a["n_group"] > 1:
-        choice = _best_groups(e, node, choice, dtype)
-    _, experts = e.op("TopK", choice, np.array([a["k"]]), outputs=2, axis=-1, largest=1, sorted=1)
+        choice = _in_best_groups(e, node, choice, dtype, finite)
+    key = order_key(e, choice, dtype, finite=finite)
+    _, experts = e.op("TopK", key, np.array([a["k"]]), outputs=2, axis=-1, largest=1, sorted=1)
     weights = e.op("GatherElements", scores, experts, axis=1)
     if a["scoring"] == "topk_softmax":
         weights = e.op("Softmax", weights, axis=-1)
@@ -46,16 +48,33 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     return weights, experts
 
 
-def _best_groups(e: Emitter, node: Node, choice: onnx.Value, dtype: DType) -> onnx.Value:
+def _finite(node: Node) -> bool:
+    """Whether what experts are chosen by is finite or NaN, whatever the logits are."""
+    a, bias = node.attrs, given(node)[1]
+    if a["scoring"] not in ("softmax", "sigmoid") or (a["n_group"] > 1 and a["masked_score"] == np.inf):
+        return False
+    if bias is None:
+        return True
+    known = bias.weight is not None and bias.weight.source is not None
+    return known and bool(torch.isfinite(bias.weight.load()).all())
+
+
+def _in_best_groups(e: Emitter, node: Node, choice: onnx.Value, dtype: DType, finite: bool) -> onnx.Value:
     """Scores [T, E] with those outside the best groups set to `masked_score`."""
     a, (tokens, num) = node.attrs, given(node)[0].shape
     groups = a["n_group"]
     shape = (tokens, groups, num // groups)
     grouped = e.reshape(choice, (tokens, num), shape)
-    if a["group_score"] == "max":
-        score = reduce(e, "ReduceMax", grouped, (-1,), False)
-    else:
-        best, _ = e.op("TopK", grouped, np.array([2]), outputs=2, axis=-1)
+    keys = order_key(e, grouped, dtype, finite=finite)
+    count = 1 if a["group_score"] == "max" else 2
+    if not finite:
+        _, at = e.op("TopK", keys, np.array([count]), outputs=2, axis=-1)
+        best = reduce(e, "ReduceSum", e.op("GatherElements", grouped, at, axis=-1), (-1,), False)
+        score = order_key(e, best, dtype)
+    elif count == 1:
+        score = reduce(e, "ReduceMax", keys, (-1,), False)
+    else:  # a NaN makes its group's sum +∞
+        best, _ = e.op("TopK", keys, np.array([2]), outputs=2, axis=-1)
         score = reduce(e, "ReduceSum", best, (-1,), False)
     _, chosen = e.op("TopK", score, np.array([a["topk_group"]]), outputs=2, axis=-1)
     hits = e.op("Equal", e.op("Unsqueeze", chosen, np.array([2])), np.arange(groups))

@@ -17,6 +17,7 @@ from moec.backends.triton.runner import KernelError, Resident, mode, run
 from moec.ir import CompileError, Graph, Node, TensorType, Value
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import attributes, bind_inputs
+from moec.ir.ops.moe import check_expert_ids, routed
 from moec.ir.printer import excerpt
 from moec.ir.runtime_sizes import bind_results
 
@@ -124,6 +125,9 @@ class TritonExecutable(Executable):
         if by_torch or replaced or node.op not in self.backend.keeps_weights:
             operands = [_plain(x) for x in operands]
         instance = node.opdef.instance(operands, attributes(node, binding))
+        if node.op in ("moe.experts", "quant.scaled_experts") and not routed(node.operand("experts")):
+            # the kernels skip what is out of range; this waits for the device
+            check_expert_ids(instance.experts, int(node.operand("gate_up").shape[0]))
         if node.op == "call.graph":
             instance.functions = self._functions
         lowering = by_reference if by_torch else self.backend.lowerings[node.op]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
 from moec.ir.ops.elementwise import gelu
 from moec.ir.types import DType, TensorType
+
+if TYPE_CHECKING:
+    from moec.ir.graph import Value
 
 SCORINGS = ("softmax", "sigmoid", "sqrt_softplus", "topk_softmax", "topk_sigmoid")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -242,12 +245,23 @@ def check_expert_shapes(x: TensorType, gate_up: tuple, down: tuple) -> None:
     require(down == (e, d, two_f // 2), f"down {list(down)}, expected [{e}, {d}, {two_f // 2}]")
 
 
+def check_expert_ids(experts: torch.Tensor, num: int) -> None:
+    """Raises ValueError unless all ids are in 0 … num − 1."""
+    if experts.numel() and not bool(((experts >= 0) & (experts < num)).all()):
+        raise ValueError(f"expert ids from {int(experts.min())} to {int(experts.max())}, there are {num} experts")
+
+
+def routed(experts: Value | None) -> bool:
+    """Whether ids come from an op that gives none out of range."""
+    producer = None if experts is None else experts.producer
+    return producer is not None and producer.op in ("moe.route", "moe.remap")
+
+
 def combine_experts(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, num: int, mlp: Any) -> torch.Tensor:
     """Run `mlp(e, rows)` for every used expert and add up the weighted results per token, j in order."""
     tokens, k = experts.shape
     flat = experts.reshape(-1)
-    if tokens and not bool(((flat >= 0) & (flat < num)).all()):
-        raise ValueError(f"expert ids from {int(flat.min())} to {int(flat.max())}, there are {num} experts")
+    check_expert_ids(flat, num)
     rows = x.new_empty(tokens * k, x.shape[1])
     for e in flat.unique().tolist():
         at = (flat == e).nonzero()[:, 0]
