@@ -207,8 +207,8 @@ def cast(e: Emitter, node: Node) -> onnx.Value:
 def order_key(e: Emitter, x: onnx.Value, dtype: DType, *, finite: bool = False) -> onnx.Value:
     """A key that comparing kernels order as torch orders floats x: NaN above +∞, which is above all numbers.
 
-    NaN becomes +∞ and +∞ (unless x is `finite` or NaN) a number above all that x can hold; f64 has no such number, there
-    +∞ ties with the largest. f32 takes f64 for it.
+    NaN becomes +∞ and +∞ (unless x is `finite` or NaN) a number above all that x can hold, for which f32 takes f64; in
+    f64 itself +∞ ties with the largest number.
     """
     missing = e.op("IsNaN", x)
     if not finite:
