@@ -244,11 +244,8 @@ def _compiled_kernels(found: Sequence[_Case]) -> str:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        if a.ndim
-        else (torch.equal(a.reshape(1).view(torch.uint8), b.reshape(1).view(torch.uint8)))
-    )
+    a, b = (t.reshape(-1).clone().view(torch.uint8) for t in (a, b))  # strides of 0 have no view as bytes
+    return torch.equal(a, b)
 
 
 def _short(t: torch.Tensor) -> str:
