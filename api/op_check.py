@@ -130,12 +130,18 @@ class _Case:
         left = iter(tensors)
         return [None if v is None else next(left) for v in self.node.operands]
 
-    def compare(self, got: Sequence[torch.Tensor], how: str, expected: Sequence[torch.Tensor] | None = None) -> float:
+    def compare(
+        self,
+        got: Sequence[torch.Tensor],
+        how: str,
+        expected: Sequence[torch.Tensor] | None = None,
+        coarse: tuple[float, int] | None = None,
+    ) -> float:
         """The largest error in units of the tolerance. AssertionError beyond 1."""
         operands = dict(zip(self.graph.inputs, self.inputs, strict=True))
         worst = 0.0
         for value, want, g in zip(self.node.results, expected or self.expected, got, strict=True):
-            bound = one_node(self.node, value, self.binding)
+            bound = one_node(self.node, value, self.binding, coarse)
             # a case may be one small number, with no larger one beside it for an approximated function to be small to
             bound = replace(bound, relative=2 * bound.relative, typical=math.inf)
             d = difference(want, g, bound, scale_of(want, self.node, operands))
@@ -176,7 +182,8 @@ class _Backend:
             got = executable.run(case.inputs)
         except CompileError as e:
             raise AssertionError(f"{case.what}, on {self.backend.name}: {e}") from e
-        self.errors.append(case.compare(got, f"on {self.backend.name}"))
+        coarse = self.backend.coarse_sums(case.node)
+        self.errors.append(case.compare(got, f"on {self.backend.name}", coarse=coarse))
 
     def verdict(self, opdef: OpDef) -> str:
         """What to report. AssertionError where the op never ran and was not refused on purpose."""

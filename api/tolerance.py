@@ -71,13 +71,21 @@ def limits(bound: Bound, reference: torch.Tensor, scale: float) -> tuple[float, 
     return most, bound.typical * few * most / (bound.relative * own)
 
 
-def one_node(node: Node, value: Value, binding: Mapping[str, int]) -> Bound:
-    """The bound of a node's result computed from equal operands."""
+def one_node(node: Node, value: Value, binding: Mapping[str, int], coarse: tuple[float, int] | None = None) -> Bound:
+    """The bound of a node's result computed from equal operands; `coarse`: see `Backend.coarse_sums`."""
     k = effective_length(node, binding)
     bound = _bound(value.type, k, _narrow(value.type) ** 2 * roundings(node), f"{node.op}: K = {k:.4g}")
     if bound.relative:
         u = unit(value.dtype if value.dtype is DType.F64 else DType.F32)
         bound = replace(bound, carried=FACTOR * u * (1.0 if node.op == "attention.sdpa" else math.sqrt(k)))
+    if coarse is not None and bound.relative:
+        more = coarse[0] * math.sqrt(min(k, coarse[1]))
+        bound = replace(
+            bound,
+            relative=bound.relative + FACTOR * more,
+            typical=bound.typical + TYPICAL * more,
+            why=f"{bound.why}, {min(round(k), coarse[1])} of them added up in units of {coarse[0]:.2g}",
+        )
     if node.op == "quant.scaled_experts" and node.attrs["group"] is not None:
         inner = node.operand("down").shape[2]
         loose = 2.0**-3 * 4 / math.sqrt(max(16, inner))  # one E4M3 step of a few of the f summed terms

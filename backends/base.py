@@ -161,6 +161,11 @@ class Backend:
         """Further limits of the backend (a hook); the reason, or None."""
         return None
 
+    def coarse_sums(self, node: Node) -> tuple[float, int] | None:
+        """Where the hardware adds up more coarsely than f32 (a hook): the unit roundoff, and how many terms it adds up
+        so before f32 takes over. Comparisons allow for it."""
+        return None
+
     def advice(self, node: Node) -> str | None:
         """What to write so that the backend takes a node that it has no lowering of, or None where it has one."""
         if self.lowering(node.op) is not None or self.refusal(node.op) is not None:

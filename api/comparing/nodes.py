@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moec.backends import Backend
 from moec.comparing.routing import meet
 from moec.comparing.store import Values
 from moec.difference import Difference, difference
@@ -102,13 +103,13 @@ def _compare(
     for node in nodes:
         mine = got[start : start + len(node.results)]
         start += len(node.results)
-        worst = _worst(settings.backend.name, node, values, mine, binding, tolerance)
+        worst = _worst(settings.backend, node, values, mine, binding, tolerance)
         found.append(NodeResult(settings.backend.name, node.op, node.location.describe(), node, worst))
     return found
 
 
 def _worst(
-    name: str,
+    backend: Backend,
     node: Node,
     values: Values,
     got: list[torch.Tensor],
@@ -118,10 +119,10 @@ def _worst(
     operands = {v: values.get(v) for v in node.operands if v is not None}
     expected = [values.get(r) for r in node.results]
     if node.op == "moe.route":
-        expected = _routed(name, node, operands, got)
+        expected = _routed(backend.name, node, operands, got)
     found = []
     for value, want, tensor in zip(node.results, expected, got, strict=True):
-        bound = given_bound(one_node(node, value, binding), tolerance, node)
+        bound = given_bound(one_node(node, value, binding, backend.coarse_sums(node)), tolerance, node)
         found.append(difference(want, tensor, bound, scale_of(want, node, operands)))
     return max(found, key=lambda d: (not d.ok, d.badness))
 

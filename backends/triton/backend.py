@@ -24,6 +24,7 @@ _KERNEL_FLOATS = (DType.F32, DType.BF16, DType.F16)
 _MAX_WIDTH, _MAX_EXPERTS, _MAX_HEAD = 65536, 4096, 1024
 _MAX_GROUP = 128
 _SCORINGS = ("softmax", "sigmoid", "topk_softmax")
+_FP8_UNIT = 2.0**-16  # measured on an H100: ‖error‖ = 1.1e-5 · √terms, and the same from cuBLAS
 _GPU_GROUP = 32
 
 _MOVES = "moves or repeats elements, computes nothing: views and copies of torch"
@@ -109,6 +110,17 @@ class TritonBackend(Backend):
         """The lowerings of elementwise ops that are not `codegen.expression`."""
         return {op: fn for op, fn in self.lowerings.items() if fn is not expression and lookup(op).elementwise}
 
+    def coarse_sums(self, node: Node) -> tuple[float, int] | None:
+        """Hopper's tensor cores keep about 14 bits of a sum of FP8 products (DeepSeek-V3 report, §3.3.2; `make
+        check-gpu` measures it); the kernels go on in f32 after every scale group."""
+        if (
+            node.op not in ("quant.scaled_linear", "quant.scaled_experts")
+            or node.attrs["group"] is None
+            or not _on_gpu()
+        ):
+            return None
+        return _FP8_UNIT, (1 if node.op == "quant.scaled_linear" else 2) * node.attrs["group"]
+
     def _register(self, name: str, fn: Callable[..., Any]) -> None:
         super()._register(name, fn)
         self.keeps_weights.discard(name)
@@ -162,8 +174,12 @@ def _limits(node: Node) -> str | None:
                 return f"activation groups of {group} against weight blocks {width} wide"
             if node.op == "quant.scaled_linear" and node.attrs["dtype"] not in _KERNEL_FLOATS:
                 return f"results in {node.attrs['dtype']}"
-            return _bad_width(width, _GPU_GROUP if torch.cuda.is_available() and mode("cuda") == "gpu" else 1)
+            return _bad_width(width, _GPU_GROUP if _on_gpu() else 1)
     return None
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and mode("cuda") == "gpu"
 
 
 def _per_token(block: tuple[int, int]) -> bool:

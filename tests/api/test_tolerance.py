@@ -296,3 +296,21 @@ def test_bad_tolerances(tolerance, kind, message):
     check_tolerance(None)
     check_tolerance(0.5)
     check_tolerance({"": 1})
+
+
+def test_coarse_sums_loosen_a_bound_by_what_they_add():
+    """Half the terms of a linear layer in units of 2⁻¹⁶: a 1% perturbation is still seen."""
+    graph = moec.parse(
+        "graph(%x: f32[T, 256]) -> (%y: f32[T, 32]) {\n  weight @w: f32[32, 256]\n"
+        "  %0: f32[T, 32] = linear.linear(%x, @w)\n  return %0\n}"
+    )
+    node = next(graph.nodes)
+    fine, coarse = one_node(node, node.result, BINDING), one_node(node, node.result, BINDING, (2.0**-16, 128))
+    added = 2.0**-16 * 128**0.5
+    assert coarse.relative == pytest.approx(fine.relative + 8 * added)
+    assert coarse.typical == pytest.approx(fine.typical + 2 * added)
+    y = torch.randn(5, 32)
+    scale = scale_of(y, None, {})
+    assert difference(y, y * (1 + 1e-4), coarse, scale).ok
+    assert not difference(y, y * (1 + 1e-4), fine, scale).ok
+    assert not difference(y, y * 1.01, coarse, scale).ok
