@@ -53,7 +53,7 @@ def compare(
     """Compare a model on several backends, two models or saved folders, or either with saved outputs.
 
     Exit code 0 where they agree, 1 where they differ, 2 for bad input. A graph.ir runs on the data of the .safetensors
-    file beside it, or on seeded random numbers; so does a saved folder without --inputs.
+    file beside it, or on seeded random numbers; so do an .onnx file and a saved folder without --inputs.
     """
     options = {
         "passes": passes_of(passes),
@@ -129,12 +129,13 @@ class _Subject:
     def of(spec: str, inputs: Path | None, batch: int, seq: int) -> _Subject:
         import moec
         from moec.comparing.contenders import read_tensors
+        from moec.sources import is_onnx
         from moec.specs import Target, resolve
 
         loaded = moec.load(spec) if Path(spec).is_dir() else None
         target = Target(loaded.graph, (), None) if loaded is not None else resolve(spec, batch, seq)
         named = None if inputs is None else read_tensors(inputs)
-        if isinstance(target.model, moec.Graph):
+        if isinstance(target.model, moec.Graph) or is_onnx(target.model):
             target = target.with_data()
             args = target.args if named is None else _by_name([str(v.name) for v in target.model.inputs], named, inputs)
             return _Subject(target.model, args, None, loaded)

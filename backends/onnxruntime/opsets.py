@@ -15,6 +15,7 @@ from moec.ir.ops.extern import schema_at, table
 OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention
 # what our lowerings emit of these means the same in all opsets from the number on
 _STABLE = {"Identity": 1, "Transpose": 1, "Cast": 9, "Reshape": 5, "Concat": 4, "Squeeze": 13, "Unsqueeze": 13}
+EARLIEST = 7  # ONNX Runtime has no kernels of opsets before
 Range = tuple[int, int]
 
 
@@ -48,7 +49,7 @@ def span(domain: str, op_type: str, version: int) -> Range:
 
 
 def intersection(ranges: Iterable[Range]) -> Range:
-    low, high = 1, latest()
+    low, high = EARLIEST, latest()
     for first, last in ranges:
         low, high = max(low, first), min(high, last)
     return low, high

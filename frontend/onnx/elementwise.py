@@ -48,6 +48,27 @@ for _name, _op in {"Add": "add", "Sub": "sub", "Mul": "mul", **COMPARISONS, **LO
     _binary(_name, _op)
 
 
+def _aligned(onnx_op: str, op: str) -> None:
+    """Until opset 6: the second operand was aligned by attributes, and must be as long otherwise."""
+
+    @imports(onnx_op)
+    def binary(c: ImportContext, a: Value, b: Value, *, broadcast: int | None, axis: int | None,
+               consumed_inputs: Any) -> Value:  # fmt: skip
+        if broadcast and axis is not None and b.type.rank:
+            trailing = a.type.rank - c.norm_axis(axis, a.type.rank) - b.type.rank
+            b = c.reshape(b, (*b.shape, *[1] * trailing))
+        elif not broadcast and a.shape != b.shape:
+            raise c.refuse(f"{a.type} and {b.type} without broadcasting", code="type")
+        if op in ("div", "pow"):
+            c.floats(a, b)
+        return c.b.op(f"math.{op}", (a, b))
+
+
+for _name, _op in {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Pow": "pow", "Equal": "eq", "Less": "lt",
+                   "Greater": "gt", **LOGIC}.items():  # fmt: skip
+    _aligned(_name, _op)
+
+
 @imports("Not")
 def not_(c: ImportContext, x: Value) -> Value:
     return c.b.op("math.not", (x,))
@@ -124,7 +145,16 @@ def thresholded_relu(c: ImportContext, x: Value, *, alpha: float) -> Value:
     return c.b.where(c.b.gt(x, alpha), x, c.b.const(0.0, x.dtype))
 
 
-@imports("PRelu", since=9)
+@imports("PRelu")
+def prelu_1(c: ImportContext, x: Value, slope: Value, *, consumed_inputs: Any) -> Value:
+    """Until opset 6: one slope, or one for each channel."""
+    c.floats(x, slope)
+    if slope.type.rank == 1 and slope.shape != (1,):
+        slope = c.reshape(slope, (*slope.shape, *[1] * (x.type.rank - 2)))
+    return _below_zero(c, x, c.b.mul(x, slope))
+
+
+@imports("PRelu", since=7)
 def prelu(c: ImportContext, x: Value, slope: Value) -> Value:
     c.floats(x, slope)
     return _below_zero(c, x, c.b.mul(x, slope))

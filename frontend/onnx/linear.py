@@ -22,6 +22,12 @@ def matmul(c: ImportContext, a: Value, b: Value) -> Value:
     return c.reshape(y, kept[:-1] if b.type.rank == 1 else kept)
 
 
+@imports("Gemm")
+def gemm_1(c: ImportContext, a: Value, b: Value, bias: Value, *, alpha: float, beta: float, transA: int, transB: int,
+           broadcast: int) -> Value:  # fmt: skip
+    return gemm(c, a, b, bias, alpha=alpha, beta=beta, transA=transA, transB=transB)
+
+
 @imports("Gemm", since=7)
 def gemm(c: ImportContext, a: Value, b: Value, bias: Value | None = None, *, alpha: float, beta: float, transA: int,
          transB: int) -> Value:  # fmt: skip

@@ -55,6 +55,14 @@ def _channels(c: ImportContext, v: Value, x: Value, dtype: DType) -> Value:
     return c.reshape(c.cast(v, dtype), (x.shape[1], *[1] * (x.type.rank - 2)))
 
 
+@imports("BatchNormalization", since=6)
+def batch_norm_6(c: ImportContext, x: Value, scale: Value, bias: Value, mean: Value, variance: Value, *,
+                 epsilon: float, momentum: float, spatial: int, is_test: int | None) -> Value:  # fmt: skip
+    if not spatial or (c.opset < 7 and not is_test):
+        raise c.refuse("in training, or for each element")
+    return batch_norm(c, x, scale, bias, mean, variance, epsilon=epsilon, momentum=momentum, training_mode=0)
+
+
 @imports("BatchNormalization", since=9)
 def batch_norm(c: ImportContext, x: Value, scale: Value, bias: Value, mean: Value, variance: Value, *, epsilon: float,
                momentum: float, training_mode: int | None) -> Value:  # fmt: skip
