@@ -81,7 +81,7 @@ class _Scanner:
                 depth += 1
             elif c == ")" and depth:
                 depth -= 1
-            elif c in ",]})\n":
+            elif c == "\n" or (c in ",]})" and not depth):
                 break
             self.pos += 1
         return self.text[start : self.pos].strip()

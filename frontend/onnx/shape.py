@@ -188,10 +188,8 @@ def _slices(
             raise c.refuse(f"step {step}")
         extent = x.shape[axis]
         low, high = (_bound(c, b, extent) for b in (start, end))
-        if isinstance(low, int) and isinstance(high, int) and low > high:
-            high = low
-        if low != high and not (isinstance(low, int) and isinstance(high, int)) and not _ascends(low, high):
-            raise c.refuse(f"from {low} to {high} of {extent}")
+        if not _ascends(low, high):
+            high = low if isinstance(low, int) and isinstance(high, int) else low + _positive(high - low)
         x = c.slice(x, axis, low, high, step)
     return x
 
@@ -200,20 +198,29 @@ def _bound(c: ImportContext, bound: Size, extent: Size) -> Size:
     """A bound within the axis, counted from its start."""
     if isinstance(bound, int) and isinstance(extent, int):
         return min(max(bound + extent if bound < 0 else bound, 0), extent)
-    if isinstance(bound, int):
-        if bound == 0:
-            return 0
-        if bound >= 2**31 - 1:
-            return extent
-        if bound <= -(2**31 - 1):
-            return 0
-        raise c.refuse(f"bound {bound} of an axis of unknown size {extent}")
-    if bound == extent:
+    if bound == extent or (isinstance(bound, int) and bound >= 2**31 - 1):
         return extent
+    if isinstance(bound, int) and bound <= -(2**31 - 1):
+        return 0
+    if isinstance(bound, int):
+        # sizes of x[:, 1:] and x[:, :-1] come out as the same expression
+        return _positive(extent + bound) if bound < 0 else extent - _positive(extent - bound)
+    if _ascends(0, bound):
+        return bound if _ascends(bound, extent) else extent - _positive(extent - bound)
     raise c.refuse(f"bound {bound} of an axis of size {extent}")
 
 
+def _positive(s: Size) -> Size:
+    """max(s, 0)"""
+    import sympy
+
+    from moec.ir.dims import size as as_size
+
+    return max(s, 0) if isinstance(s, int) else s if _ascends(0, s) else as_size(sympy.Max(s.expr, 0))
+
+
 def _ascends(low: Size, high: Size) -> bool:
+    """Whether low ≤ high whatever the symbols are."""
     span = high - low
     return span >= 0 if isinstance(span, int) else bool(span.expr.is_nonnegative)
 
@@ -246,6 +253,23 @@ def _many(x: Any) -> tuple[Value, ...]:
 @imports("Gather")
 def gather(c: ImportContext, x: Value, index: Value, *, axis: int) -> Value:
     return c.b.gather(x, index, axis=c.norm_axis(axis, x.type.rank))
+
+
+@imports("GatherND", since=11)
+def gather_nd(c: ImportContext, x: Value, index: Value, *, batch_dims: int | None) -> Value:
+    """The last axis of `index` holds positions along the first axes of x."""
+    depth = index.shape[-1]
+    if batch_dims or not isinstance(depth, int):
+        raise c.refuse("with batch axes, or to an unknown depth")
+    if depth == 1:
+        return c.b.gather(x, c.reshape(index, index.shape[:-1]), axis=0)
+    flat = None
+    for i, extent in enumerate(x.shape[:depth]):
+        at = c.reshape(c.slice(index, index.type.rank - 1, i, i + 1), index.shape[:-1])
+        at = _non_negative(c, at, extent)
+        flat = at if flat is None else c.b.add(c.b.mul(flat, c.value(extent, DType.I64)), at)
+    rows = c.reshape(x, (product(x.shape[:depth]), *x.shape[depth:]))
+    return c.b.gather(rows, flat, axis=0)
 
 
 @imports("GatherElements", since=11)

@@ -77,6 +77,12 @@ def test_dims_round_trip_and_evaluate(size):
         assert size.evaluate(binding) == size.substitute(binding)
 
 
+def test_sizes_of_several_arguments_round_trip():
+    """The comma inside of Max( , ) ends no size."""
+    text = "graph(%x: f32[Max(0, S - 1), B]) -> (%y: f32[Max(0, S - 1), B]) {\n  return %x\n}\n"
+    assert str(parse(text)) == text
+
+
 def test_large_sizes_stay_exact():
     assert (Dim("B") * (2**40)).evaluate({"B": 2**20 + 1}) == 2**60 + 2**40
     assert ((Dim("B") + 1) // 2).evaluate({"B": 2**60}) == 2**59

@@ -45,6 +45,10 @@ NATIVE = {
     "Clip": ([floats(9), np.float32(-0.5), np.float32(0.25)], {}),
     "BatchNormalization": ([floats(2, 3, 2), floats(3), floats(3), floats(3), abs(floats(3))], {}),
     "Hardmax": ([floats(3, 4, 2).round()], {"axis": 1}),
+    "Einsum": ([floats(3, 4), floats(4, 5)], {"equation": "ij,jk->ki"}),
+    "Einsum with a batch": ([floats(2, 3, 4), floats(3, 5, 2, 4)], {"equation": "tkd, kftd -> ktf"}),
+    "GatherND": ([floats(3, 4, 2), ints(0, -1, 2, 3).reshape(2, 2)], {}),
+    "GatherND of rows": ([floats(3, 4), ints(-1, 0).reshape(2, 1)], {}),
     "HardSwish": ([floats(9)], {}),
     "Squeeze": ([floats(1, 3, 1), ints(0)], {}),
     "Expand": ([floats(3, 1), ints(2, 1, 4)], {}),
@@ -80,7 +84,7 @@ def test_shapes_known_only_at_run_time(name):
 EXTERN = {
     "Conv": ([floats(1, 2, 5, 5), floats(3, 2, 3, 3)], {"pads": [1, 1, 1, 1]}),
     "MaxPool": ([floats(1, 2, 6, 6)], {"kernel_shape": [2, 2], "strides": [2, 2]}),
-    "Einsum": ([floats(3, 4), floats(4, 5)], {"equation": "ij,jk->ki"}),
+    "Einsum": ([floats(3, 3), floats(3, 4), floats(4, 2)], {"equation": "ij,jk,kl->il"}),
     "Unique": ([ints(3, 1, 3, 2)], {}),
     "Compress": ([floats(4, 2), np.array([True, False, True, True])], {"axis": 0}),
     "OneHot": ([ints(0, -1, 2), np.array(4), floats(2)], {}),
@@ -169,6 +173,29 @@ def test_dynamic_sizes_flow_through_shape_arithmetic():
         x = floats(b, s, 8)
         check(proto, {"x": x}, native=True)
         assert compiled(torch.from_numpy(x))[0].shape == (b, 2, s, 4)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1, 2**63 - 1), (0, -1), (-2, 9), (2, 4), (-1, -3), (3, 1), (-9, 2)])
+def test_slices_of_an_axis_of_unknown_size(start, end):
+    """Bounds beyond the axis are those of NumPy, whatever the size turns out to be."""
+    nodes = [helper.make_node("Slice", ["x", "start", "end", "axes"], ["y"])]
+    weights = {"start": ints(start), "end": ints(end), "axes": ints(1)}
+    proto = model(nodes, [value("x", [2, "S"])], [value("y", [2, "R"])], weights)
+    for n in (0, 1, 2, 3, 7):
+        x = floats(2, n)
+        graph = check(proto, {"x": x}, native=True).graph
+        np.testing.assert_array_equal(run(graph, [torch.from_numpy(x)])[0].numpy(), x[:, start:end])
+
+
+def test_neighbours_are_as_long_as_each_other():
+    """x[:, 1:] − x[:, :-1], which masks of packed sequences are made of, stays in our ops."""
+    nodes = [helper.make_node("Slice", ["x", "one", "most", "one"], ["late"]),
+             helper.make_node("Slice", ["x", "zero", "last", "one"], ["early"]),
+             helper.make_node("Sub", ["late", "early"], ["y"])]  # fmt: skip
+    weights = {"one": ints(1), "zero": ints(0), "last": ints(-1), "most": ints(2**63 - 1)}
+    proto = model(nodes, [value("x", ["B", "S"])], [value("y", ["B", "R"])], weights)
+    for n in (0, 1, 5):
+        check(proto, {"x": floats(2, n)}, native=True)
 
 
 def test_names_order_and_locations():
