@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
@@ -43,12 +44,17 @@ class Dim:
         return bool(self.expr.is_Symbol)
 
     def evaluate(self, binding: Mapping[str, int]) -> int:
-        """The integer under `binding` (symbol name → value). Raises CompileError on an unbound symbol."""
+        """The integer under `binding` (symbol name → value). Raises CompileError on an unbound symbol, and where the
+        value is no integer."""
         names, fn = _compiled(self.expr)
         try:
-            return int(fn(*[binding[n] for n in names]))
+            found = fn(*[binding[n] for n in names])
         except KeyError as e:
             raise CompileError(f"dimension {e.args[0]!r} of {self} is not bound", code="dims") from None
+        if not (isinstance(found, int) or found.is_Integer):
+            known = ", ".join(f"{n} = {binding[n]}" for n in names)
+            raise CompileError(f"{self} is {found} for {known}, which is no size", code="dims")
+        return int(found)
 
     def substitute(self, binding: Mapping[str, int | Dim]) -> int | Dim:
         """Replace symbols by sizes at once."""
@@ -116,7 +122,8 @@ def _compiled(expr: sympy.Expr) -> tuple[list[str], Callable[..., Any]]:
 
 
 def _expr(x: int | Dim) -> sympy.Expr:
-    return x.expr if isinstance(x, Dim) else sympy.Integer(x)
+    # operator.index: sympy would cut 1.5 to 1
+    return x.expr if isinstance(x, Dim) else sympy.Integer(operator.index(x))
 
 
 @lru_cache(maxsize=65536)
@@ -125,11 +132,65 @@ def _combine(op: Callable[[Any, Any], Any], a: int | Dim, b: int | Dim) -> int |
 
 
 def size(expr: int | sympy.Expr | Dim) -> int | Dim:
-    """Normalise: an `int` where the expression is constant, else a `Dim` in expanded form."""
+    """Normalise: an `int` where the expression is constant, else a `Dim` in expanded form.
+
+    Raises CompileError where it is no size (infinite, or of another type) or is more complicated than sizes of models
+    are.
+    """
     if isinstance(expr, int | Dim):
         return expr
-    expr = sympy.expand(expr)
+    if not isinstance(expr, sympy.Expr):  # sympy would evaluate text as Python
+        raise CompileError(f"{expr!r} is no size", code="dims")
+    if not expr.is_Integer:
+        expr = _bounded(sympy.expand(_bounded(expr)))
     return int(expr) if expr.is_Integer else Dim(expr)
+
+
+# Sympy needs time and memory without bound for expressions that fit in a line: far more than any model's sizes need.
+_MOST_TERMS = 128
+_MOST_SYMBOLS = 32
+_MOST_FUNCTIONS = 12  # floor, ceiling, Max, Min, Mod
+_DEEPEST = 24
+_LARGEST = 2**63
+
+
+def _bounded(expr: sympy.Expr) -> sympy.Expr:
+    """`expr` itself, checked before it is expanded. Raises CompileError."""
+    terms, functions, depth = _extent(expr)
+    for what, found, most in (
+        ("terms", terms, _MOST_TERMS),
+        ("symbols", len(expr.free_symbols), _MOST_SYMBOLS),
+        ("functions", functions, _MOST_FUNCTIONS),
+        ("levels", depth, _DEEPEST),
+    ):
+        if found > most:
+            raise CompileError(f"a dimension has {found} {what}, more than {most}", code="dims")
+    return expr
+
+
+@lru_cache(maxsize=65536)
+def _extent(expr: sympy.Expr) -> tuple[int, int, int]:
+    """Terms after expansion (at most), functions, nesting. Sympy builds from parts that were measured before, so the
+    recursion is short."""
+    if expr.is_Integer:
+        if not -_LARGEST <= int(expr) < _LARGEST:
+            raise CompileError("a dimension has a factor beyond 64 bits", code="dims")
+        return 1, 0, 0
+    if not expr.args:
+        if expr.is_Symbol or expr.is_Rational:
+            return 1, 0, 0
+        raise CompileError(f"a dimension holds {expr}, which is no size", code="dims")
+    parts = [_extent(a) for a in expr.args]
+    functions, depth = sum(f for _, f, _ in parts), 1 + max(d for _, _, d in parts)
+    terms = [t for t, _, _ in parts]
+    if expr.is_Add:
+        return sum(terms), functions, depth
+    if expr.is_Mul:
+        return math.prod(terms), functions, depth
+    if expr.is_Pow:
+        exponent = expr.args[1]
+        return terms[0] ** (min(abs(int(exponent)), 64) if exponent.is_Integer else 64), functions, depth
+    return 1, functions + max(1, len(expr.args) - 1), depth
 
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -141,6 +202,7 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: _floordiv,
     ast.Mod: sympy.Mod,
 }
+_LONGEST = 1000  # characters
 _FUNCTIONS = {"floor": sympy.floor, "ceiling": sympy.ceiling, "Max": sympy.Max, "Min": sympy.Min, "Mod": sympy.Mod}
 
 
@@ -152,27 +214,35 @@ def parse_size(text: str) -> int | Dim:
         match node:
             case ast.Expression():
                 return walk(node.body)
-            case ast.Constant(value=int(v)):
+            case ast.Constant(value=int(v)) if not isinstance(v, bool):
                 return sympy.Integer(v)
             case ast.Name():
                 return _symbol(node.id)
             case ast.UnaryOp(op=ast.USub()):
                 return -walk(node.operand)
             case ast.BinOp() if type(node.op) in _BINARY:
-                right = walk(node.right)
+                left, right = walk(node.left), walk(node.right)
                 if isinstance(node.op, ast.Pow) and not (right.is_Integer and 0 <= right <= 16):
-                    raise CompileError(f"bad exponent in dimension {text!r}", code="syntax")
-                return _BINARY[type(node.op)](walk(node.left), right)
+                    raise CompileError("bad exponent", code="syntax")
+                return _bounded(_BINARY[type(node.op)](left, right))
             case ast.Call(func=ast.Name(id=fn)) if fn in _FUNCTIONS and not node.keywords:
-                return _FUNCTIONS[fn](*[walk(a) for a in node.args])
-        raise CompileError(f"bad dimension {text!r}", code="syntax", hint="use names, integers, + - * // and %")
+                if not 1 <= len(node.args) <= _MOST_FUNCTIONS:
+                    raise CompileError(f"{fn} of {len(node.args)} sizes", code="syntax")
+                return _bounded(_FUNCTIONS[fn](*[walk(a) for a in node.args]))
+        raise CompileError("not a size", code="syntax", hint="use names, integers, + - * // and %")
 
-    if len(text) > 1000:
-        raise CompileError(f"dimension of {len(text)} characters", code="syntax")
+    if len(text) > _LONGEST:
+        raise CompileError(f"dimension of {len(text)} characters, more than {_LONGEST}", code="syntax")
     try:
         return size(walk(ast.parse(text, mode="eval")))
-    except (SyntaxError, ZeroDivisionError, RecursionError) as e:
-        raise CompileError(f"bad dimension {text!r}: {e}", code="syntax") from None
+    except CompileError as e:
+        raise CompileError(f"bad dimension {_clipped(text)}: {e.message}", code=e.code, hint=e.hint) from None
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError, ValueError, TypeError) as e:
+        raise CompileError(f"bad dimension {_clipped(text)}: {e}", code="syntax") from None
+
+
+def _clipped(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def evaluate(x: int | Dim, binding: Mapping[str, int]) -> int:
@@ -184,6 +254,8 @@ def product(sizes: Sequence[int | Dim]) -> int | Dim:
     """Number of elements of a shape."""
     result: int | Dim = 1
     for s in sizes:
+        if not isinstance(s, int | Dim):
+            raise CompileError(f"{s!r} is no size", code="dims")
         result = result * s
     return result
 

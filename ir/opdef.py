@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,9 +34,12 @@ _VARIADIC = ("variadic", "optional variadic")
 
 @dataclass(frozen=True)
 class AttrSpec:
+    """`members`: the types that a value of a union may have, or the items of a `tuple[…, ...]`; none: any."""
+
     name: str
     type: Any
     default: Any = REQUIRED
+    members: tuple[type, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,18 +147,55 @@ def normalise_attr(value: Any, spec: AttrSpec, op: str) -> Any:
     plain = {float: float, int: int, str: str, bool: bool, tuple: tuple, TensorType: TensorType}.get(spec.type)
     if plain is not None and (not isinstance(value, plain) or (plain is int and isinstance(value, bool))):
         raise CompileError(
-            f"{op}: attribute {spec.name!r} must be {plain.__name__}, got {type(value).__name__} {value!r}",
+            f"{op}: attribute {spec.name!r} must be {plain.__name__}, got {_shown(value)}",
             code="attribute",
         )
     if not _is_attr_value(value):
-        raise CompileError(f"{op}: attribute {spec.name!r} cannot hold {type(value).__name__}", code="attribute")
+        raise CompileError(f"{op}: attribute {spec.name!r} cannot hold {_shown(value)}", code="attribute")
+    if spec.members:
+        items = value if spec.type is tuple else (value,)
+        wrong = next((v for v in items if not _is_one_of(v, spec.members)), REQUIRED)
+        if wrong is not REQUIRED:
+            names = " or ".join("None" if t is type(None) else t.__name__ for t in spec.members)
+            what = f"must hold {names}" if spec.type is tuple else f"must be {names}"
+            raise CompileError(f"{op}: attribute {spec.name!r} {what}, got {_shown(wrong)}", code="attribute")
     return value
 
 
-def _is_attr_value(value: Any) -> bool:
+_DEEPEST = 8  # tuples in tuples; what handles attributes is recursive
+_INT64 = range(-(2**63), 2**63)
+
+
+def _is_attr_value(value: Any, depth: int = 0) -> bool:
     if isinstance(value, tuple):
-        return all(map(_is_attr_value, value))
-    return value is None or isinstance(value, bool | int | float | str | DType | Dim | TensorType)
+        return depth < _DEEPEST and all(_is_attr_value(v, depth + 1) for v in value)
+    if isinstance(value, int):
+        return value in _INT64
+    return value is None or isinstance(value, float | str | DType | Dim | TensorType)
+
+
+def _is_one_of(value: Any, members: tuple[type, ...]) -> bool:
+    return isinstance(value, members) and (not isinstance(value, bool) or bool in members)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a nest of thousands of tuples
+        text = "…"
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def _declared_kind(kind: Any) -> tuple[Any, tuple[type, ...]]:
+    """The type of an `Attr[…]` field, and its members (see `AttrSpec`)."""
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        return Any, typing.get_args(kind)
+    if origin is tuple and typing.get_args(kind)[1:] == (...,):
+        item = typing.get_args(kind)[0]
+        members = typing.get_args(item) if typing.get_origin(item) in (types.UnionType, typing.Union) else (item,)
+        return tuple, members if all(isinstance(m, type) for m in members) else ()
+    return origin or kind, ()
 
 
 _OPS: dict[str, OpDef] = {}
@@ -194,8 +235,8 @@ def op(
             if meta in ("operand", "optional", *_VARIADIC):
                 operands.append((fname, meta))
             elif meta == "attr":
-                kind = typing.get_origin(hint.__origin__) or hint.__origin__
-                attrs[fname] = AttrSpec(fname, kind, getattr(cls, fname, REQUIRED))
+                kind, members = _declared_kind(hint.__origin__)
+                attrs[fname] = AttrSpec(fname, kind, getattr(cls, fname, REQUIRED), members)
             else:
                 raise CompileError(f"{where}: field {fname!r} must be an Operand or Attr[...]", code="op")
         if sum(k in _VARIADIC for _, k in operands) > 1:

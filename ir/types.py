@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,15 @@ class DType(enum.StrEnum):
         them as 8-bit integers (see moec.ir.arrays)."""
         return _TORCH[self]
 
+    def holds(self, value: bool | int | float) -> bool:
+        """Whether a number is one of this type: integers in range for an integer type, no NaN or fraction for bool and
+        integers. Floats are rounded."""
+        if not (self is DType.BOOL or self.is_integer):
+            return isinstance(value, float) or abs(value) < 2**64
+        bits = 1 if self is DType.BOOL else self.bits
+        low = -(2 ** (bits - 1)) if self.value[0] == "i" else 0
+        return low <= value < low + 2**bits and value == int(value)  # no comparison with NaN holds
+
     @staticmethod
     def of(x: DType | str | TorchDType) -> DType:
         """From a text name ("bf16"), a torch dtype, or itself. Raises CompileError on anything else."""
@@ -100,6 +110,14 @@ _TORCH = {
 _FROM_TORCH = {v: k for k, v in _TORCH.items()}
 
 
+_MOST_AXES = 64  # as in torch and NumPy
+
+
+def _clipped(x: object) -> str:
+    text = repr(x) if not isinstance(x, int) or abs(x) < 10**99 else "of more than 99 digits"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 @dataclass(frozen=True)
 class TensorType:
     """A dtype and a shape of ints and `Dim`s; prints as `bf16[T, 512]`."""
@@ -112,7 +130,13 @@ class TensorType:
         object.__setattr__(self, "shape", tuple(self.shape))
         for s in self.shape:
             if isinstance(s, bool) or not isinstance(s, int | Dim) or (isinstance(s, int) and not 0 <= s < 2**63):
-                raise CompileError(f"bad size {s!r} in shape {self.shape}", code="shape")
+                raise CompileError(f"bad size {_clipped(s)} in shape {_clipped(self.shape)}", code="shape")
+        if len(self.shape) > _MOST_AXES:
+            raise CompileError(f"a shape of {len(self.shape)} axes, more than {_MOST_AXES}", code="shape")
+        # also where another size is 0 or not known yet: strides are products of the sizes that are
+        known = math.prod(max(s, 1) for s in self.shape if isinstance(s, int)) * self.dtype.bits
+        if known >= 2**66:
+            raise CompileError(f"{self} has {known // 8} bytes, more than 64 bits count", code="shape")
 
     @property
     def rank(self) -> int:

@@ -31,7 +31,7 @@ class ScaledDotProductAttention:
     sinks: OptionalOperand
     scale: Attr[float]
     causal: Attr[bool] = False
-    softcap: Attr[Any] = None
+    softcap: Attr[float | None] = None
 
     def infer(self) -> TensorType:
         q, k, v, mask = self.q, self.k, self.v, self.mask

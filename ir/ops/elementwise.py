@@ -172,8 +172,8 @@ class Clamp:
     """min(max(x, low), high); a None bound is absent; NaN stays."""
 
     x: Operand
-    low: Attr[Any] = None
-    high: Attr[Any] = None
+    low: Attr[int | float | None] = None
+    high: Attr[int | float | None] = None
 
     def infer(self) -> TensorType:
         require(_kind(self.x.dtype) in "fi", f"takes numbers, got {self.x.dtype}")
@@ -247,7 +247,7 @@ class GLU:
     gate: Operand
     up: Operand
     activation: Attr[str] = "silu"
-    limit: Attr[Any] = None
+    limit: Attr[float | None] = None
     alpha: Attr[float] = 1.702
     up_offset: Attr[float] = 1.0
 

@@ -187,7 +187,7 @@ class Experts:
     down_bias: OptionalOperand
     activation: Attr[str] = "silu"
     interleaved: Attr[bool] = False
-    limit: Attr[Any] = None
+    limit: Attr[float | None] = None
     alpha: Attr[float] = 1.702
     up_offset: Attr[float] = 1.0
 

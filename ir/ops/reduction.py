@@ -21,7 +21,7 @@ def normal_axis(axis: int, rank: int) -> int:
 def _reduction(name: str, doc: str, fn: Callable[..., torch.Tensor], kinds: str, needs_elements: bool = False) -> None:
     class Reduction:
         x: Operand
-        axes: Attr[tuple]
+        axes: Attr[tuple[int, ...]]
         keepdim: Attr[bool] = False
 
         def infer(self: Any) -> TensorType:

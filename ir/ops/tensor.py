@@ -21,13 +21,15 @@ INLINE_LIMIT = 64
 class Constant:
     """A small literal: `value` holds the elements in row-major order."""
 
-    value: Attr[tuple]
+    value: Attr[tuple[bool | int | float, ...]]
     type: Attr[TensorType]
 
     def infer(self) -> TensorType:
         require(self.type.is_static, f"constant of symbolic type {self.type}")
         require(len(self.value) == self.type.numel, f"{len(self.value)} elements for {self.type}")
         require(len(self.value) <= INLINE_LIMIT, f"{len(self.value)} elements inline, at most {INLINE_LIMIT}")
+        wrong = [v for v in self.value if not self.type.dtype.holds(v)]
+        require(not wrong, f"{self.type.dtype} does not hold {wrong[:3]}")
         return self.type
 
     def reference(self) -> torch.Tensor:
@@ -44,10 +46,9 @@ class Constant:
 class DimValue:
     """A size as a scalar i64."""
 
-    value: Attr[Any]
+    value: Attr[int | Dim]
 
     def infer(self) -> TensorType:
-        require(isinstance(self.value, int | Dim), f"value must be a size, got {self.value!r}")
         return TensorType(DType.I64, ())
 
     def reference(self) -> torch.Tensor:
@@ -62,8 +63,8 @@ class DimValue:
 class Arange:
     """start, start + step, … below `end`; sizes may be symbolic, `step` is a positive int."""
 
-    end: Attr[Any]
-    start: Attr[Any] = 0
+    end: Attr[int | Dim]
+    start: Attr[int | Dim] = 0
     step: Attr[int] = 1
     dtype: Attr[DType] = DType.I64
 
@@ -87,12 +88,12 @@ class Arange:
 class Full:
     """A tensor of one value."""
 
-    shape: Attr[tuple]
-    value: Attr[Any]
+    shape: Attr[tuple[int | Dim, ...]]
+    value: Attr[bool | int | float]
     dtype: Attr[DType]
 
     def infer(self) -> TensorType:
-        require(isinstance(self.value, int | float), f"value must be a number, got {self.value!r}")
+        require(self.dtype.holds(self.value), f"{self.dtype} does not hold {self.value}")
         return TensorType(self.dtype, self.shape)
 
     def reference(self) -> torch.Tensor:
@@ -109,7 +110,7 @@ class Reshape:
     """The same elements in row-major order under another shape (no −1; sizes may be symbolic)."""
 
     x: Operand
-    shape: Attr[tuple]
+    shape: Attr[tuple[int | Dim, ...]]
 
     def infer(self) -> TensorType:
         shape = ", ".join(map(str, self.shape))
@@ -130,7 +131,7 @@ class Transpose:
     """Permute axes: result axis i is operand axis perm[i]."""
 
     x: Operand
-    perm: Attr[tuple]
+    perm: Attr[tuple[int, ...]]
 
     def infer(self) -> TensorType:
         require(sorted(self.perm) == list(range(self.x.rank)), f"perm {self.perm} for rank {self.x.rank}")
@@ -149,7 +150,7 @@ class Expand:
     """Broadcast to `shape` (NumPy rules)."""
 
     x: Operand
-    shape: Attr[tuple]
+    shape: Attr[tuple[int | Dim, ...]]
 
     def infer(self) -> TensorType:
         require(broadcast(self.x.shape, self.shape) == self.shape, f"{self.x} does not expand to {list(self.shape)}")
@@ -170,8 +171,8 @@ class Slice:
 
     x: Operand
     axis: Attr[int]
-    start: Attr[Any] = 0
-    end: Attr[Any] = 0
+    start: Attr[int | Dim] = 0
+    end: Attr[int | Dim] = 0
     step: Attr[int] = 1
 
     def infer(self) -> TensorType:
@@ -179,7 +180,6 @@ class Slice:
         extent = self.x.shape[axis]
         require(self.step >= 1, f"step {self.step} is not positive")
         for name, v in (("start", self.start), ("end", self.end)):
-            require(isinstance(v, int | Dim), f"{name} must be a size, got {v!r}")
             require(not isinstance(v, int) or v >= 0, f"{name} {v} is negative")
             both = isinstance(v, int) and isinstance(extent, int)
             require(not both or v <= extent, f"{name} {v} is beyond size {extent} of axis {axis}")
@@ -235,7 +235,7 @@ class Split:
 
     x: Operand
     axis: Attr[int]
-    sizes: Attr[tuple]
+    sizes: Attr[tuple[int | Dim, ...]]
 
     def infer(self) -> tuple[TensorType, ...]:
         axis = normal_axis(self.axis, self.x.rank)
@@ -435,13 +435,14 @@ class Pad:
     """Constant padding: `before` and `after` per axis, not negative."""
 
     x: Operand
-    before: Attr[tuple]
-    after: Attr[tuple]
-    value: Attr[Any] = 0
+    before: Attr[tuple[int | Dim, ...]]
+    after: Attr[tuple[int | Dim, ...]]
+    value: Attr[bool | int | float] = 0
 
     def infer(self) -> TensorType:
         require(len(self.before) == len(self.after) == self.x.rank, f"pads {self.before} {self.after} for {self.x}")
         require(all(not isinstance(p, int) or p >= 0 for p in (*self.before, *self.after)), "negative padding")
+        require(self.x.dtype.holds(self.value), f"{self.x.dtype} does not hold {self.value}")
         return self.x.with_shape([b + s + a for b, s, a in zip(self.before, self.x.shape, self.after, strict=True)])
 
     def reference(self) -> torch.Tensor:
