@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,6 +123,8 @@ class Graph:
         self.output_names: list[str] = []
         self.weights: dict[str, Value] = {}
         self.functions: dict[str, Graph] = {}
+        self._input_names: set[str] = set()
+        self._output_names: set[str] = set()
         self._first: Node | None = None
         self._last: Node | None = None
         self._count = 0
@@ -130,8 +132,9 @@ class Graph:
     # -- building ---------------------------------------------------------------------------------
 
     def add_input(self, name: str, type: TensorType) -> Value:
-        if any(v.name == name for v in self.inputs):
+        if name in self._input_names:
             raise CompileError(f"duplicate input name {name!r}", code="name")
+        self._input_names.add(name)
         value = Value(type, name=name, origins=[name])
         self.inputs.append(value)
         return value
@@ -157,9 +160,10 @@ class Graph:
         return name
 
     def add_output(self, value: Value, name: str | None = None) -> None:
-        name = name or f"out{len(self.outputs)}"
-        if name in self.output_names:
+        name = f"out{len(self.outputs)}" if name is None else name
+        if name in self._output_names:
             raise CompileError(f"duplicate output name {name!r}", code="name")
+        self._output_names.add(name)
         value.output_slots.add(len(self.outputs))
         self.outputs.append(value)
         self.output_names.append(name)
@@ -233,6 +237,10 @@ class Graph:
     # -- changing ---------------------------------------------------------------------------------
 
     def replace_operand(self, node: Node, index: int, value: Value | None) -> None:
+        if not 0 <= index < len(node.operands):
+            raise CompileError(
+                f"{node.op} has {len(node.operands)} operands, none at {index}", code="arity", location=node.location
+            )
         old = node.operands[index]
         if old is not None:
             del old.uses[(node, index)]
@@ -244,8 +252,10 @@ class Graph:
         """Redirect every use of `old`, graph outputs included, to `new`; origins move along."""
         if old is new:
             return
-        for node, i in list(old.uses):
-            self.replace_operand(node, i, new)
+        for node in old.users:  # each once: an op may use a value thousands of times
+            node.operands = tuple(new if v is old else v for v in node.operands)
+        new.uses.update(old.uses)
+        old.uses.clear()
         for slot in sorted(old.output_slots):
             self.set_output(slot, new)
         new.origins |= old.origins
@@ -255,8 +265,10 @@ class Graph:
         for r in node.results:
             if r.uses or r.is_output:
                 raise CompileError(f"cannot erase {node.op}: a result is used", code="erase", location=node.location)
-        for i in range(len(node.operands)):
-            self.replace_operand(node, i, None)
+        for i, v in enumerate(node.operands):
+            if v is not None:
+                del v.uses[(node, i)]
+        node.operands = (None,) * len(node.operands)
         self._unlink(node)
 
     def _unlink(self, node: Node) -> None:
@@ -337,7 +349,7 @@ class Graph:
         return dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])))
 
     def clone(self) -> Graph:
-        """A structural copy; weights are shared."""
+        """A structural copy; weights are shared. Raises CompileError where a value is used before it is defined."""
         g = Graph(self.name)
         mapping: dict[Value, Value] = {}
         for v in self.inputs:
@@ -351,6 +363,8 @@ class Graph:
         for node in self.nodes:
             copy_node(node, g, mapping)
         for v, name in zip(self.outputs, self.output_names, strict=True):
+            if v not in mapping:
+                raise CompileError(f"output {name!r} is not a value of the graph", code="structure")
             g.add_output(mapping[v], name)
         return g
 
@@ -378,6 +392,8 @@ class Graph:
             g.add_node(i, kind="node", op=node.op, module=node.location.module, types=types, attrs=dict(node.attrs))
             for k, operand in enumerate(node.operands):
                 if operand is not None:
+                    if operand not in ids:
+                        raise undefined(node, ids)
                     g.add_edge(ids[operand][0], i, operand=k, result=ids[operand][1])
             for r in node.results:
                 ids[r] = (i, r.index)
@@ -402,9 +418,18 @@ class Graph:
     __hash__ = object.__hash__
 
 
+def undefined(node: Node, defined: Container[Value]) -> CompileError:
+    """The error for a node with an operand that is not defined before it."""
+    i = next((i for i, v in enumerate(node.operands) if v is not None and v not in defined), 0)
+    return CompileError(f"operand {i} of {node.op} is not defined before it", code="structure", location=node.location)
+
+
 def copy_node(node: Node, into: Graph, mapping: dict[Value, Value], before: Node | None = None) -> Node:
     """Copy one node into `into` with operands mapped; extends `mapping` by its results."""
-    operands = [None if v is None else mapping[v] for v in node.operands]
+    try:
+        operands = [None if v is None else mapping[v] for v in node.operands]
+    except KeyError:
+        raise undefined(node, mapping) from None
     # the node was checked when it was made
     new = into._insert(Node(node.opdef, operands, node.attrs, node.location), [r.type for r in node.results], before)
     for old_r, new_r in zip(node.results, new.results, strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from moec.ir.dims import Dim, bind, evaluate
 from moec.ir.errors import ArgumentTypeError, CompileError
-from moec.ir.graph import Graph, Node, Value
+from moec.ir.graph import Graph, Node, Value, undefined
 from moec.ir.printer import excerpt
 from moec.ir.runtime_sizes import bind_results, measured, runtime_symbols
 from moec.ir.types import DType, TensorType
@@ -132,7 +132,10 @@ def run(
         for v, t in zip(graph.inputs, inputs, strict=True):
             record(v, t)
         for node in graph.nodes:
-            operands = [None if v is None else _tensor(v, env) for v in node.operands]
+            try:
+                operands = [None if v is None else _tensor(v, env) for v in node.operands]
+            except KeyError:
+                raise undefined(node, env) from None
             for v, t in zip(node.results, evaluate_node(node, operands, binding, functions), strict=True):
                 record(v, t)
             for v in {v for v in (*node.operands, *node.results) if v is not None}:

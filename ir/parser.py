@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
 from moec.ir.dims import parse_size
-from moec.ir.errors import CompileError
+from moec.ir.errors import ArgumentTypeError, CompileError
 from moec.ir.graph import Graph, Value
 from moec.ir.location import Frame, Location
 from moec.ir.types import DType, TensorType
@@ -16,10 +17,20 @@ from moec.ir.weight import Weight
 _SPACE = re.compile(r"(?:\s+|(?:#|//)[^\n]*)*")  # comments start with # or //
 _NAME = re.compile(r"[A-Za-z_0-9][A-Za-z_0-9.$-]*")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
-_NUMBER = re.compile(r"-?\d+\.?\d*(?:[eE][+-]?\d+)?(?![\w.*/+%-])")
+_NUMBER = re.compile(r"-?[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?(?![\w.*/+%-])")
+_DECIMAL = re.compile(r"[0-9]+")
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _DTYPES = {d.value: d for d in DType}
 _KEYWORDS = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
+
+
+_SHOWN = 200  # characters of a line or message
+_DIGITS = 400  # of a number
+_NESTING = 8  # lists in lists
+
+
+def _clipped(message: str) -> str:
+    return message if len(message) <= 2 * _SHOWN else f"{message[:_SHOWN]} … {message[-_SHOWN:]}"
 
 
 class _Scanner:
@@ -34,10 +45,14 @@ class _Scanner:
 
     def error(self, message: str) -> CompileError:
         line = self.text.count("\n", 0, self.pos) + 1
-        column = self.pos - (self.text.rfind("\n", 0, self.pos) + 1) + 1
-        rows = self.text.splitlines()
-        shown = rows[line - 1] if line <= len(rows) else ""
-        return CompileError(f"line {line}, column {column}: {message}", code="syntax", excerpt=shown[:200] or None)
+        start = self.text.rfind("\n", 0, self.pos) + 1
+        end = self.text.find("\n", self.pos)
+        row = self.text[start : len(self.text) if end < 0 else end]
+        column = self.pos - start + 1
+        first = max(0, column - 100) if len(row) > _SHOWN else 0
+        shown = row[first : first + _SHOWN].replace("\0", "\ufffd")
+        where = f"line {line}, column {column}"
+        return CompileError(f"{where}: {_clipped(message)}", code="syntax", excerpt=shown or None)
 
     def peek(self, token: str) -> bool:
         self.skip()
@@ -51,8 +66,8 @@ class _Scanner:
 
     def expect(self, token: str) -> None:
         if not self.accept(token):
-            got = self.text[self.pos : self.pos + 20].splitlines()
-            raise self.error(f"expected {token!r}, got {got[0] if got else 'end of text'!r}")
+            got = self.text[self.pos : self.pos + 20].split("\n")[0]
+            raise self.error(f"expected {token!r}, got {got or 'end of text'!r}")
 
     def match(self, pattern: re.Pattern[str], what: str) -> str:
         self.skip()
@@ -67,6 +82,11 @@ class _Scanner:
             return json.loads(self.match(_STRING, "a quoted string"))
         except json.JSONDecodeError as e:
             raise self.error(f"bad string: {e}") from None
+
+    def integer(self, text: str) -> int:
+        if len(text) > _DIGITS:
+            raise self.error(f"a number of {len(text)} digits")
+        return int(text)
 
     def name(self) -> str:
         return self.string() if self.peek('"') else self.match(_NAME, "a name")
@@ -112,13 +132,15 @@ class _Parser:
         except CompileError as e:
             raise self.s.error(e.message) from None
 
-    def attr(self) -> Any:
+    def attr(self, depth: int = 0) -> Any:
         s = self.s
         s.skip()
         if s.accept("["):
+            if depth == _NESTING:
+                raise s.error(f"lists nested more than {_NESTING} deep")
             items = []
             while not s.accept("]"):
-                items.append(self.attr())
+                items.append(self.attr(depth + 1))
                 if not s.peek("]"):
                     s.expect(",")
             return tuple(items)
@@ -128,7 +150,12 @@ class _Parser:
         if number:
             s.pos = number.end()
             text = number.group()
-            return float(text) if any(c in text for c in ".eE") else int(text)
+            if not any(c in text for c in ".eE"):
+                return s.integer(text)
+            value = float(text)
+            if math.isinf(value):
+                raise s.error(f"{text} is beyond 64-bit floats")
+            return value
         if s.accept("-inf"):
             return float("-inf")
         word = _WORD.match(s.text, s.pos)
@@ -150,7 +177,7 @@ class _Parser:
         while not s.accept(")"):
             module, file = s.string(), s.string()
             s.expect(":")
-            frames.append(Frame(module, file, int(s.match(re.compile(r"\d+"), "a line number"))))
+            frames.append(Frame(module, file, s.integer(s.match(_DECIMAL, "a line number"))))
             if not s.peek(")"):
                 s.expect(",")
         return Location(tuple(frames))
@@ -213,7 +240,10 @@ class _Parser:
         for (name, type), value in zip(outputs, returned, strict=True):
             if value is None or value.type != type:
                 raise s.error(f"output {name!r} is declared {type}, returned is {value.type if value else '_'}")
-            g.add_output(value, name)
+            try:
+                g.add_output(value, name)
+            except CompileError as e:
+                raise s.error(e.message) from None
         return g
 
     def weight(self, g: Graph) -> None:
@@ -246,14 +276,14 @@ class _Parser:
     def node(self, g: Graph, values: dict[str, Value]) -> None:
         s = self.s
         start = s.pos
-        results: list[tuple[str, TensorType]] = []
+        results: dict[str, TensorType] = {}
         while not results or s.accept(","):
             s.expect("%")
             name = s.name()
-            if name in values or name in dict(results):
+            if name in values or name in results:
                 raise s.error(f"%{name} is defined twice")
             s.expect(":")
-            results.append((name, self.type()))
+            results[name] = self.type()
         s.expect("=")
         op = s.match(_NAME, "an op name")
         s.expect("(")
@@ -266,6 +296,8 @@ class _Parser:
         if s.accept("{"):
             while not s.accept("}"):
                 key = s.match(_WORD, "an attribute name")
+                if key in attrs:
+                    raise s.error(f"attribute {key!r} is given twice")
                 s.expect("=")
                 attrs[key] = self.attr()
                 if not s.peek("}"):
@@ -276,7 +308,7 @@ class _Parser:
         try:
             # types come from the text: a call may name a function that stands further down, and the
             # verifier re-infers all of them
-            node = g.create(op, operands, attrs, location=location, types=[t for _, t in results])
+            node = g.create(op, operands, attrs, location=location, types=list(results.values()))
         except CompileError as e:
             s.pos = start
             s.skip()
@@ -284,7 +316,7 @@ class _Parser:
             error.hint = e.hint
             raise error from None
         s.pos = end
-        for (name, _), value, origin in zip(results, node.results, origins, strict=True):
+        for name, value, origin in zip(results, node.results, origins, strict=True):
             value.origins = origin
             values[name] = value
 
@@ -293,8 +325,10 @@ def parse(text: str, *, verify: bool = True) -> Graph:
     """Read the text format. Weights come back without data (see `Graph.bind_weights`).
 
     Raises CompileError with line and column on bad syntax, unknown ops, undefined names, and (with
-    `verify`) on types that do not re-infer.
+    `verify`) on types that do not re-infer; ArgumentTypeError on anything but a str.
     """
+    if not isinstance(text, str):
+        raise ArgumentTypeError(f"the text of a graph is a str, got {type(text).__name__}", code="arguments")
     p = _Parser(text)
     graph = p.graph("graph")
     while p.s.peek("function"):

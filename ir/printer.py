@@ -15,9 +15,12 @@ from moec.ir.types import DType, TensorType
 
 _PLAIN = re.compile(r"[A-Za-z_0-9][A-Za-z_0-9.$-]*\Z")
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    # names of files may hold lone surrogates, which no encoding has
+    return SURROGATE.sub(lambda m: f"\\u{ord(m.group()):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def symbol(name: str) -> str:

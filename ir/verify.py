@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Node, Value
 from moec.ir.opdef import infer_types
-from moec.ir.printer import excerpt
+from moec.ir.printer import SURROGATE, excerpt
 from moec.ir.runtime_sizes import check_symbols, introduces
 from moec.ir.types import DType
 
@@ -18,7 +19,7 @@ def verify(graph: Graph, functions: Mapping[str, Graph] | None = None) -> None:
     functions = graph.functions if functions is None else functions
     _check_names(graph)
     if top:
-        _check_recursion(graph)
+        _check_calls(graph)
     known = set(graph.symbols | _weight_symbols(graph))
     defined: set[Value] = set(graph.inputs) | set(graph.weights.values())
     for node in graph.nodes:
@@ -37,6 +38,9 @@ def verify(graph: Graph, functions: Mapping[str, Graph] | None = None) -> None:
 
 def _weight_symbols(graph: Graph) -> frozenset[str]:
     for name, v in graph.weights.items():
+        if v.weight is None or v.weight.name != name:
+            found = None if v.weight is None else v.weight.name
+            raise CompileError(f"under the name {name!r} is the weight {found!r}", code="structure")
         if not v.type.is_static:
             raise CompileError(f"weight {name!r} has a symbolic shape {v.type}", code="structure")
     return frozenset()
@@ -45,30 +49,68 @@ def _weight_symbols(graph: Graph) -> frozenset[str]:
 def _check_names(graph: Graph) -> None:
     for what, names in (("input", [v.name for v in graph.inputs]), ("output", graph.output_names)):
         if len(set(names)) != len(names):
-            raise CompileError(f"duplicate {what} names: {names}", code="structure")
+            twice = [n for n, count in Counter(names).items() if count > 1]
+            raise CompileError(f"duplicate {what} names: {twice[:8]}", code="structure")
+    for what, names in (
+        ("graph", [graph.name]),
+        ("input", [v.name for v in graph.inputs]),
+        ("output", graph.output_names),
+        ("weight", list(graph.weights)),
+    ):
+        for name in names:
+            if not isinstance(name, str) or SURROGATE.search(name):
+                raise CompileError(f"{what} name {name!r} is no Unicode text", code="structure")
     reserved = {d.value for d in DType} | {"none", "true", "false", "inf", "nan"}
     bad = sorted(graph.symbols & reserved)
     if bad:
         raise CompileError(f"dimension names {bad} are reserved words of the text format", code="structure")
 
 
-def _check_recursion(graph: Graph) -> None:
-    done: set[str] = set()
+DEEPEST_CALLS = 64
+MOST_NODES = 2_000_000  # of a graph with every call written out
 
-    def visit(g: Graph, path: tuple[str, ...]) -> None:
-        for node in g.nodes:
-            if node.op != "call.graph":
-                continue
+
+def _check_calls(graph: Graph) -> None:
+    """That no function calls itself, and that depth and number of calls are such that running ends."""
+    for name, fn in graph.functions.items():
+        if fn.name != name:
+            raise CompileError(f"function {fn.name!r} is stored under the name {name!r}", code="structure")
+        if fn.functions:
+            raise CompileError(
+                f"function {name!r} holds functions of its own: {sorted(fn.functions)}", code="structure"
+            )
+    calls = {
+        name: [n for n in g.nodes if n.op == "call.graph" and n.attrs["callee"] in graph.functions]
+        for name, g in [("", graph), *graph.functions.items()]
+    }
+    graphs = {"": graph, **graph.functions}
+    extent: dict[str, tuple[int, int]] = {}  # depth and nodes of a finished graph
+    path: dict[str, list[Node]] = {"": list(calls[""])}  # graphs being walked → their calls that are left
+    while path:
+        name = next(reversed(path))
+        if path[name]:
+            node = path[name].pop()
             callee = node.attrs["callee"]
             if callee in path:
+                names = [*path, callee]
+                cycle = names[names.index(callee) :]
                 raise CompileError(
-                    f"recursive call: {' -> '.join((*path, callee))}", code="structure", location=node.location
+                    f"recursive call: {' -> '.join(cycle[:8])}{' …' if len(cycle) > 8 else ''}",
+                    code="structure",
+                    location=node.location,
                 )
-            if callee in graph.functions and callee not in done:
-                visit(graph.functions[callee], (*path, callee))
-                done.add(callee)
-
-    visit(graph, ())
+            if callee not in extent:
+                path[callee] = list(calls[callee])
+            continue
+        del path[name]
+        inner = [extent[n.attrs["callee"]] for n in calls[name]]
+        depth = 1 + max((d for d, _ in inner), default=-1)
+        nodes = len(graphs[name]) + sum(n for _, n in inner)
+        if depth > DEEPEST_CALLS:
+            raise CompileError(f"calls nest more than {DEEPEST_CALLS} deep", code="structure")
+        if nodes > MOST_NODES:
+            raise CompileError(f"the graph has more than {MOST_NODES:,} nodes with its calls written out", code="size")
+        extent[name] = depth, nodes
 
 
 def _check_node(node: Node, graph: Graph, defined: set[Value], known: set[str], functions: Mapping[str, Graph]) -> None:
