@@ -28,7 +28,7 @@ class CallGraph:
     def infer(self) -> tuple[TensorType, ...]:
         require(self.callee in self.functions, f"no function {self.callee!r}")
         fn = self.functions[self.callee]
-        binding = dict(self.dims)
+        binding = self._binding(fn)
         require(
             len(self.args) == len(fn.inputs), f"{self.callee!r} takes {len(fn.inputs)} values, got {len(self.args)}"
         )
@@ -36,6 +36,16 @@ class CallGraph:
             want = _substitute(v.type, binding)
             require(want == got, f"input {v.name!r} of {self.callee!r} is {want}, got {got}")
         return tuple(_substitute(v.type, binding) for v in fn.outputs)
+
+    def _binding(self, fn: Any) -> dict[str, int | Dim]:
+        for pair in self.dims:
+            ok = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+            require(ok and isinstance(pair[1], int | Dim), f"dims holds {pair!r}, not a pair of name and size")
+        binding = dict(self.dims)
+        require(len(binding) == len(self.dims), f"dims names a symbol twice: {[n for n, _ in self.dims]}")
+        missing = sorted(fn.symbols - binding.keys())
+        require(not missing, f"dims gives no size for {missing} of {self.callee!r}")
+        return binding
 
     def reference(self) -> tuple[torch.Tensor, ...]:
         from moec.ir.interpreter import run
