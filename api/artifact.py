@@ -12,6 +12,7 @@ backend's files and the graph always belong together.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,8 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moec.files import Manifest, digest_file, read_manifest, regular_file
+from moec.files import TEXT_LIMIT, Folder, Manifest, digest_file, exchange, manifest_digest, read_manifest
 from moec.frontend import Signature
+from moec.frontend.containers import type_names
 from moec.generation import Generator, Stops
 from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, TensorType, Weight, parse
 from moec.ir.opdef import known
@@ -55,13 +57,13 @@ def save(compiled: CompiledModel, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise ArtifactError(f"cannot write beside {folder}: {e}", code="artifact") from e
     try:
         _write(compiled, programs, work)
         work.chmod(0o755)
         _put(work, folder)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise ArtifactError(f"cannot write {folder}: {e}", code="artifact") from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -81,7 +83,8 @@ def _check_target(folder: Path) -> None:
         raise ArtifactError(f"{folder} exists and is no folder", code="artifact")
     if folder.is_dir() and any(folder.iterdir()):
         try:
-            read_manifest(folder / MANIFEST)
+            with Folder(folder) as files:
+                read_manifest(files, MANIFEST)
         except ArtifactError:
             raise ArtifactError(
                 f"{folder} is not empty and holds no saved model", code="artifact", hint="choose another folder"
@@ -89,20 +92,42 @@ def _check_target(folder: Path) -> None:
 
 
 def _put(work: Path, folder: Path) -> None:
-    """Move the finished folder into place; what was there is restored if that fails."""
-    old: Path | None = None
-    if folder.exists():
-        old = work.with_suffix(".old")
-        os.replace(folder, old)
+    """Move the finished folder into place, and a saved model that was there to where `work` was. At each moment there
+    is a whole model under the name, whoever else saves to it, where the file system can exchange two folders."""
+    while True:
+        try:
+            os.rename(work, folder)  # onto nothing, or an empty folder
+            break
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        try:
+            if not exchange(work, folder):
+                _put_aside(work, folder)
+            break
+        except FileNotFoundError:  # the other one has gone
+            continue
+    if any(work.parent.glob(work.name)):
+        try:
+            _check_target(work)
+        except ArtifactError as e:  # it came while this one was written
+            exchange(work, folder)
+            e.args = (f"{folder} is not empty and holds no saved model",)
+            e.message = e.args[0]
+            raise
+    _sync(folder.parent)
+
+
+def _put_aside(work: Path, folder: Path) -> None:
+    """The same by two renames; what was there is restored if the second fails."""
+    old = work.with_suffix(".old")
+    os.replace(folder, old)
     try:
         os.replace(work, folder)
     except BaseException:
-        if old is not None:
-            os.replace(old, folder)
+        os.replace(old, folder)
         raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -157,7 +182,8 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         "programs": entries,
         "files": files,
     }
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+    manifest["sha256"] = manifest_digest(manifest)
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False), "utf-8")
     for path in (work / MANIFEST, *(p for p in work.rglob("*") if p.is_dir()), work):
         _sync(path)
 
@@ -192,51 +218,62 @@ def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
     threads: CPU threads, None for what it was compiled with. Every file is checked against its digest, nothing in
     the folder is executed or unpickled. Raises ArtifactError naming the file or field, expected and got.
     """
-    from moec.compiled import CompiledModel
 
     root = Path(folder)
-    if not root.is_dir():
-        raise ArtifactError(f"{root} is not a folder", code="artifact")
-    manifest = read_manifest(root / MANIFEST)
-    _check_files(root, manifest)
-    _check_ops(manifest)
-    settings = _settings(manifest, threads)
+    for left in reversed(range(_TRIES)):
+        with Folder(root) as files:
+            try:
+                model = _load(files, threads)
+                files.check_unchanged()
+                return model
+            except ArtifactError:
+                if not left or not files.replaced:
+                    raise  # else: someone saved over it meanwhile, and what is there now is a whole model too
+    raise AssertionError
+
+
+_TRIES = 5
+
+
+def _load(files: Folder, threads: int | None) -> CompiledModel:
+    from moec.compiled import CompiledModel
+
+    manifest = read_manifest(files, MANIFEST)
     entries = manifest.mapping("programs")
     unknown = sorted(set(entries) - {"forward", "cached"})
     if unknown or not entries:
         raise manifest.bad("programs", "'forward', 'cached' or both", sorted(entries))
-    programs = {name: _program(root, manifest, name, settings) for name in entries}
+    _check_files(files, manifest)
+    _check_ops(manifest)
+    settings = _settings(manifest, threads)
+    programs = {name: _program(files, manifest, name, settings) for name in entries}
     signature = None
     if "forward" in programs:
         signature = _signature(manifest, programs["forward"].graph)
     generator = Generator(programs["cached"], _stops(manifest)) if "cached" in programs else None
     if generator is not None:
-        _check_cached(root, generator.program.graph)
+        _check_cached(files.path, generator.program.graph)
     return CompiledModel(
         manifest.text("name"), settings, programs.get("forward"), signature, generator=generator, seconds={}
     )
 
 
-def _check_files(root: Path, manifest: Manifest) -> None:
-    files = manifest.mapping("files")
-    for name in ("forward.ir", "cached.ir"):
-        if name.removesuffix(".ir") in manifest.mapping("programs") and name not in files:
-            raise manifest.bad("files", f"an entry for {name}", sorted(files))
-    if WEIGHTS not in files:
-        raise manifest.bad("files", f"an entry for {WEIGHTS}", sorted(files))
-    for name in files:
+def _check_files(files: Folder, manifest: Manifest) -> None:
+    listed = manifest.mapping("files")
+    for name in (*(f"{program}.ir" for program in manifest.mapping("programs")), WEIGHTS):
+        if name not in listed:
+            raise manifest.bad("files", f"an entry for {name}", sorted(listed))
+    for name in listed:
         entry = manifest.mapping("files", name)
-        path = regular_file(root, name)
-        size = manifest.integer("files", name, "bytes")
-        if path.stat().st_size != size:
-            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, expected {size}", code="artifact")
-        found = digest_file(path)
+        want, path = manifest.integer("files", name, "bytes"), files.path / name
+        size, found = files.size_and_digest(name)
+        if size != want:
+            raise ArtifactError(f"{path} has {size} bytes, expected {want}", code="artifact")
         if found != entry.get("sha256"):
             raise ArtifactError(f"{path} has SHA-256 {found}, expected {entry.get('sha256')}", code="artifact")
-    for path in root.rglob("*"):
-        name = path.relative_to(root).as_posix()
-        if name not in files and name != MANIFEST and (path.is_symlink() or not path.is_dir()):
-            raise ArtifactError(f"{path} is not listed in {MANIFEST}", code="artifact")
+    for name in files.names():
+        if name not in listed and name != MANIFEST:
+            raise ArtifactError(f"{files.path / name} is not listed in {MANIFEST}", code="artifact")
 
 
 def _check_ops(manifest: Manifest) -> None:
@@ -267,55 +304,63 @@ def _settings(manifest: Manifest, threads: int | None) -> Settings:
         raise ArtifactError(f"{manifest.path}: {e.message}", code="artifact", hint=e.hint) from None
 
 
-def _program(root: Path, manifest: Manifest, name: str, settings: Settings) -> Program:
-    path = root / f"{name}.ir"
+def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -> Program:
+    path = files.path / f"{name}.ir"
     try:
-        graph = parse(path.read_text("utf-8"))
-        graph.verify()
+        graph = parse(files.read(path.name, TEXT_LIMIT).decode("utf-8"))
     except (CompileError, UnicodeDecodeError) as e:
-        raise ArtifactError(f"{path}: {e}", code="artifact") from None
-    _bind_weights(root, manifest, name, graph)
-    legal, record, left = legalise(graph, settings)
-    found = hashlib.sha256(str(legal).encode()).hexdigest()
-    expected = manifest.value("programs", name, "legal_sha256")
-    if found != expected:
+        raise e if isinstance(e, ArtifactError) else ArtifactError(f"{path}: {e}", code="artifact") from None
+    _bind_weights(files, manifest, name, graph)
+    try:
+        legal, record, left = legalise(graph, settings)
+        found = hashlib.sha256(str(legal).encode()).hexdigest()
+        expected = manifest.value("programs", name, "legal_sha256")
+        if found != expected:
+            raise ArtifactError(
+                f"{manifest.path}: programs.{name}.legal_sha256 is {expected}, this version of moec gives {found}",
+                code="artifact",
+                hint=f"it was saved by other versions ({manifest.mapping('versions')}), or with other lowerings of the "
+                "caller's own: compile the model again",
+            )
+        executable = lower(legal, settings, left, files.path / name)
+    except ArtifactError:
+        raise
+    except CompileError as e:
         raise ArtifactError(
-            f"{manifest.path}: programs.{name}.legal_sha256 is {expected}, this version of moec gives {found}",
-            code="artifact",
-            hint=f"it was saved by other versions ({manifest.mapping('versions')}), or with other lowerings of the "
-            "caller's own: compile the model again",
-        )
-    executable = lower(legal, settings, left, root / name)
+            f"{path}: {e.message}", code="artifact", location=e.location, excerpt=e.excerpt, hint=e.hint
+        ) from e
     return Program(graph, legal, executable, [record], {}, left)
 
 
-def _bind_weights(root: Path, manifest: Manifest, program: str, graph: Graph) -> None:
-    path = root / WEIGHTS
+def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph) -> None:
+    path = files.path / WEIGHTS
     names = manifest.mapping("programs", program, "weights")
     try:
-        with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            bound = {}
-            for name, value in graph.weights.items():
-                key = names.get(name, name)
-                if key not in present:
-                    raise ArtifactError(f"{path}: weight {key!r} of {program}.ir is missing", code="artifact")
-                found = TensorType.of(file.get_tensor(key))
-                if found != value.type:
-                    raise ArtifactError(
-                        f"{path}: weight {key!r} is {found}, {program}.ir expects {value.type}", code="artifact"
-                    )
-                bound[name] = Weight(name, value.type, SafetensorsSource(path, key))
+        file = safe_open(path, framework="pt")
+        present = set(file.keys())
+        bound = {}
+        for name, value in graph.weights.items():
+            key = names.get(name, name)
+            if not isinstance(key, str) or key not in present:
+                raise ArtifactError(f"{path}: weight {key!r} of {program}.ir is missing", code="artifact")
+            found = TensorType.of(file.get_tensor(key))
+            if found != value.type:
+                raise ArtifactError(
+                    f"{path}: weight {key!r} is {found}, {program}.ir expects {value.type}", code="artifact"
+                )
+            bound[name] = Weight(name, value.type, SafetensorsSource(path, key, file))
     except (SafetensorError, OSError) as e:
         raise ArtifactError(f"{path}: {e}", code="artifact") from None
+    except CompileError as e:
+        raise e if isinstance(e, ArtifactError) else ArtifactError(f"{path}: {e.message}", code="artifact") from None
     graph.bind_weights(bound)
 
 
 def _stops(manifest: Manifest) -> Stops:
     eos, pad = manifest.value("stops", "eos"), manifest.value("stops", "pad")
-    if not isinstance(eos, list) or not all(type(e) is int and e >= 0 for e in eos):
+    if not isinstance(eos, list) or not all(type(e) is int and 0 <= e < 2**63 for e in eos):
         raise manifest.bad("stops.eos", "a list of token ids", eos)
-    if pad is not None and type(pad) is not int:
+    if pad is not None and (type(pad) is not int or not 0 <= pad < 2**63):
         raise manifest.bad("stops.pad", "a token id or null", pad)
     return Stops(tuple(eos), pad)
 
@@ -324,13 +369,11 @@ def _signature(manifest: Manifest, graph: Graph) -> Signature:
     data = manifest.mapping("signature")
     try:
         for spec in ("in_spec", "out_spec"):
-            for name in _types(manifest.value("signature", spec)[1]):
+            for name in type_names(manifest.value("signature", spec)):
                 import_class(name)
     except ImportError as e:
         raise ArtifactError(f"{manifest.path}: field 'signature' needs {e.name}, which is not installed",
                             code="artifact") from None  # fmt: skip
-    except (KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise manifest.bad("signature", "pytree structures", data) from None
     try:
         signature = Signature.from_dict(data)
     except ArtifactError as e:
@@ -351,11 +394,6 @@ def _signature(manifest: Manifest, graph: Graph) -> Signature:
         if kind not in ("tensor", "size", "constant") or (kind != "constant" and not known):
             raise manifest.bad("signature.outputs", f"outputs of a graph with {len(graph.outputs)}", [kind, index])
     return signature
-
-
-def _types(node: Any) -> set[str]:
-    """Names of the classes in a serialised pytree."""
-    return {str(node["type"])}.union(*(_types(child) for child in node["children_spec"]))
 
 
 def _check_cached(root: Path, graph: Graph) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moec.ir import ArtifactError
+from moec.ir import ArgumentValueError, ArtifactError
 
-MANIFEST_LIMIT = 256 << 20  # bytes; a manifest is text about files and structure
+MANIFEST_LIMIT = 16 << 20  # bytes; a manifest is text about files and structure
+TEXT_LIMIT = 512 << 20  # bytes of a graph's text
+
+_DEEPEST = 4  # folders in folders
+
+# of a file: device, inode, size, and the times of its last change, which renaming and linking move too
+Identity = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -54,47 +64,215 @@ class Manifest:
         return ArtifactError(f"{self.path}: field {field!r}: expected {expected}, got {shown}", code="artifact")
 
 
-def read_manifest(path: Path) -> Manifest:
+class Folder:
+    """A folder of files that may be hostile and may change meanwhile.
+
+    A file is opened below the folder's descriptor, following no link, and checked through its own descriptor: it is a
+    regular file with one name. What it was like is remembered, so that `check_unchanged` can tell, after everything
+    has been read, that every name still leads to what was checked, whoever opened it in between.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (OSError, ValueError) as e:
+            raise ArtifactError(f"{path} is not a folder ({_reason(e)})", code="artifact") from None
+        self._seen: dict[str, Identity] = {}
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[int]:
+        """A descriptor of a file by its relative name. Raises ArtifactError for a name that leads out (`..`, absolute),
+        a symbolic or hard link, anything that is no regular file, and a file that has changed since it was first
+        opened."""
+        fd = self._open(name)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise self._bad(name, "must be a file, not a link or anything else")
+            if info.st_nlink != 1:
+                raise self._bad(name, "is a hard link")
+            if self._seen.setdefault(name, _identity(info)) != _identity(info):
+                raise self._bad(name, "was changed while it was read")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A file's bytes. Raises ArtifactError as `opened` does, and where there are more than `limit`."""
+        with self.opened(name) as fd:
+            size = os.fstat(fd).st_size
+            if size > limit:
+                raise self._bad(name, f"has {size} bytes, more than {limit}")
+            with os.fdopen(os.dup(fd), "rb") as file:
+                data = file.read(limit + 1)
+        if len(data) != size:
+            raise self._bad(name, "was changed while it was read")
+        return data
+
+    def size_and_digest(self, name: str) -> tuple[int, str]:
+        """Bytes and their SHA-256."""
+        with self.opened(name) as fd, os.fdopen(os.dup(fd), "rb") as file:
+            return os.fstat(fd).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    def names(self) -> Iterator[str]:
+        """Relative names of everything inside that is no folder; links are not followed. Raises ArtifactError where
+        folders are nested deeper than a saved model's."""
+        left = [PurePosixPath(".")]
+        while left:
+            at = left.pop()
+            try:
+                fd = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+            except OSError as e:
+                raise self._bad(str(at), f"cannot be listed ({_reason(e)})") from None
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        if not entry.is_dir(follow_symlinks=False):
+                            yield str(at / entry.name)
+                        elif len(at.parts) >= _DEEPEST:
+                            raise self._bad(str(at), "holds too many folders in folders")
+                        else:
+                            left.append(at / entry.name)
+            finally:
+                os.close(fd)
+
+    def check_unchanged(self) -> None:
+        """Raise ArtifactError unless each name that was opened still leads to the same, unchanged file."""
+        for name, identity in self._seen.items():
+            try:
+                info = os.stat(self.path / name, follow_symlinks=False)
+            except OSError as e:
+                raise self._bad(name, f"was changed while it was read ({_reason(e)})") from None
+            if _identity(info) != identity:
+                raise self._bad(name, "was changed while it was read")
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another folder, or none, now has this one's name."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return True
+        held = os.fstat(self._fd)
+        return (now.st_dev, now.st_ino) != (held.st_dev, held.st_ino)
+
+    def _open(self, name: str) -> int:
+        parts = PurePosixPath(name).parts
+        odd = any(c in name for c in "\\\0\n\r:") or name.startswith("/") or name != "/".join(parts)
+        if not parts or odd or ".." in parts:
+            raise ArtifactError(f"{self.path}: file name {name!r} leads out of the folder", code="artifact")
+        at = os.dup(self._fd)
+        try:
+            for part in parts[:-1]:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+                os.close(at)
+                at = below
+            # without blocking: it may be a FIFO
+            return os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+        except FileNotFoundError:
+            raise self._bad(name, "is missing") from None
+        except (OSError, ValueError) as e:  # a link, a FIFO's other end, a folder in a file's place
+            raise self._bad(name, f"must be a file, not a link or anything else ({_reason(e)})") from None
+        finally:
+            os.close(at)
+
+    def _bad(self, name: str, what: str) -> ArtifactError:
+        return ArtifactError(f"{self.path / name} {what}", code="artifact")
+
+
+def _identity(info: os.stat_result) -> Identity:
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def read_manifest(folder: Folder, name: str) -> Manifest:
     """Read and check the head of a manifest. Raises ArtifactError."""
     from moec.artifact import FORMAT
 
-    regular_file(path.parent, path.name)
-    if path.stat().st_size > MANIFEST_LIMIT:
-        raise ArtifactError(f"{path} has {path.stat().st_size} bytes, more than any manifest", code="artifact")
+    path = folder.path / name
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as e:
+        data = strict_json(folder.read(name, MANIFEST_LIMIT))
+    except ValueError as e:
+        if isinstance(e, ArtifactError):
+            raise
         raise ArtifactError(f"{path} is no JSON: {e}", code="artifact") from None
     if not isinstance(data, dict) or data.get("kind") != "moec":
         raise ArtifactError(f"{path} is not the manifest of a saved model: field 'kind' is not 'moec'", code="artifact")
     manifest = Manifest(path, data)
     if manifest.integer("format") != FORMAT:
         raise manifest.bad("format", f"{FORMAT}", data["format"])
+    if manifest.text("sha256") != manifest_digest(data):
+        raise manifest.bad("sha256", f"{manifest_digest(data)}, that of the other fields", data["sha256"])
     return manifest
 
 
-def regular_file(root: Path, name: str) -> Path:
-    """A file inside `root` by its relative name. Raises ArtifactError for a path that leads out (`..`, absolute), a
-    symbolic or hard link, or anything that is no regular file."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or Path(name).is_absolute():
-        raise ArtifactError(f"{root}: file name {name!r} leads out of the folder", code="artifact")
-    path = root
-    for i, part in enumerate(parts):
-        path = path / part
-        try:
-            info = os.lstat(path)
-        except (OSError, ValueError) as e:
-            raise ArtifactError(f"{path} is missing ({e})", code="artifact") from None
-        wanted = stat.S_ISREG if i == len(parts) - 1 else stat.S_ISDIR
-        if not wanted(info.st_mode):
-            raise ArtifactError(
-                f"{path} must be a {'file' if wanted is stat.S_ISREG else 'folder'}, not a link or anything else",
-                code="artifact",
-            )
-        if wanted is stat.S_ISREG and info.st_nlink > 1:
-            raise ArtifactError(f"{path} is a hard link", code="artifact")
-    return path
+def manifest_digest(data: dict[str, Any]) -> str:
+    """SHA-256 over the fields of a manifest but `sha256`, however they are written."""
+    fields = {k: v for k, v in data.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def strict_json(data: bytes) -> Any:
+    """JSON as the standard has it: no NaN, no name twice in an object. Raises ValueError."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(found)
+        if len(result) != len(found):
+            names = [k for k, _ in found]
+            raise ValueError(f"an object has the name {next(k for k in names if names.count(k) > 1)!r} twice")
+        return result
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of a file that the user named. Raises ArgumentValueError where it cannot be read, is no regular file
+    (a FIFO would block, a device never end) or has more than `limit` bytes."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as e:
+        raise ArgumentValueError(f"cannot read {path}: {_reason(e)}", code="arguments") from None
+    with os.fdopen(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ArgumentValueError(f"cannot read {path}: it is no regular file", code="arguments")
+        data = file.read(limit + 1) if info.st_size <= limit else b""
+        if info.st_size > limit or len(data) > limit:
+            raise ArgumentValueError(f"cannot read {path}: it has more than {limit} bytes", code="arguments")
+        return data
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap what two names stand for, at once (Linux, rename(2) with RENAME_EXCHANGE). False where the system or file
+    system cannot; raises OSError where it can and fails."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(a), None, str(b))
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def digest_file(path: Path) -> str:

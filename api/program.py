@@ -17,6 +17,7 @@ from moec.passes.legalise import Legalise
 from moec.passes.pipeline import Pipeline, run_pass
 
 Step = Callable[[str], None]
+MOST_THREADS = 1024
 FALLBACKS = ("error", "reference")
 
 
@@ -33,8 +34,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
             raise ArgumentValueError(f"fallback={self.fallback!r} is none of {', '.join(FALLBACKS)}", code="fallback")
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
-            raise ArgumentValueError(f"threads={self.threads!r} must be None or a positive integer", code="threads")
+        if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS):
+            raise ArgumentValueError(
+                f"threads={self.threads!r} must be None or a positive integer up to {MOST_THREADS}", code="threads"
+            )
 
     def under(self, name: str) -> Settings:
         """The same with its dumps in a subfolder."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from moec.frontend.containers import CLASS_MODULES
+
 
 def register() -> None:
     """Where transformers is in use, let its DynamicCache be taken apart, as its own export does."""
@@ -43,7 +45,9 @@ def traceable_caches() -> Iterator[None]:
 
 
 def import_class(name: str) -> None:
-    """Import the module of one of transformers' classes, which registers it. Raises ImportError."""
-    if name.startswith("transformers."):
-        importlib.import_module(name.rpartition(".")[0])
+    """Import the module of one of transformers' model or result classes, which registers it; of another class nothing.
+    Raises ImportError."""
+    module = name.rpartition(".")[0]
+    if CLASS_MODULES.fullmatch(module):
+        importlib.import_module(module)
         register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from moec.frontend.containers import import_classes
+from moec.frontend.containers import check_spec, import_classes
 from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError, Graph
 
 Constant = None | bool | int | float | str
 
+_MALFORMED = (
+    KeyError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError, RecursionError, OverflowError,
+)  # fmt: skip
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -140,8 +144,8 @@ class Signature:
             "out_spec": specs[1],
             "parameters": list(self.parameters),
             "input_names": list(self.input_names),
-            "constants": {str(k): v for k, v in self.constants.items()},
-            "outputs": [list(o) for o in self.outputs],
+            "constants": {str(k): _written(v) for k, v in self.constants.items()},
+            "outputs": [[kind, _written(v)] for kind, v in self.outputs],
             "bounds": {k: list(v) for k, v in self.bounds.items()},
         }
 
@@ -153,17 +157,27 @@ class Signature:
             values: dict[str, Any] = {}
             for field_name in ("in_spec", "out_spec"):
                 import_classes(data[field_name])
+                check_spec(data[field_name])
                 values[field_name] = pytree.treespec_loads(json.dumps(data[field_name]))
             for field_name in ("parameters", "input_names"):
-                values[field_name] = tuple(str(n) for n in data[field_name])
+                values[field_name] = _names(data[field_name])
             field_name = "constants"
-            values["constants"] = {int(k): _plain(v) for k, v in data["constants"].items()}
+            values["constants"] = {int(k): _read(v) for k, v in data["constants"].items()}
             field_name = "outputs"
-            values["outputs"] = tuple((str(kind), _plain(v)) for kind, v in data["outputs"])
+            values["outputs"] = tuple((str(kind), _read(v)) for kind, v in data["outputs"])
             field_name = "bounds"
             values["bounds"] = {str(k): (int(a), None if b is None else int(b)) for k, (a, b) in data["bounds"].items()}
             return Signature(**values)
-        except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as e:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            NotImplementedError,
+            AssertionError,
+            RecursionError,
+            OverflowError,
+        ) as e:
             raise ArtifactError(f"signature: field {field_name!r} is missing or malformed ({e})", code="load") from None
 
 
@@ -179,7 +193,20 @@ def positional(graph: Graph) -> Signature:
     )
 
 
-def _plain(v: Any) -> Any:
+def _names(data: Any) -> tuple[str, ...]:
+    if not isinstance(data, list) or not all(isinstance(n, str) for n in data):
+        raise ValueError("not a list of names")
+    return tuple(data)
+
+
+def _written(v: Constant) -> Any:
+    """A constant as JSON, which has no infinity and no NaN."""
+    return {"float": repr(v)} if isinstance(v, float) and not math.isfinite(v) else v
+
+
+def _read(v: Any) -> Constant:
+    if isinstance(v, dict) and v.get("float") in ("inf", "-inf", "nan") and len(v) == 1:
+        return float(v["float"])
     if not isinstance(v, _PLAIN):
         raise ValueError(f"{type(v).__name__} value")
     return v

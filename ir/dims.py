@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import sympy
 
 from moec.ir.errors import ArgumentValueError, CompileError
@@ -51,6 +52,8 @@ class Dim:
             found = fn(*[binding[n] for n in names])
         except KeyError as e:
             raise CompileError(f"dimension {e.args[0]!r} of {self} is not bound", code="dims") from None
+        except ZeroDivisionError:
+            found = sympy.zoo
         if not (isinstance(found, int) or found.is_Integer):
             known = ", ".join(f"{n} = {binding[n]}" for n in names)
             raise CompileError(f"{self} is {found} for {known}, which is no size", code="dims")
@@ -267,10 +270,38 @@ def ceil_div(a: int | Dim, b: int) -> int | Dim:
     return size(sympy.ceiling(a.expr / b))
 
 
+_MOST_DEGREE = 8  # of a size that is solved for its symbol
+
+
+def _solve(expr: sympy.Expr, name: str) -> list[int]:
+    """The sizes at which a polynomial is zero; none for anything else (sympy's own solver may take hours)."""
+    if not expr.is_polynomial(_symbol(name)) or expr.has(sympy.floor, sympy.ceiling, sympy.Mod):
+        return []
+    terms = [(int(c.q), int(c.p)) for c in sympy.Poly(expr, _symbol(name)).all_coeffs() if c.is_Rational]
+    degree = sympy.degree(expr, _symbol(name))
+    if degree > _MOST_DEGREE or len(terms) != degree + 1:
+        return []
+    common = math.lcm(*(q for q, _ in terms))
+    coefficients = [p * (common // q) for q, p in terms]
+
+    def value(x: int) -> int:
+        total = 0
+        for c in coefficients:
+            total = total * x + c
+        return total
+
+    if degree == 1:  # exact beyond the integers that floats hold
+        near = {-coefficients[1] // coefficients[0]}
+    else:
+        roots = np.roots([float(c) for c in coefficients])
+        near = {round(float(r.real)) + d for r in roots for d in (-1, 0, 1)}
+    return sorted(x for x in near if x >= 0 and value(x) == 0)
+
+
 def bind(declared: Sequence[tuple[str, Sequence[int | Dim], Sequence[int]]]) -> dict[str, int]:
     """Solve symbols from actual shapes. `declared`: (argument name, declared shape, actual shape).
 
-    Bare symbols bind first, then linear expressions in one unknown; everything is checked. Raises
+    Bare symbols bind first, then polynomials in one unknown; everything is checked. Raises
     ArgumentValueError naming argument, axis, expected and got.
     """
     binding: dict[str, int] = {}
@@ -295,15 +326,17 @@ def bind(declared: Sequence[tuple[str, Sequence[int | Dim], Sequence[int]]]) -> 
         for _, _, want, got in pending:
             unknown = [s for s in want.symbols if s not in binding] if isinstance(want, Dim) else []
             if len(unknown) == 1 and isinstance(want, Dim):
-                symbol = _symbol(unknown[0])
-                solved = sympy.solve(want.expr.subs({_symbol(k): v for k, v in binding.items()}) - got, symbol)
-                if len(solved) == 1 and solved[0].is_Integer and solved[0] >= 0:
-                    binding[unknown[0]] = int(solved[0])
+                solved = _solve(want.expr.subs({_symbol(k): v for k, v in binding.items()}) - got, unknown[0])
+                if len(solved) == 1:
+                    binding[unknown[0]] = solved[0]
                     progress = True
     for name, axis, want, got in pending:
         if isinstance(want, Dim) and not want.symbols <= binding.keys():
+            unknown = sorted(want.symbols - binding.keys())
             raise ArgumentValueError(
-                f"argument {name!r} axis {axis} is {got}, which no value of {want} gives", code="shape"
+                f"argument {name!r} axis {axis} is {got}, which no value of {want} gives, or several do",
+                code="shape",
+                hint=f"an input with an axis that is {' or '.join(unknown)} by itself says how large it is",
             )
         expected = evaluate(want, binding)
         if expected != got:

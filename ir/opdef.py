@@ -34,7 +34,7 @@ _VARIADIC = ("variadic", "optional variadic")
 
 @dataclass(frozen=True)
 class AttrSpec:
-    """`members`: the types that a value of a union may have, or the items of a `tuple[…, ...]`; none: any."""
+    """`members`: the types that a value of a union may have, or the items of a tuple; none: any."""
 
     name: str
     type: Any
@@ -191,9 +191,9 @@ def _declared_kind(kind: Any) -> tuple[Any, tuple[type, ...]]:
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         return Any, typing.get_args(kind)
-    if origin is tuple and typing.get_args(kind)[1:] == (...,):
-        item = typing.get_args(kind)[0]
-        members = typing.get_args(item) if typing.get_origin(item) in (types.UnionType, typing.Union) else (item,)
+    if origin is tuple:
+        items = [a for a in typing.get_args(kind) if a is not ...]
+        members = tuple(dict.fromkeys(m for item in items for m in typing.get_args(item) or (item,)))
         return tuple, members if all(isinstance(m, type) for m in members) else ()
     return origin or kind, ()
 

@@ -92,7 +92,7 @@ class _Scanner:
         return self.string() if self.peek('"') else self.match(_NAME, "a name")
 
     def expression(self) -> str:
-        """Raw text of a dimension: up to a `,`, `]`, `}` or `)` outside parentheses."""
+        """Raw text of a dimension: up to a `,`, `]`, `}` or `)` outside parentheses, or the line's end."""
         self.skip()
         start, depth = self.pos, 0
         while self.pos < len(self.text):
@@ -206,8 +206,9 @@ class _Parser:
             s.expect("%")
             name = s.name()
             s.expect(":")
+            type = self.type()
             try:
-                values[name] = g.add_input(name, self.type())
+                values[name] = g.add_input(name, type)
             except CompileError as e:
                 raise s.error(e.message) from None
             origins = self.origins(1)
@@ -237,9 +238,9 @@ class _Parser:
                 s.expect(",")
         if len(returned) != len(outputs):
             raise s.error(f"returns {len(returned)} values, declares {len(outputs)} outputs")
-        for (name, type), value in zip(outputs, returned, strict=True):
-            if value is None or value.type != type:
-                raise s.error(f"output {name!r} is declared {type}, returned is {value.type if value else '_'}")
+        for (name, declared), value in zip(outputs, returned, strict=True):
+            if value is None or value.type != declared:
+                raise s.error(f"output {name!r} is declared {declared}, returned is {value.type if value else '_'}")
             try:
                 g.add_output(value, name)
             except CompileError as e:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -66,12 +66,16 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class SafetensorsSource:
-    """One tensor of a safetensors file, memory-mapped by the library."""
+    """One tensor of a safetensors file, memory-mapped by the library. With `file`, the open one: what was checked stays
+    what is read, whatever the name leads to later."""
 
     path: Path
     key: str
+    file: Any = field(default=None, compare=False, repr=False)
 
     def load(self) -> torch.Tensor:
+        if self.file is not None:
+            return self.file.get_tensor(self.key)
         with safe_open(self.path, framework="pt") as f:
             return f.get_tensor(self.key)
 

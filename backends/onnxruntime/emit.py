@@ -49,17 +49,18 @@ class Emitter:
         self.reader = WeightReader()
         self._values: dict[Value, onnx.Value] = {}
         self._names: set[str] = set()
+        self._numbers: dict[str, int] = {}  # last number given to a taken name
         self._scope = "graph"
         self._calls: list[str] = []
 
     # -- names ------------------------------------------------------------------------------------
 
     def unique(self, name: str) -> str:
-        """`name`, or with a number where it is taken."""
-        candidate, i = name, 0
+        """`name`, or with a number where it is taken; ONNX reads an empty name as none."""
+        candidate = name or "_"
         while candidate in self._names:
-            i += 1
-            candidate = f"{name}_{i}"
+            self._numbers[name] = self._numbers.get(name, 0) + 1
+            candidate = f"{name}_{self._numbers[name]}"
         self._names.add(candidate)
         return candidate
 

@@ -66,7 +66,7 @@ class Quantize:
     """
 
     x: Operand
-    block: Attr[tuple[int, ...]]
+    block: Attr[tuple[int, int]]
 
     def infer(self) -> tuple[TensorType, ...]:
         require(self.x.rank >= 2 and self.x.dtype.is_float, f"takes floats of rank ≥ 2, got {self.x}")
@@ -96,7 +96,7 @@ class Dequantize:
 
     codes: Operand
     scale: Operand
-    block: Attr[tuple[int, ...]]
+    block: Attr[tuple[int, int]]
     dtype: Attr[DType] = DType.F32
 
     def infer(self) -> TensorType:
@@ -132,7 +132,7 @@ class ScaledLinear:
     weight: Operand
     weight_scale: Operand
     bias: OptionalOperand
-    block: Attr[tuple[int, ...]] = (128, 128)
+    block: Attr[tuple[int, int]] = (128, 128)
     group: Attr[int] = 128
     dtype: Attr[DType] = DType.F32
 
@@ -184,7 +184,7 @@ class ScaledExperts:
     gate_up_scale: Operand
     down: Operand
     down_scale: Operand
-    block: Attr[tuple[int, ...]] = (128, 128)
+    block: Attr[tuple[int, int]] = (128, 128)
     group: Attr[int | None] = 128
     activation: Attr[str] = "silu"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moec.ir.dims import Dim, product, size
+from moec.ir.dims import Dim, evaluate, product, size
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, Operands, op
 from moec.ir.ops.reduction import normal_axis
@@ -15,6 +15,11 @@ from moec.ir.types import DType, TensorType, broadcast
 
 # larger constants are weights: they would make the text unreadable
 INLINE_LIMIT = 64
+
+
+def concrete(*sizes: int | Dim) -> tuple[int, ...]:
+    """Sizes as `reference` is given them: the interpreter has evaluated them. Raises CompileError on a symbol."""
+    return tuple(evaluate(s, {}) for s in sizes)
 
 
 @op("tensor.constant")
@@ -76,7 +81,8 @@ class Arange:
         return TensorType(self.dtype, (count,))
 
     def reference(self) -> torch.Tensor:
-        return torch.arange(self.start, self.end, self.step, dtype=self.dtype.torch)
+        start, end = concrete(self.start, self.end)
+        return torch.arange(start, end, self.step, dtype=self.dtype.torch)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -97,7 +103,7 @@ class Full:
         return TensorType(self.dtype, self.shape)
 
     def reference(self) -> torch.Tensor:
-        return torch.full(self.shape, self.value, dtype=self.dtype.torch)
+        return torch.full(concrete(*self.shape), self.value, dtype=self.dtype.torch)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -246,7 +252,7 @@ class Split:
         return tuple(self.x.with_shape([s if i == axis else d for i, d in enumerate(self.x.shape)]) for s in self.sizes)
 
     def reference(self) -> tuple[torch.Tensor, ...]:
-        return torch.split(self.x, list(self.sizes), dim=self.axis)
+        return torch.split(self.x, list(concrete(*self.sizes)), dim=self.axis)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -446,7 +452,8 @@ class Pad:
         return self.x.with_shape([b + s + a for b, s, a in zip(self.before, self.x.shape, self.after, strict=True)])
 
     def reference(self) -> torch.Tensor:
-        flat = [p for b, a in zip(reversed(self.before), reversed(self.after), strict=True) for p in (b, a)]
+        before, after = concrete(*reversed(self.before)), concrete(*reversed(self.after))
+        flat = [p for pair in zip(before, after, strict=True) for p in pair]
         return torch.nn.functional.pad(self.x, flat, value=self.value)
 
     @staticmethod

@@ -1,0 +1,564 @@
+"""Graphs that are wrong on purpose: each ends in one clear error, and nothing is run, written or left open."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+
+import pytest
+import torch
+
+import moec
+from moec.ir import CompileError, Dim, Graph, TensorType, Weight, parse
+from moec.ir.interpreter import run
+from moec.ir.verify import DEEPEST_CALLS
+from moec.passes import Pipeline, build_pipeline
+
+from .effects import refused
+from .limits import limited
+
+TYPE = TensorType("f32", (Dim("T"), 4))
+
+
+def text(*rows: str, inputs: str = "%x: f32[T, 4]", outputs: str = "%y: f32[T, 4]", result: str = "%0") -> str:
+    body = "".join(f"  {row}\n" for row in rows)
+    return f"graph({inputs}) -> ({outputs}) {{\n{body}  return {result}\n}}\n"
+
+
+def chain(n: int, *ops: str) -> str:
+    """`n` nodes, each on the one before."""
+    rows = [f"%{i}: f32[T, 4] = {ops[i % len(ops)].format(f'%{i - 1}' if i else '%x')}" for i in range(n)]
+    return text("weight @w: f32[4]", *rows, result=f"%{n - 1}")
+
+
+SILU = "%0: f32[T, 4] = math.silu(%x)"
+
+
+# -- cycles ---------------------------------------------------------------------------------------
+
+
+def cyclic(length: int) -> Graph:
+    """A chain whose first node takes the last one's result."""
+    graph = Graph()
+    value = graph.add_input("x", TYPE)
+    nodes = []
+    for _ in range(length):
+        nodes.append(graph.create("math.silu", [value]))
+        value = nodes[-1].result
+    graph.add_output(value, "y")
+    graph.replace_operand(nodes[0], 0, value)
+    return graph
+
+
+USES = {
+    "verify": lambda g: g.verify(),
+    "compile": lambda g: moec.compile(g, backend="onnxruntime"),
+    "reference": lambda g: moec.compile(g, backend="reference"),
+    "compare": lambda g: moec.compare(g, (torch.ones(2, 4),)),
+    "bisect": lambda g: moec.bisect(g, (torch.ones(2, 4),)),
+    "pass": lambda g: build_pipeline(()).passes[0].run(g),
+    "pipeline": lambda g: build_pipeline(()).run(g),
+    "run": lambda g: run(g, [torch.ones(2, 4)]),
+    "clone": lambda g: g.clone(),
+    "networkx": lambda g: g.to_networkx(),
+    "text": lambda g: parse(str(g)),
+}
+
+
+@limited()
+@pytest.mark.parametrize("length", [1, 2, 300])
+@pytest.mark.parametrize("use", USES)
+def test_a_cycle_through_replace_operand(use, length):
+    graph = cyclic(length)
+    with refused("not defined before|used before it is defined"):
+        USES[use](graph)
+
+
+@limited()
+@pytest.mark.parametrize("use", USES)
+def test_an_operand_of_another_graph(use):
+    other, graph = parse(text(SILU)), parse(text(SILU))
+    graph.replace_operand(next(graph.nodes), 0, other.inputs[0])
+    with refused("not defined before|used before it is defined|%\\?"):
+        USES[use](graph)
+
+
+@limited()
+def test_cycles_in_text():
+    for rows in (
+        ["%0: f32[T, 4] = math.silu(%0)"],
+        ["%0: f32[T, 4] = math.silu(%1)", "%1: f32[T, 4] = math.silu(%0)"],
+    ):
+        with refused(r"line 2, column \d+: %\d is used before it is defined"):
+            parse(text(*rows))
+
+
+def calling(callee: str, operand: str = "%x") -> str:
+    return f'%0: f32[T, 4] = call.graph({operand}) {{callee="{callee}", dims=[["T", T]]}}'
+
+
+def function(name: str, *rows: str) -> str:
+    return text(*rows).replace("graph(", f"function @{name}(", 1)
+
+
+@limited()
+@pytest.mark.parametrize(
+    "names", [["f"], ["f", "g"], ["f", "g", "h"], [f"f{i}" for i in range(2000)]], ids=["self", "two", "three", "2000"]
+)
+def test_recursive_functions(names):
+    functions = [function(n, calling(names[(i + 1) % len(names)])) for i, n in enumerate(names)]
+    with refused(r"recursive call: f0? -> "):
+        parse(text(calling(names[0])) + "".join(functions))
+    # and where only the functions call each other
+    with refused("recursive call"):
+        parse(text(calling(names[0])) + "".join(functions) + function("lone", SILU))
+
+
+@limited()
+def test_a_function_that_calls_itself_through_replaced_attributes():
+    graph = parse(text(calling("f")) + function("f", SILU) + function("g", calling("f")))
+    next(graph.functions["f"].nodes)  # silu
+    node = graph.functions["f"].create("call.graph", [graph.functions["f"].inputs[0]], {"callee": "g"}, types=[TYPE])
+    graph.functions["f"].set_output(0, node.result)
+    with refused("recursive call: f -> g -> f"):
+        moec.compile(graph, backend="reference")
+
+
+@limited()
+def test_missing_functions():
+    with refused("no function 'nowhere'"):
+        parse(text(calling("nowhere")))
+    graph = parse(text(calling("f")) + function("f", SILU))
+    del graph.functions["f"]
+    with refused("no function 'f'"):
+        moec.compile(graph, backend="onnxruntime")
+
+
+@limited()
+def test_functions_under_other_names_and_inside_functions():
+    graph = parse(text(calling("f")) + function("f", SILU))
+    graph.functions["g"] = graph.functions["f"]
+    with refused("function 'f' is stored under the name 'g'"):
+        graph.verify()
+    del graph.functions["g"]
+    graph.functions["f"].functions["f"] = graph.functions["f"]
+    with refused("holds functions of its own"):
+        moec.compile(graph, backend="reference")
+
+
+def nest(depth: int, calls: int) -> str:
+    """Functions that call the next one `calls` times each."""
+    result = text(calling("f0"))
+    for i in range(depth):
+        rows = [
+            calling(f"f{i + 1}", f"%{k - 1}" if k else "%x").replace("%0:", f"%{k}:") for k in range(calls)
+        ] if i < depth - 1 else [SILU]  # fmt: skip
+        last = len(rows) - 1
+        result += function(f"f{i}", *rows).replace("return %0", f"return %{last}")
+    return result
+
+
+@limited()
+def test_calls_that_nest_deeply():
+    graph = parse(nest(DEEPEST_CALLS, 1))
+    for backend in ("reference", "onnxruntime"):
+        compiled = moec.compile(graph, backend=backend, threads=1)
+        assert torch.allclose(compiled(torch.ones(2, 4))[0], torch.nn.functional.silu(torch.ones(2, 4)))
+    for depth in (DEEPEST_CALLS + 1, 3000):
+        with refused(f"calls nest more than {DEEPEST_CALLS} deep"):
+            parse(nest(depth, 1))
+
+
+@limited()
+def test_calls_that_multiply():
+    """Forty functions that call the next one twice are 2⁴⁰ nodes."""
+    with refused("more than 2,000,000 nodes with its calls written out"):
+        parse(nest(40, 2))
+    with refused("more than 2,000,000 nodes"):
+        moec.compile(parse(nest(25, 2), verify=False), backend="onnxruntime")
+    assert len(parse(nest(10, 2)).find("math.silu")) == 2**9
+
+
+@limited()
+def test_wrong_calls():
+    good = text(calling("f")) + function("f", SILU)
+    for old, new, said in (
+        ('dims=[["T", T]]', 'dims=[["T"]]', "dims"),
+        ('dims=[["T", T]]', 'dims=["T"]', "dims"),
+        ('dims=[["T", T]]', 'dims=[["T", "os"]]', "dims"),
+        ('dims=[["T", T]]', 'dims=[[1, T]]', "dims"),
+        ('dims=[["T", T]]', 'dims=[["T", T], ["T", 3]]', "dims"),
+        ('dims=[["T", T]]', 'dims=[["T", T + 1]]', r"input 'x' of 'f' is f32\[T \+ 1, 4\], got f32\[T, 4\]"),
+        ('dims=[["T", T]]', "dims=[]", "dims"),
+        ('callee="f"', "callee=3", "must be str"),
+        ("call.graph(%x)", "call.graph()", "takes 1 values, got 0"),
+        ("call.graph(%x)", "call.graph(%x, %x)", "takes 1 values, got 2"),
+        ("call.graph(%x)", "call.graph(_)", "missing"),
+        ("function @f(%x: f32[T, 4])", "function @f(%x: f32[T, 5])", "input 'x' of 'f'|its rule gives"),
+        ("%0: f32[T, 4] = call", "%0: f32[T, 4], %1: f32[T, 4] = call", "its rule gives"),
+    ):  # fmt: skip
+        assert old in good
+        with refused(said):
+            parse(good.replace(old, new, 1))
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+@limited()
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (text(SILU, SILU), "%0 is defined twice"),
+        (text("%x: f32[T, 4] = math.silu(%x)", result="%x"), "%x is defined twice"),
+        (text(SILU, inputs="%x: f32[T, 4], %x: f32[T, 4]"), "duplicate input name 'x'"),
+        (text(SILU, outputs="%y: f32[T, 4], %y: f32[T, 4]", result="%0, %0"), "duplicate output name 'y'"),
+        (text("weight @w: f32[4]", "weight @w: f32[4]", SILU), "'w' is declared twice"),
+        (text(SILU) + function("f", SILU) * 2, "@f is defined twice"),
+        (text("%0: f32[T, 4] = math.silu(%z)"), "%z is used before it is defined"),
+        (text("%0: f32[T, 4] = math.add(%x, @w)"), "@w is not declared"),
+        (text(SILU, result="%1"), "%1 is used before it is defined"),
+        (text(SILU, result=""), "returns 0 values, declares 1"),
+        (text(SILU, result="%0, %0"), "returns 2 values, declares 1"),
+        (text(SILU, result="_"), "returned is _"),
+        (text("%0: f32[T, 4], %0: f32[T, 4] = math.silu(%x)"), "%0 is defined twice"),
+        (text("%0: f32[T, 4] = math.slu(%x)"), "unknown op 'math.slu'"),
+        (text("%0: f32[T, 4] = os.system(%x)"), "unknown op 'os.system'"),
+        (text("%0: f32[T, 4] = __import__(%x)"), "unknown op"),
+        (text("%0: f32[T, 4] = norm.rms(%x) {epsilon=1e-6}"), "no attribute 'epsilon'"),
+        (text("%0: f32[T, 4] = norm.rms(%x) {__class__=1}"), "no attribute '__class__'"),
+        (text("%0: f32[T, 4] = norm.rms(%x) {eps=1e-6, eps=1}"), "'eps' is given twice"),
+        (text('%0: f32[T, 4] = norm.rms(%x) {eps="small"}'), "'eps' must be float, got str"),
+        (text("%0: f32[T, 4] = norm.rms(%x) {eps=none}"), "'eps' must be float"),
+        (text("%0: f32[T, 4] = norm.rms(%x) {eps=[1.0]}"), "'eps' must be float, got tuple"),
+        (text("%0: f32[T, 4] = norm.rms(%x) {eps=T}"), "'eps' must be float, got Dim"),
+        (text("%0: f32[4, T] = tensor.transpose(%x) {perm=[1, none]}"), "'perm' must hold int, got NoneType"),
+        (text("%0: f32[4, T] = tensor.transpose(%x) {perm=[1, true]}"), "'perm' must hold int, got bool"),
+        (text("%0: f32[4, T] = tensor.transpose(%x)"), "'perm' is required"),
+        (text('%0: f32[T, 4] = tensor.reshape(%x) {shape=["T", 4]}'), "'shape' must hold int or Dim, got str"),
+        (text("%0: f32[T, 4] = tensor.reshape(%x) {shape=[[1], 1000000000]}"), "'shape' must hold int or Dim"),
+        (text("%0: f32[T, 4] = math.silu()"), "takes 1 operands, got 0"),
+        (text("%0: f32[T, 4] = math.silu(%x, %x)"), "takes 1 operands, got 2"),
+        (text("%0: f32[T, 4] = math.silu(_)"), "'x' is missing"),
+    ],
+)
+def test_wrong_names_and_attributes(bad, said):
+    with refused(said):
+        parse(bad)
+
+
+@limited()
+def test_wrong_names_through_the_api():
+    graph = Graph()
+    x = graph.add_input("x", TYPE)
+    with refused("duplicate input name 'x'"):
+        graph.add_input("x", TYPE)
+    graph.add_output(x, "y")
+    with refused("duplicate output name 'y'"):
+        graph.add_output(x, "y")
+    graph.add_weight(Weight("w", TYPE.with_shape([4])))
+    with refused("weight 'w' exists as"):
+        graph.add_weight(Weight("w", TYPE.with_shape([5])))
+    graph.add_output(x, "z")
+    graph.output_names[1] = "y"
+    with refused("duplicate output names"):
+        graph.verify()
+    graph.output_names[1] = "\ud800"
+    with refused("no Unicode text"):
+        moec.compile(graph, backend="reference")
+    graph.output_names[1] = "z"
+    graph.weights["v"] = graph.weights.pop("w")
+    with refused("under the name 'v' is the weight 'w'"):
+        graph.verify()
+    with refused("has 1 operands, none at 7"):
+        graph.replace_operand(graph.create("math.silu", [x]), 7, x)
+
+
+@limited()
+@pytest.mark.parametrize("backend", ["reference", "onnxruntime"])
+def test_names_that_look_like_something_else(backend, tmp_path):
+    """A name is a name: paths, keywords, text of other formats and line breaks do nothing."""
+    names = ["../../etc/passwd", "a\nb", 'q"uo\\te', "%0", "@w", "", " ", "return", "}", "a\0b", "ü", "\u2028", "C:\\x"]
+    graph = Graph()
+    inputs = [graph.add_input(n, TYPE) for n in names]
+    weights = [graph.add_weight(Weight.of(n, torch.full((4,), float(i)))) for i, n in enumerate(names)]
+    for x, w, n in zip(inputs, weights, names, strict=True):
+        graph.add_output(graph.create("math.add", [x, w]).result, n)
+    assert parse(str(graph)) == graph
+    compiled = moec.compile(graph, backend=backend, threads=1)
+    compiled.save(tmp_path / "saved")
+    given = [torch.randn(2, 4) for _ in names]
+    for model in (compiled, moec.load(tmp_path / "saved")):
+        for i, (y, x) in enumerate(zip(model(*given), given, strict=True)):
+            assert torch.equal(y, x + i)
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+# -- types and sizes ------------------------------------------------------------------------------
+
+
+@limited()
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (text("%0: f32[T, 5] = math.silu(%x)", outputs="%y: f32[T, 5]"), r"type \(f32\[T, 5\]\), its rule gives"),
+        (text("%0: f16[T, 4] = math.silu(%x)", outputs="%y: f16[T, 4]"), "its rule gives"),
+        (text("%0: f32[4] = math.silu(%x)", outputs="%y: f32[4]"), "its rule gives"),
+        (text(SILU, outputs="%y: f32[T, 5]"), r"declared f32\[T, 5\], returned is f32\[T, 4\]"),
+        (text(SILU, outputs="%y: i32[T, 4]"), r"declared i32"),
+        (text("weight @w: f32[5]", "%0: f32[T, 4] = math.add(%x, @w)"), "broadcast"),
+        (text("weight @w: f16[4]", "%0: f32[T, 4] = math.add(%x, @w)"), "dtype"),
+        (text("weight @w: f32[T]", SILU), "'w' has a symbolic shape"),
+        (text("%0: f32[T, 4] = tensor.full() {shape=[U, 4], value=1.0, dtype=f32}"), r"dimensions \['U'\]|its rule"),
+        (text("%0: f32[U, 4] = tensor.full() {shape=[U, 4], value=1.0, dtype=f32}", outputs="%y: f32[U, 4]"),
+         r"uses dimensions \['U'\] that no input of the graph has"),
+        (text(SILU, inputs="%x: f32[-1, 4]"), "bad size -1"),
+        (text(SILU, inputs="%x: f32[none, 4]", outputs="%y: f32[none, 4]"), "none"),
+        (text("%0: f32[nan, 4] = math.silu(%x)", inputs="%x: f32[nan, 4]", outputs="%y: f32[nan, 4]"), "reserved"),
+        (text(SILU, inputs="%x: f32[T//0, 4]"), "no size"),
+        (text(SILU, inputs="%x: f32[1.5, 4]"), "1.5"),
+        (text(SILU, inputs="%x: f32[f32[4], 4]"), "bad dimension"),
+        (text(SILU, inputs="%x: q7[T, 4]"), "unknown dtype 'q7'"),
+    ],
+)  # fmt: skip
+def test_wrong_types(bad, said):
+    with refused(said):
+        parse(bad)
+
+
+@limited()
+def test_a_changed_type_is_seen():
+    graph = parse(text(SILU))
+    next(graph.nodes).results[0].type = TensorType("f32", (Dim("T"), 5))
+    with refused(r"math.silu has type \(f32\[T, 5\]\), its rule gives \(f32\[T, 4\]\)"):
+        moec.compile(graph, backend="onnxruntime")
+
+
+SOLVED = [
+    # declared shapes, given shapes, what is said (None: it runs)
+    (["T", "T"], [[3], [4]], "'b' axis 0 has size 4, expected 3"),
+    (["T", "T + 1"], [[3], [3]], "expected 4"),
+    (["T - 5"], [[3]], None),
+    (["5 - T"], [[9]], "no value of"),
+    (["2*T"], [[3]], "no value of"),
+    (["2*T + 1"], [[4]], "no value of"),
+    (["T*U"], [[6]], "no value of"),
+    (["T + U", "T - U"], [[6], [2]], "no value of"),
+    (["T*T + 1"], [[3]], "no value of"),
+    (["T**4 + T**3"], [[24]], None),
+    (["T**16 + T**3"], [[2]], "no value of"),
+    (["floor(T/2)"], [[2]], "no value of"),
+    (["Max(T, 3)"], [[3]], "no value of"),
+    (["Mod(T, 7)"], [[3]], "no value of"),
+    (["floor(T/2)", "T"], [[2], [5]], None),
+    (["Max(T, 3) + Min(U, Mod(T, 2), 5)", "T", "U"], [[6], [5], [1]], None),
+    (["T/2", "T"], [[2], [5]], "no size|expected"),
+    (["1/T", "T"], [[1], [0]], "no size|expected"),
+    (["T", "T // U", "U"], [[1], [1], [0]], "no size|expected"),
+    (["T", "T % U", "U"], [[1], [1], [0]], "no size|expected"),
+    (["T", "U - T", "T - U"], [[2], [1], [1]], "expected|no value of"),
+    (["T**8"], [[2**8]], None),
+    (["0*T + 3"], [[4]], "expected 3"),
+]
+
+
+@limited()
+@pytest.mark.parametrize(("declared", "given", "said"), SOLVED, ids=[" ".join(case[0]) for case in SOLVED])
+def test_dimensions_that_contradict_or_have_no_solution(declared, given, said):
+    names = "abc"[: len(declared)]
+    inputs = ", ".join(f"%{n}: f32[{d}]" for n, d in zip(names, declared, strict=True))
+    graph = parse(text(f"%0: f32[{declared[0]}] = math.silu(%a)", inputs=inputs, outputs=f"%y: f32[{declared[0]}]"))
+    tensors = [torch.ones(shape) for shape in given]
+    for backend in ("reference", "onnxruntime"):
+        compiled = moec.compile(graph, backend=backend, threads=1)
+        if said is None:
+            assert torch.equal(compiled(*tensors)[0], torch.nn.functional.silu(tensors[0]))
+        else:
+            with refused(said):
+                compiled(*tensors)
+
+
+@limited(seconds=60)
+@pytest.mark.parametrize(
+    "dim",
+    [
+        "((a+b+c+d)**16)**16", "*".join(f"(a{i}+1)" for i in range(40)), "a" + "//2" * 150, "-" * 900 + "a" + "//0",
+        "Max(" + ",".join(f"a{i}" for i in range(200)) + ")", "Max(" * 60 + "a" + "".join(f",b{i})" for i in range(60)),
+        "+".join(f"floor(a{i}/b{i})" for i in range(60)), "%".join(f"(a{i}+b{i})" for i in range(80)),
+        "(" * 400 + "a" + ")" * 400, "9" * 5000, "a*" + "9" * 300, "a" * 2000, "2**16**16", "a**99", "a**(-1)", "a\0",
+        "Max()", "floor()", "floor(a, b, c)", "Max(*a)", "True", "None", "a if a else b", "[a]", "a.real", "a;b",
+        "lambda: 3", "(x:=3)", "f'{a}'", "__import__('os').system('true')", "print(a)", "a@b", "a<<62", "1_0.0", "1j",
+        "Max(a, key=b)", "T//0", "T%0", "0**0//0", "oo", "zoo*0//0",
+    ],
+    ids=lambda d: d[:20].replace("\0", "NUL"),
+)  # fmt: skip
+def test_dimensions_that_are_no_sizes(dim):
+    """Also those that sympy would work at for hours; `oo` is a name like another."""
+    source = text(f"%0: f32[{dim}] = math.silu(%x)", inputs=f"%x: f32[{dim}]", outputs=f"%y: f32[{dim}]")
+    if dim == "oo":
+        assert parse(source).symbols == {"oo"}
+        return
+    with refused(r"line 1, column \d+: "):
+        parse(source)
+
+
+@limited()
+def test_dimensions_that_grow_without_end():
+    """A product or nest of sizes that gets longer at each node is refused where it is more than sizes are."""
+    graph = Graph()
+    value = graph.add_input("x", TensorType("f32", (Dim("T"),)))
+    with refused("factor beyond 64 bits"):
+        for _ in range(100):
+            value = graph.create("tensor.concat", [value, value], {"axis": 0}).result
+    graph = Graph()
+    value = graph.add_input("x", TensorType("f32", (Dim("T"),)))
+    with refused("functions|levels"):
+        for _ in range(1000):
+            end = (value.shape[0] + 1) // 3
+            value = graph.create("tensor.slice", [value], {"axis": 0, "end": end}).result
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+@limited()
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("%0: i64[3] = tensor.arange() {end=\"__import__('os').system('true')\"}", "'end' must be int or Dim, got str"),
+        ("%0: i64[] = tensor.dim() {value=\"open('x', 'w')\"}", "'value' must be int or Dim, got str"),
+        ("%0: i64[3] = tensor.arange() {end=1.5}", "must be int or Dim"),
+        ("%0: i64[3] = tensor.arange() {end=true}", "must be int or Dim"),
+        ("%0: i64[3] = tensor.arange() {end=3, step=0}", "step 0 is not positive"),
+        ("%0: f32[3] = tensor.full() {shape=[3], value=" + "9" * 400 + ", dtype=f32}", "digits|hold"),
+        ("%0: f32[3] = tensor.full() {shape=[3], value=" + "9" * 5000 + ", dtype=f32}", "a number of 5000 digits"),
+        ("%0: f32[3] = tensor.full() {shape=[3], value=1e999, dtype=f32}", "beyond 64-bit floats"),
+        ("%0: f32[3] = tensor.full() {shape=[3], value=-1e400, dtype=f32}", "beyond 64-bit floats"),
+        ("%0: i64[3] = tensor.full() {shape=[3], value=9223372036854775808, dtype=i64}", "cannot hold|does not hold"),
+        ("%0: u8[3] = tensor.full() {shape=[3], value=256, dtype=u8}", "u8 does not hold 256"),
+        ("%0: i64[3] = tensor.full() {shape=[3], value=nan, dtype=i64}", "i64 does not hold nan"),
+        ("%0: i64[1] = tensor.constant() {value=[1.5], type=i64[1]}", "i64 does not hold"),
+        ('%0: i64[1] = tensor.constant() {value=["1"], type=i64[1]}', "'value' must hold bool or int or float"),
+        ("%0: i64[1] = tensor.constant() {value=" + "[" * 5000 + "]" * 5000 + ", type=i64[1]}", "nested more than"),
+        ("%0: i64[1] = tensor.constant() {value=" + "[" * 100_000, "nested more than"),
+        ("%0: f32[T, 4] = norm.rms(%x) {eps=1" + "0" * 500 + "}", "digits"),
+        ('%0: f32[T, 4] = math.silu(%x) loc("m" "f.py":' + "1" * 5000 + ")", "a number of 5000 digits"),
+        ('%0: f32[T, 4] = math.silu(%x) loc("m" "f.py":x)', "expected a line number"),
+        ('%0: f32[T, 4] = math.silu(%x) loc("m', "expected a quoted string"),
+        ('%0: f32[T, 4] = math.silu(%x) origin("a" | "b")', "2 origin groups for 1 results"),
+        ('%0: f32[T, 4] = math.silu(%x) origin("\\q")', "bad string"),
+        ('%0: f32[T, 4] = math.silu(%"x', "expected a quoted string"),
+        ("%0: f32[T, 4] = math.silu(%x) {", "expected '=', got '%0'"),
+        ("%0: f32[T, 4] = math.silu(\0)", "expected"),
+        ("%0: f32[T\0, 4] = math.silu(%x)", "bad dimension"),
+        ("%0: f32[" + "1, " * 400_000 + "1] = math.silu(%x)", "400001 axes, more than 64"),
+        ("%" + "a" * 1_000_000 + ": f32[T, 4] = math.silu(%b)", "%b is used before"),
+        ("%0: f32[T, 4] = math.silu(%" + "a" * 1_000_000 + ")", "used before it is defined"),
+        ("%0: f32[T, 4] = " + "a" * 1_000_000 + "(%x)", "unknown op"),
+        ("%0: f32[T, 4] = math.silu(%x) {" + "a" * 1_000_000 + "=1}", "no attribute"),
+        ("%0: f32[T, 4] = math.silu(%x) {a=" + "b" * 1_000_000 + "}", "dimension of 1000000 characters"),
+        ("x" * 1_000_000, "expected '%'"),
+        (" " * 1_000_000 + "%0", "expected ':'"),
+        ("(" * 1_000_000, "expected '%'"),
+    ],
+    ids=lambda v: v[:40].replace("\0", "NUL") if v.startswith(("%", "x", " ", "(")) else "",
+)  # fmt: skip
+def test_hostile_text(row, said):
+    declared = re.match(r"%0: (\w+\[\w*\]) = ", row)
+    with refused(said):
+        parse(text(row, outputs=f"%y: {declared[1]}") if declared else text(row))
+
+
+@limited()
+def test_a_truncated_text_is_refused_wherever_it_ends():
+    whole = text("weight @w: f32[4]", '%0: f32[T, 4] = math.add(%x, @w) loc("a.b" "f.py":3) origin("o")') + function(
+        "f", "%0: f32[T, 4] = norm.rms(%x) {eps=1e-06}"
+    )
+    parse(whole)
+    ends = {len(whole[:end].rstrip()) for end in (len(whole), whole.index("function"))}
+    for end in range(len(whole)):
+        if len(whole[:end].rstrip()) not in ends:
+            with pytest.raises(CompileError, match=r"line \d+, column"):
+                parse(whole[:end])
+
+
+@limited()
+def test_a_damaged_text_is_refused_or_another_graph():
+    """Every character replaced by others, in turn: a graph that verifies, or an error; never another exception."""
+    whole = text("weight @w: f32[4]", '%0: f32[T, 4] = math.add(%x, @w) loc("a" "f":3)', "%1: f32[T, 4] = norm.rms(%0)")
+    for i in range(len(whole)):
+        for c in '\0"%@[]{}()\\,9-\n\ud800\u0660²':
+            with contextlib.suppress(CompileError):
+                parse(whole[:i] + c + whole[i + 1 :]).verify()
+
+
+@limited()
+def test_what_is_no_text():
+    for what in (b"graph() -> () {}", None, 3, ["graph"], bytearray(4)):
+        with refused(f"is a str, got {type(what).__name__}"):
+            parse(what)  # type: ignore[arg-type]
+
+
+@limited()
+def test_one_line_of_a_megabyte_works():
+    """Line breaks are spaces like others."""
+    graph = parse(chain(20_000, "math.silu({})").replace("\n", " "))
+    assert len(graph) == 20_000
+
+
+# -- large graphs ---------------------------------------------------------------------------------
+
+MIXED = ("math.silu({})", "math.add({}, @w)", "math.sigmoid({})", "norm.rms({}, @w)", "math.mul({0}, {0})")
+
+
+@limited(seconds=90)
+def test_a_chain_of_ten_thousand_nodes(tmp_path):
+    """Everywhere: parsing, printing, verifying, every pass, both backends, comparing, saving and loading."""
+    limit = sys.getrecursionlimit()
+    graph = parse(chain(10_000, *MIXED))
+    graph.bind_weights({"w": torch.linspace(0.5, 1.5, 4)})
+    assert parse(str(graph)) == graph == graph.clone()
+    assert graph.to_networkx().number_of_nodes() == 10_003
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    (want,) = run(graph, [x])
+    compiled = moec.compile(graph, backend="onnxruntime", threads=1)
+    compiled.save(tmp_path / "saved")
+    for model in (compiled, moec.load(tmp_path / "saved"), moec.compile(graph, backend="reference", passes=Pipeline())):
+        torch.testing.assert_close(model(x)[0], want, rtol=1e-3, atol=1e-5)
+    assert sys.getrecursionlimit() == limit
+
+
+@limited(seconds=90)
+@pytest.mark.parametrize("n", [100_000])
+def test_a_hundred_thousand_nodes(n):
+    graph = parse(chain(n, *MIXED))
+    graph.bind_weights({"w": torch.linspace(0.5, 1.5, 4)})
+    assert len(graph.clone()) == n == str(graph).count(" = ")
+    assert torch.isfinite(run(graph, [torch.randn(1, 4)])[0]).all()
+
+
+@limited(seconds=60)
+def test_many_of_everything_else():
+    """Inputs, outputs, weights, operands of one node, uses of one value, results of one node: none is quadratic."""
+    n = 20_000
+    inputs = ", ".join(f"%x{i}: f32[1]" for i in range(n))
+    outputs = ", ".join(f"%y{i}: f32[1]" for i in range(n))
+    results = ", ".join(f"%r{i}: f32[1]" for i in range(n))
+    weights = [f"weight @w{i}: f32[1]" for i in range(n)]
+    joined = ", ".join(f"%x{i}" for i in range(n))
+    same = ", ".join(["%x0"] * n)
+    parse(text(inputs=inputs, outputs=outputs, result=joined))
+    parse(text(*weights, inputs="%x0: f32[1]", outputs="%y: f32[1]", result="%x0"))
+    for operands in (joined, same):
+        graph = parse(
+            text(
+                f"%0: f32[{n}] = tensor.concat({operands}) {{axis=0}}",
+                f"{results} = tensor.split(%0) {{axis=0, sizes=[{', '.join(['1'] * n)}]}}",
+                inputs=inputs, outputs=outputs, result=", ".join(f"%r{i}" for i in range(n)),
+            )
+        )  # fmt: skip
+        graph.replace_value(graph.inputs[0], graph.inputs[1])
+        graph.verify()
+        compiled = moec.compile(graph, backend="reference", passes=Pipeline())
+        assert len(compiled.graph.outputs) == n
