@@ -90,7 +90,15 @@ def one_node(node: Node, value: Value, binding: Mapping[str, int], coarse: tuple
         inner = node.operand("down").shape[2]
         loose = 2.0**-3 * 4 / math.sqrt(max(16, inner))  # one E4M3 step of a few of the f summed terms
         why = f"{bound.why}; a flipped inner code moves a row by {loose:.2g} at most, in {CODE_FLIPS:.0%} of them"
-        return replace(bound, why=why, loose=loose, share=CODE_FLIPS, typical=math.inf)
+        if coarse is None:
+            return replace(bound, why=why, loose=loose, share=CODE_FLIPS, typical=math.inf)
+        # coarser sums flip more codes: an error of σ crosses a midpoint in σ / spacing of them, and E4M3's codes are
+        # 2⁻³ to 2⁻⁴ of their value apart; a few times that, in f codes a row
+        flipped = 32 * coarse[0] * math.sqrt(coarse[1] / 2)
+        rows = min(1.0, inner * flipped)
+        why = f"{bound.why}; flipped inner codes move {rows:.0%} of the rows by {loose:.2g} at most"
+        typical = bound.typical + math.sqrt(flipped) * 2.0**-3.5
+        return replace(bound, why=why, loose=loose, share=max(CODE_FLIPS, rows), typical=typical)
     return bound
 
 

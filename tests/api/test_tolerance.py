@@ -314,3 +314,19 @@ def test_coarse_sums_loosen_a_bound_by_what_they_add():
     assert difference(y, y * (1 + 1e-4), coarse, scale).ok
     assert not difference(y, y * (1 + 1e-4), fine, scale).ok
     assert not difference(y, y * 1.01, coarse, scale).ok
+
+
+def test_coarse_sums_of_quantised_experts_still_show_one_percent():
+    text = (
+        "graph(%x: f32[T, 64], %w: f32[T, 2], %e: i64[T, 2]) -> (%y: f32[T, 64]) {\n"
+        "  weight @gu: f8e4m3fn[4, 192, 64]\n  weight @gs: f32[4, 2, 1]\n"
+        "  weight @d: f8e4m3fn[4, 64, 96]\n  weight @ds: f32[4, 1, 1]\n"
+        "  %0: f32[T, 64] = quant.scaled_experts(%x, %w, %e, @gu, @gs, @d, @ds) {group=128}\n  return %0\n}"
+    )
+    node = next(moec.parse(text).nodes)
+    bound = one_node(node, node.result, BINDING, (2.0**-16, 256))
+    y = torch.randn(400, 64)
+    flipped = y.clone()
+    flipped[::7] += 0.01 * torch.randn(58, 64)  # one inner code of every seventh row
+    assert difference(y, flipped, bound, scale_of(y, None, {})).ok
+    assert not difference(y, y * 1.01, bound, scale_of(y, None, {})).ok

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from moec.backends.triton.kernels.checks import describe, require, require_float, require_same_device
+from moec.backends.triton.kernels.scalar_math import tanh
 from moec.backends.triton.kernels.tiles import interpreter_tiles
 from moec.backends.triton.launch import cdiv, launch, next_pow2
 
@@ -75,8 +76,8 @@ def attention_kernel(
             k2 = tl.load(k_tile + d2[None, :], mask=(t[:, None] < T) & (d2[None, :] < D), other=0.0)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
         scores *= scale
-        if SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        if SOFTCAP:
+            scores = softcap * tanh(scores / softcap)
         visible = row_mask[:, None] & (t[None, :] < T)
         if CAUSAL:
             visible = visible & (t[None, :] <= position[:, None] + (T - S))

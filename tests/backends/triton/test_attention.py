@@ -68,6 +68,15 @@ def test_sinks_and_softcap(close, name, sunk, softcap):
     close(got, expected(q, k, v, mask, 0.6, True, sinks, softcap))
 
 
+def test_a_large_softcap_leaves_small_scores_exact():
+    """A tanh that cancels near 0 is off by an absolute 1e-7, which the cap makes 1e-5 of a score."""
+    q, k, _ = operands((1, 2, 2, 4, 24, 16, 16))
+    q, v = q * 0.01, torch.eye(24).expand(1, 2, 24, 24).contiguous()  # the result is the weights
+    got = run("attention", q, k, v, scale=0.25, softcap=200.0)
+    want = expected(q, k, v, None, 0.25, False, None, 200.0)
+    assert float(((got - want) / want).abs().max()) < 8e-7
+
+
 def test_wrong_sinks_are_refused():
     q, k, v = operands(SHAPES["grouped"])
     with pytest.raises(ValueError, match="one number per head"):
