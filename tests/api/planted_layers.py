@@ -244,7 +244,7 @@ def one_earlier(right: Any, e: Emitter, node: Node) -> Any:
 CACHE = [
     Bug("stale cache slot", "mixtral decoding", "tensor.concat", stale_slot, inputs="one"),
     Bug("stale latent in the cache", "deepseek-v3 decoding", "tensor.concat", stale_slot, "model.layers.1",
-        lambda node: node.result.is_output),
+        lambda node: node.attrs["axis"] == -2),
     Bug("past rows shifted by one", "mixtral decoding", "tensor.concat",
         lambda right, e, node: right(e, node) if node.operands[0].producer else
         e.op("Concat", shifted(-2)(e, e.operands(node)[0]), e.operands(node)[1], axis=node.attrs["axis"])),
