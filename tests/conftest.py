@@ -33,3 +33,6 @@ def _declarations_end_with_their_test():
         table.update(old)
     for name, full in names.items():
         opdef._BARE[name][:] = full
+    registry = sys.modules.get("moec.frontend.onnx.registry")
+    for versions in registry.IMPORTS.values() if registry is not None else ():
+        versions[:] = [v for v in versions if v[1].__module__.startswith("moec.")]
