@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,18 @@ from moec.ir.fp8 import E5M2
 
 MICROSOFT = "com.microsoft"
 Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: onnx_ir does not warn that a body reads names which it does not define; they are connected afterwards."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def given(node: Node) -> tuple[Any, ...]:
@@ -128,7 +141,8 @@ class Emitter:
     ) -> dict[str, onnx.Value]:
         """Append a node as it stands (a NodeProto) whose inputs are called as in `known`; its bodies read the values
         of `outside`. Returns its outputs by their names."""
-        attributes = [onnx.serde.deserialize_attribute(a) for a in proto.attribute]
+        with _quiet():
+            attributes = [onnx.serde.deserialize_attribute(a) for a in proto.attribute]
         for a in attributes:
             if a.type == onnx.AttributeType.GRAPH:
                 attach(a.as_graph(), outside)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from moec.frontend.onnx import fold
+from moec.frontend.onnx import fold, sequences
 from moec.frontend.onnx.check import free_names
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext
 from moec.frontend.onnx.extern import attribute, element_name, element_type, extern
@@ -49,6 +49,7 @@ class Importer:
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in self.model.opset_imports.items()}
         self.context.opset = self.opsets.get("", 1)
         self.env: dict[onnx_ir.Value, Value] = {}
+        self.lists: dict[onnx_ir.Value, list[Value]] = {}  # sequences
         self.names: dict[str, str] = {}
 
     def run(self) -> Graph:
@@ -157,6 +158,10 @@ class Importer:
 
     def _outputs(self, source: onnx_ir.Graph) -> None:
         for v in source.outputs:
+            if v in self.lists:
+                raise CompileError(
+                    f"output {v.name!r} is a sequence; only tensors are supported", code="unsupported-model"
+                )
             value = self.env[v]
             known = self._declared(v)
             if known is not None and (known.dtype is not value.dtype or not _may_be(known, value.type)):
@@ -190,6 +195,9 @@ class Importer:
         if domain not in self.opsets and domain != MICROSOFT:
             raise CompileError(f"{c.op}: the model imports no opset of {domain or 'ai.onnx'}", code="opset")
         c.opset = self.opsets.get(domain, 1)
+        if not domain and (node.op_type in sequences.OPERATORS or any(v in self.lists for v in node.inputs)):
+            self._sequence(node)
+            return
         operands = [None if v is None else self.env[v] for v in node.inputs]
         while operands and operands[-1] is None:
             operands.pop()
@@ -203,6 +211,22 @@ class Importer:
                 if v.producer is not None:
                     v.origins |= {str(o.name)}
                 self.env[o] = v
+
+    def _sequence(self, node: onnx_ir.Node) -> None:
+        """An operator that takes or gives a sequence."""
+        c = self.context
+        operands = [None if v is None else self.lists[v] if v in self.lists else self.env[v] for v in node.inputs]
+        if node.op_type == "Identity":
+            self.lists[node.outputs[0]] = list(operands[0] or [])  # type: ignore[arg-type]  # it is a list here
+            return
+        if node.op_type not in sequences.OPERATORS:
+            raise c.refuse("a sequence is no operand of it here", code="unsupported-op")
+        attrs = {name: a.value for name, a in node.attributes.items()}
+        result = sequences.build(c, node.op_type, operands, attrs)
+        if isinstance(result, list):
+            self.lists[node.outputs[0]] = result
+        else:
+            self.env[node.outputs[0]] = result
 
     def _results(
         self, node: onnx_ir.Node, domain: str, operands: list[Value | None], used: list[bool]

@@ -281,12 +281,38 @@ def test_sequences_and_strings_are_refused_by_name():
         import_onnx(proto)
     nodes = [helper.make_node("SplitToSequence", ["x"], ["s"]), helper.make_node("SequenceAt", ["s", "i"], ["y"])]
     proto = model(nodes, [value("x", [2]), value("i", [], np.int64)], [value("y", [1])])
-    with pytest.raises(CompileError, match="a sequence, no tensor"):
+    with pytest.raises(CompileError, match="the position is not a constant number"):
+        import_onnx(proto)
+    proto = model(nodes[:1], [value("x", [2])], [helper.make_tensor_sequence_value_info("s", 1, [1])])
+    with pytest.raises(CompileError, match="output 's' is a sequence"):
         import_onnx(proto)
     text = helper.make_tensor_value_info("x", onnx.TensorProto.STRING, [2])
     proto = model([helper.make_node("Identity", ["x"], ["y"])], [text], [text])
     with pytest.raises(CompileError, match="elements of type string"):
         import_onnx(proto)
+
+
+def test_sequences_inside_a_graph_are_resolved():
+    """Pieces of x, put together in another order: no sequence is left."""
+    nodes = [
+        helper.make_node("SplitToSequence", ["x", "sizes"], ["s"], axis=0),
+        helper.make_node("SequenceAt", ["s", "last"], ["a"]),
+        helper.make_node("SequenceErase", ["s", "last"], ["t"]),
+        helper.make_node("Identity", ["t"], ["u"]),
+        helper.make_node("SequenceInsert", ["u", "a", "zero"], ["v"]),
+        helper.make_node("SequenceLength", ["v"], ["n"]),
+        helper.make_node("ConcatFromSequence", ["v"], ["y"], axis=0),
+    ]
+    weights = {"sizes": ints(1, 2, 1), "last": np.array(-1), "zero": np.array(0)}
+    outs = [value("y", [4, 3]), value("n", [], np.int64)]
+    x = floats(4, 3)
+    graph = check(model(nodes, [value("x", [4, 3])], outs, weights), {"x": x}, native=True).graph
+    y, n = run(graph, [torch.from_numpy(x)])
+    np.testing.assert_array_equal(y.numpy(), x[[3, 0, 1, 2]])
+    assert n == 3
+    stacked = [helper.make_node("SequenceConstruct", ["x", "x"], ["s"]),
+               helper.make_node("ConcatFromSequence", ["s"], ["y"], axis=1, new_axis=1)]  # fmt: skip
+    check(model(stacked, [value("x", [4, 3])], [value("y", [4, 2, 3])]), {"x": x}, native=True)
 
 
 def test_triton_refuses_extern_by_name_and_falls_back():
