@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import torch
+
 from moec.ir.dims import Dim
 from moec.ir.errors import CompileError
 from moec.ir.location import source_of_class
@@ -71,6 +73,14 @@ class OpDef:
     def samples(self) -> Callable[..., Iterable[Any]] | None:
         """Generator of test cases for the op; see moec.ir.sampling."""
         return getattr(self.cls, "samples", None)
+
+    def undefined(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> bool:
+        """Whether the op leaves open what it gives for these tensors: its class may say so by `undefined(self)`, a
+        bool or a bool tensor (any), with the fields set as for `reference`. Backends may then differ."""
+        rule = getattr(self.cls, "undefined", None)
+        if rule is None:
+            return False
+        return bool(torch.as_tensor(rule(self.instance(operands, attrs))).any())
 
     def instance(self, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
         """The op class with its fields set (types for `infer`, tensors for `reference`, values for

@@ -51,6 +51,11 @@ class DType(enum.StrEnum):
         return self.value.startswith(("f", "bf"))
 
     @property
+    def is_wide_float(self) -> bool:
+        """Floats that ops compute with: all but the 8-bit ones, which are codes and want a cast first."""
+        return self.is_float and self.bits > 8
+
+    @property
     def is_integer(self) -> bool:
         return self.value[0] in "iu"
 

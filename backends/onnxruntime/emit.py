@@ -19,6 +19,7 @@ from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, o
 from moec.backends.onnxruntime.weights import WeightReader
 from moec.ir import CompileError, Dim, DType, Graph, Node, Value
 from moec.ir.fp8 import E5M2
+from moec.ir.literals import literal
 
 MICROSOFT = "com.microsoft"
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -188,8 +189,8 @@ class Emitter:
         return self.memo[key]
 
     def scalar(self, value: Any, dtype: DType) -> onnx.Value:
-        """A 0-d constant of the carrier of `dtype`."""
-        return self.constant(np.asarray(value).astype(numpy_type(dtype)))
+        """A 0-d constant of the carrier of `dtype`, rounded to `dtype`."""
+        return self.constant(np.asarray(literal(value, dtype)).astype(numpy_type(dtype)))
 
     def _initializer(self, tensor: Any) -> onnx.Value:
         value = onnx.Value(name=tensor.name, type=onnx.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)

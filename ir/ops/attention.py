@@ -36,7 +36,7 @@ class ScaledDotProductAttention:
     def infer(self) -> TensorType:
         q, k, v, mask = self.q, self.k, self.v, self.mask
         require(q.rank == k.rank == v.rank == 4, f"q {q}, k {k}, v {v} must have rank 4")
-        require(q.dtype == k.dtype == v.dtype and q.dtype.is_float, f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
+        require(q.dtype == k.dtype == v.dtype and q.dtype.is_wide_float, f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
         require(q.shape[0] == k.shape[0] == v.shape[0], f"batch sizes differ: {q}, {k}, {v}")
         require(k.shape[1:3] == v.shape[1:3], f"k {k} and v {v} differ in heads or length")
         require(q.shape[3] == k.shape[3], f"q {q} and k {k} differ in head size")

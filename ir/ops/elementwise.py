@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moec.ir.errors import require
+from moec.ir.literals import check_literal, literal
 from moec.ir.opdef import Attr, Operand, op
 from moec.ir.types import DType, TensorType, broadcast
 
@@ -47,7 +48,7 @@ def _unary(
 
 
 def _kind(dtype: DType) -> str:
-    return "f" if dtype.is_float else "i" if dtype.is_integer else "b" if dtype is DType.BOOL else "c"
+    return "f" if dtype.is_wide_float else "i" if dtype.is_integer else "b" if dtype is DType.BOOL else "c"
 
 
 def _names(kinds: str) -> str:
@@ -154,7 +155,7 @@ class Gelu:
     approximate: Attr[str] = "none"
 
     def infer(self) -> TensorType:
-        require(self.x.dtype.is_float, f"takes floats, got {self.x.dtype}")
+        require(self.x.dtype.is_wide_float, f"takes floats, got {self.x.dtype}")
         require(self.approximate in ("none", "tanh"), f"approximate is {self.approximate!r}, not 'none' or 'tanh'")
         return self.x
 
@@ -178,10 +179,14 @@ class Clamp:
     def infer(self) -> TensorType:
         require(_kind(self.x.dtype) in "fi", f"takes numbers, got {self.x.dtype}")
         require(self.low is not None or self.high is not None, "needs low or high")
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound is not None:
+                check_literal(bound, self.x.dtype, name)
         return self.x
 
     def reference(self) -> torch.Tensor:
-        return torch.clamp(self.x, self.low, self.high)
+        low, high = (None if b is None else literal(b, DType.of(self.x.dtype)) for b in (self.low, self.high))
+        return torch.clamp(self.x, low, high)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -220,7 +225,7 @@ class SwiGLU:
     up: Operand
 
     def infer(self) -> TensorType:
-        require(self.gate == self.up and self.gate.dtype.is_float, f"gate is {self.gate}, up is {self.up}")
+        require(self.gate == self.up and self.gate.dtype.is_wide_float, f"gate is {self.gate}, up is {self.up}")
         return self.gate
 
     def reference(self) -> torch.Tensor:
@@ -252,7 +257,7 @@ class GLU:
     up_offset: Attr[float] = 1.0
 
     def infer(self) -> TensorType:
-        require(self.gate == self.up and self.gate.dtype.is_float, f"gate is {self.gate}, up is {self.up}")
+        require(self.gate == self.up and self.gate.dtype.is_wide_float, f"gate is {self.gate}, up is {self.up}")
         known = ("silu", "gelu", "gelu_tanh", "relu")
         require(self.activation in known, f"activation {self.activation!r} is none of {known}")
         require(self.limit is None or isinstance(self.limit, float), f"limit {self.limit!r} is not a float")
@@ -288,7 +293,8 @@ class GLU:
 
 @op("math.cast", elementwise=True)
 class Cast:
-    """Convert to `dtype`. To E4M3 it saturates at ±448 and keeps NaN (torch's rule)."""
+    """Convert to `dtype`. To E4M3 it saturates at ±448 and keeps NaN (torch's rule); floats become integers towards
+    zero, and what is out of their range or NaN becomes any integer."""
 
     x: Operand
     dtype: Attr[DType]
@@ -298,6 +304,13 @@ class Cast:
 
     def reference(self) -> torch.Tensor:
         return self.x.to(self.dtype.torch)
+
+    def undefined(self) -> torch.Tensor | bool:
+        if not self.x.is_floating_point() or not self.dtype.is_integer:
+            return False
+        x, limits = self.x.to(torch.float64).trunc(), torch.iinfo(self.dtype.torch)
+        # −2⁶³ is a float, 2⁶³ − 1 is not
+        return ~((x >= limits.min) & (x < float(limits.max + 1)))
 
     @staticmethod
     def samples(r: Any) -> Any:

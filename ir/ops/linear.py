@@ -21,7 +21,7 @@ class MatMul:
 
     def infer(self) -> TensorType:
         a, b = self.a, self.b
-        require(a.dtype == b.dtype and a.dtype.is_float, f"needs equal float dtypes, got {a.dtype} and {b.dtype}")
+        require(a.dtype == b.dtype and a.dtype.is_wide_float, f"needs equal float dtypes, got {a.dtype} and {b.dtype}")
         require(a.rank >= 2 and b.rank >= 2, f"needs rank ≥ 2, got {a} and {b}")
         require(a.shape[-1] == b.shape[-2], f"inner sizes differ: {a.shape[-1]} and {b.shape[-2]}")
         return a.with_shape((*broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))
@@ -45,7 +45,7 @@ class Linear:
 
     def infer(self) -> TensorType:
         x, w, b = self.x, self.weight, self.bias
-        require(x.dtype == w.dtype and x.dtype.is_float, f"needs equal float dtypes, got {x.dtype} and {w.dtype}")
+        require(x.dtype == w.dtype and x.dtype.is_wide_float, f"needs equal float dtypes, got {x.dtype} and {w.dtype}")
         require(w.rank == 2 and x.rank >= 1, f"weight {w} must have rank 2, x {x} at least 1")
         require(x.shape[-1] == w.shape[1], f"x has {x.shape[-1]} channels, weight takes {w.shape[1]}")
         require(b is None or b == TensorType(x.dtype, (w.shape[0],)), f"bias {b} does not fit weight {w}")
@@ -75,7 +75,7 @@ class GroupedMatMul:
 
     def infer(self) -> TensorType:
         x, w, o = self.x, self.w, self.offsets
-        require(x.dtype == w.dtype and x.dtype.is_float, f"needs equal float dtypes, got {x.dtype} and {w.dtype}")
+        require(x.dtype == w.dtype and x.dtype.is_wide_float, f"needs equal float dtypes, got {x.dtype} and {w.dtype}")
         require(x.rank == 2 and w.rank == 3, f"x {x} must have rank 2, w {w} rank 3")
         require(x.shape[1] == w.shape[1], f"inner sizes differ: {x.shape[1]} and {w.shape[1]}")
         require(o == TensorType(DType.I32, (w.shape[0],)), f"offsets {o}, expected i32[{w.shape[0]}]")
@@ -83,6 +83,9 @@ class GroupedMatMul:
 
     def reference(self) -> torch.Tensor:
         out = self.x.new_zeros(self.x.shape[0], self.w.shape[2])
+        ends = self.offsets
+        if ends.numel() and not bool((ends >= 0).all() & (ends.diff() >= 0).all() & (ends[-1] <= len(out))):
+            raise ValueError(f"offsets {ends.tolist()} do not ascend to at most {len(out)}, the number of rows")
         start = 0
         for e, end in enumerate(self.offsets.tolist()):
             if end > start:

@@ -50,7 +50,7 @@ class Route:
 
     def infer(self) -> tuple[TensorType, ...]:
         t = self.logits
-        require(t.rank == 2 and t.dtype.is_float, f"logits {t} must be floats of rank 2")
+        require(t.rank == 2 and t.dtype.is_wide_float, f"logits {t} must be floats of rank 2")
         e = t.shape[1]
         require(isinstance(e, int) and e > 0, f"the number of experts in {t} must be known")
         require(1 <= self.k <= e, f"k={self.k} of {e} experts")
@@ -193,7 +193,7 @@ class Experts:
 
     def infer(self) -> TensorType:
         x, gu, dn = self.x, self.gate_up, self.down
-        require(x.rank == 2 and x.dtype.is_float, f"x {x} must be floats of rank 2")
+        require(x.rank == 2 and x.dtype.is_wide_float, f"x {x} must be floats of rank 2")
         check_routing(x, self.weights, self.experts)
         require(gu.rank == 3 and dn.rank == 3, f"gate_up {gu} and down {dn} must have rank 3")
         require(gu.dtype == dn.dtype == x.dtype, f"dtypes of x {x.dtype}, gate_up {gu.dtype}, down {dn.dtype} differ")
@@ -233,7 +233,7 @@ class Experts:
 def check_routing(x: TensorType, weights: TensorType, experts: TensorType) -> None:
     """Routing weights [T, k] floats and experts i64[T, k] for x [T, d]. Raises CompileError."""
     require(weights.rank == 2 and weights.shape[0] == x.shape[0], f"weights {weights} for x {x}")
-    require(weights.dtype.is_float, f"weights are {weights.dtype}")
+    require(weights.dtype.is_wide_float, f"weights are {weights.dtype}")
     require(experts == TensorType(DType.I64, weights.shape), f"experts {experts}, expected i64 like weights {weights}")
 
 

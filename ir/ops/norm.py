@@ -24,7 +24,7 @@ def _rms(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tens
 
 
 def _check(x: TensorType, weight: TensorType | None, what: str = "weight") -> None:
-    require(x.dtype.is_float and x.rank >= 1, f"takes floats of rank ≥ 1, got {x}")
+    require(x.dtype.is_wide_float and x.rank >= 1, f"takes floats of rank ≥ 1, got {x}")
     want = TensorType(x.dtype, (x.shape[-1],))
     require(weight is None or weight == want, f"{what} {weight}, expected {want}")
 

@@ -104,7 +104,7 @@ class Dequantize:
         require(self.codes.dtype is DType.F8E4M3 and self.codes.rank >= 2, f"codes {self.codes}")
         want = scale_type(self.codes, self.block)
         require(self.scale == want, f"scale {self.scale}, expected {want}")
-        require(self.dtype.is_float, f"dtype {self.dtype}")
+        require(self.dtype.is_wide_float, f"dtype {self.dtype}")
         return self.codes.with_dtype(self.dtype)
 
     def reference(self) -> torch.Tensor:
@@ -139,6 +139,7 @@ class ScaledLinear:
     def infer(self) -> TensorType:
         x, w = self.x, self.weight
         check_block(self.block)
+        require(self.dtype.is_wide_float, f"dtype {self.dtype}")
         require(x.dtype is DType.F8E4M3 and w.dtype is DType.F8E4M3, f"codes are {x.dtype} and {w.dtype}")
         require(w.rank == 2 and x.rank >= 2 and x.shape[-1] == w.shape[1], f"x {x}, weight {w}")
         for what, got, want in (
@@ -191,7 +192,7 @@ class ScaledExperts:
     def infer(self) -> TensorType:
         x, gu, dn = self.x, self.gate_up, self.down
         check_block(self.block)
-        require(x.rank == 2 and x.dtype.is_float, f"x {x} must be floats of rank 2")
+        require(x.rank == 2 and x.dtype.is_wide_float, f"x {x} must be floats of rank 2")
         check_routing(x, self.weights, self.experts)
         require(gu.rank == 3 and dn.rank == 3, f"gate_up {gu} and down {dn} must have rank 3")
         require(gu.dtype is DType.F8E4M3 and dn.dtype is DType.F8E4M3, f"codes are {gu.dtype} and {dn.dtype}")

@@ -25,7 +25,8 @@ def _reduction(name: str, doc: str, fn: Callable[..., torch.Tensor], kinds: str,
         keepdim: Attr[bool] = False
 
         def infer(self: Any) -> TensorType:
-            kind = "f" if self.x.dtype.is_float else "b" if self.x.dtype is DType.BOOL else "i"
+            d = self.x.dtype
+            kind = "f" if d.is_wide_float else "b" if d is DType.BOOL else "i" if d.is_integer else "-"
             require(kind in kinds, f"does not take {self.x.dtype}")
             axes = {normal_axis(a, self.x.rank) for a in self.axes}
             require(len(axes) == len(self.axes), f"axes {self.axes} repeat")
@@ -75,7 +76,7 @@ def _along_axis(name: str, doc: str, fn: Callable[..., torch.Tensor], floats_onl
         axis: Attr[int] = -1
 
         def infer(self: Any) -> TensorType:
-            require(self.x.dtype.is_float or (not floats_only and self.x.dtype.is_integer), f"got {self.x.dtype}")
+            require(self.x.dtype.is_wide_float or (not floats_only and self.x.dtype.is_integer), f"got {self.x.dtype}")
             normal_axis(self.axis, self.x.rank)
             return self.x
 
@@ -108,6 +109,7 @@ class ArgMax:
 
     def infer(self) -> TensorType:
         axis = normal_axis(self.axis, self.x.rank)
+        require(self.x.dtype.is_wide_float or self.x.dtype.is_integer, f"takes numbers, got {self.x.dtype}")
         require(self.x.shape[axis] != 0, "reduces an axis of size 0")
         kept = [(1 if i == axis else s) for i, s in enumerate(self.x.shape) if self.keepdim or i != axis]
         return TensorType(DType.I64, tuple(kept))
@@ -121,6 +123,11 @@ class ArgMax:
         yield [r.floats(r.k, r.n)], {"axis": 0, "keepdim": True}
 
 
+def _check_ordered(x: TensorType) -> None:
+    ordered = x.dtype.is_wide_float or x.dtype.is_integer or x.dtype is DType.BOOL
+    require(ordered, f"takes what has an order, got {x.dtype}")
+
+
 @op("math.sort", results=2)
 class Sort:
     """Stable sort along `axis` → (values, indices i64)."""
@@ -131,6 +138,7 @@ class Sort:
 
     def infer(self) -> tuple[TensorType, ...]:
         normal_axis(self.axis, self.x.rank)
+        _check_ordered(self.x)
         return self.x, self.x.with_dtype(DType.I64)
 
     def reference(self) -> tuple[torch.Tensor, ...]:
@@ -156,6 +164,7 @@ class TopK:
     def infer(self) -> tuple[TensorType, ...]:
         axis = normal_axis(self.axis, self.x.rank)
         extent = self.x.shape[axis]
+        _check_ordered(self.x)
         require(self.k >= 0 and (not isinstance(extent, int) or self.k <= extent), f"k={self.k} of {extent} elements")
         shape = [self.k if i == axis else s for i, s in enumerate(self.x.shape)]
         return self.x.with_shape(shape), TensorType(DType.I64, tuple(shape))

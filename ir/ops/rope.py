@@ -28,7 +28,7 @@ class Rope:
 
     def infer(self) -> TensorType:
         x = self.x
-        require(x.dtype.is_float and x.rank >= 1, f"takes floats, got {x}")
+        require(x.dtype.is_wide_float and x.rank >= 1, f"takes floats, got {x}")
         require(self.cos == self.sin, f"cos {self.cos} and sin {self.sin} differ")
         require(self.cos.dtype == x.dtype, f"cos is {self.cos.dtype}, x {x.dtype}")
         require(isinstance(x.shape[-1], int) and x.shape[-1] % 2 == 0, f"last axis of {x} is not a known even size")

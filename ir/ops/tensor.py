@@ -9,12 +9,14 @@ import torch
 
 from moec.ir.dims import Dim, evaluate, product, size
 from moec.ir.errors import require
+from moec.ir.literals import check_literal, literal
 from moec.ir.opdef import Attr, Operand, Operands, op
 from moec.ir.ops.reduction import normal_axis
 from moec.ir.types import DType, TensorType, broadcast
 
 # larger constants are weights: they would make the text unreadable
 INLINE_LIMIT = 64
+_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def concrete(*sizes: int | Dim) -> tuple[int, ...]:
@@ -33,8 +35,8 @@ class Constant:
         require(self.type.is_static, f"constant of symbolic type {self.type}")
         require(len(self.value) == self.type.numel, f"{len(self.value)} elements for {self.type}")
         require(len(self.value) <= INLINE_LIMIT, f"{len(self.value)} elements inline, at most {INLINE_LIMIT}")
-        wrong = [v for v in self.value if not self.type.dtype.holds(v)]
-        require(not wrong, f"{self.type.dtype} does not hold {wrong[:3]}")
+        for value in self.value:
+            check_literal(value, self.type.dtype, "element")
         return self.type
 
     def reference(self) -> torch.Tensor:
@@ -99,11 +101,11 @@ class Full:
     dtype: Attr[DType]
 
     def infer(self) -> TensorType:
-        require(self.dtype.holds(self.value), f"{self.dtype} does not hold {self.value}")
+        check_literal(self.value, self.dtype)
         return TensorType(self.dtype, self.shape)
 
     def reference(self) -> torch.Tensor:
-        return torch.full(concrete(*self.shape), self.value, dtype=self.dtype.torch)
+        return torch.full(concrete(*self.shape), literal(self.value, self.dtype), dtype=self.dtype.torch)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -306,7 +308,8 @@ class GatherElements:
         return self.x.with_shape(self.index.shape)
 
     def reference(self) -> torch.Tensor:
-        return torch.gather(self.x, self.axis, self.index)
+        x = self.x.view(torch.uint8) if self.x.dtype in _CODES else self.x  # torch has no kernel for them
+        return torch.gather(x, self.axis, self.index).view(self.x.dtype)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -329,6 +332,8 @@ class ScatterElements:
         require(self.index.dtype is DType.I64, f"index is {self.index.dtype}, not i64")
         require(self.source.dtype == self.x.dtype, f"dtypes differ: {self.x} and {self.source}")
         require(self.reduce in ("none", "add"), f"reduce is {self.reduce!r}")
+        number = self.x.dtype.is_wide_float or self.x.dtype.is_integer
+        require(self.reduce == "none" or number, f"adds numbers, got {self.x.dtype}")
         require(self.index.shape == self.source.shape, f"index {self.index} and source {self.source} differ")
         require(self.index.rank == self.x.rank, f"ranks differ: {self.x} and {self.index}")
         normal_axis(self.axis, self.x.rank)
@@ -337,7 +342,15 @@ class ScatterElements:
     def reference(self) -> torch.Tensor:
         if self.reduce == "add":
             return self.x.scatter_add(self.axis, self.index, self.source)
-        return self.x.scatter(self.axis, self.index, self.source)
+        x, source = (t.view(torch.uint8) if t.dtype in _CODES else t for t in (self.x, self.source))
+        return x.scatter(self.axis, self.index, source).view(self.x.dtype)
+
+    def undefined(self) -> bool:
+        """Two writes to one place."""
+        if self.reduce == "add" or not self.index.numel():
+            return False
+        places = torch.zeros_like(self.x, dtype=torch.int64)
+        return bool((places.scatter_add(self.axis, self.index, torch.ones_like(self.index)) > 1).any())
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -358,12 +371,19 @@ class IndexPut:
     def infer(self) -> TensorType:
         require(self.index.dtype in (DType.I64, DType.I32), f"index is {self.index.dtype}")
         require(self.source.dtype == self.x.dtype, f"dtypes differ: {self.x} and {self.source}")
+        number = self.x.dtype.is_wide_float or self.x.dtype.is_integer
+        require(number or not self.accumulate, f"accumulates numbers, got {self.x.dtype}")
         want = (*self.index.shape, *self.x.shape[1:])
         require(broadcast(self.source.shape, want) == want, f"source {self.source} does not fill {list(want)}")
         return self.x
 
     def reference(self) -> torch.Tensor:
         return self.x.index_put((self.index.long(),), self.source, accumulate=self.accumulate)
+
+    def undefined(self) -> bool:
+        """Two writes to one row."""
+        rows = self.index.reshape(-1) % max(1, self.x.shape[0])
+        return not self.accumulate and rows.unique().numel() < rows.numel()
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -448,13 +468,13 @@ class Pad:
     def infer(self) -> TensorType:
         require(len(self.before) == len(self.after) == self.x.rank, f"pads {self.before} {self.after} for {self.x}")
         require(all(not isinstance(p, int) or p >= 0 for p in (*self.before, *self.after)), "negative padding")
-        require(self.x.dtype.holds(self.value), f"{self.x.dtype} does not hold {self.value}")
+        check_literal(self.value, self.x.dtype)
         return self.x.with_shape([b + s + a for b, s, a in zip(self.before, self.x.shape, self.after, strict=True)])
 
     def reference(self) -> torch.Tensor:
         before, after = concrete(*reversed(self.before)), concrete(*reversed(self.after))
         flat = [p for pair in zip(before, after, strict=True) for p in pair]
-        return torch.nn.functional.pad(self.x, flat, value=self.value)
+        return torch.nn.functional.pad(self.x, flat, value=literal(self.value, DType.of(self.x.dtype)))
 
     @staticmethod
     def samples(r: Any) -> Any:

@@ -1,0 +1,128 @@
+"""What a graph leaves open on given inputs: how far apart evaluations of it are that all are right.
+
+A backend rounds elsewhere, adds up in another order, and may carry narrow floats in wider ones. Behind a rounding, a
+comparison or a division by nearly nothing that makes any difference. So a graph is evaluated as its reference says, in
+float64, and several times with each node's result moved by what a node may be off (the idea of Monte Carlo arithmetic;
+Parker 1997): what all of them agree on, a backend has to agree with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moec.ir import CompileError, DType, Graph, Node, Value, run
+from moec.ir.dims import evaluate
+from moec.ir.interpreter import bind_inputs, evaluate_attr
+from moec.ir.promote import promote
+from moec.tolerance import reduction_length, unit
+
+RUNS = 8
+_MARGIN = 4.0  # a spread is seen in a few runs only
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`free`: elements that evaluations differ on beyond measure (one is infinite or NaN, or they are integers);
+    `size`: the largest distance of any other element in two of them."""
+
+    free: torch.Tensor
+    size: float
+
+    def explains(self, expected: torch.Tensor, got: torch.Tensor, tolerance: float) -> bool:
+        """Whether the difference of two results is within `tolerance` and what is open."""
+        if expected.shape != got.shape or expected.dtype != got.dtype:
+            return False
+        a, b = expected.to(torch.float64), got.to(torch.float64)
+        error = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+        error = torch.where(error.isnan(), math.inf, error)[~self.free]
+        return not error.numel() or float(error.max()) <= tolerance + _MARGIN * self.size
+
+
+def spread(graph: Graph, inputs: Sequence[torch.Tensor], runs: int = RUNS) -> list[Spread] | None:
+    """For each output; None where a moved evaluation fails, so that nothing is known."""
+    expected = run(graph, inputs)
+    found: list[list[torch.Tensor]] = []
+    try:
+        wide = promote(graph)
+        found.append(run(wide, [t.to(v.dtype.torch) for v, t in zip(wide.inputs, inputs, strict=True)]))
+        found += [_moved(graph, inputs, seed) for seed in range(runs)]
+    except CompileError:
+        return None
+    return [_between(e, [f[i] for f in found]) for i, e in enumerate(expected)]
+
+
+def _between(expected: torch.Tensor, others: Sequence[torch.Tensor]) -> Spread:
+    a = torch.stack([t.to(torch.float64) for t in (expected, *others)])
+    same = ((a == a[:1]) | (a.isnan() & a[:1].isnan())).all(0)
+    if not expected.is_floating_point():
+        return Spread(torch.full_like(same, fill_value=not bool(same.all())), 0.0)
+    finite = a.isfinite().all(0)
+    distance = torch.where(finite & ~same, a.amax(0) - a.amin(0), 0.0)
+    return Spread(~finite & ~same, float(distance.max()) if distance.numel() else 0.0)
+
+
+def _moved(graph: Graph, inputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """One evaluation with every result of a node moved."""
+    binding = bind_inputs(graph, inputs)
+    r = torch.Generator().manual_seed(seed)
+    values: dict[Value, torch.Tensor] = {}
+
+    def move(value: Value, tensor: torch.Tensor) -> torch.Tensor | None:
+        node = value.producer
+        if node is not None and value.dtype.is_wide_float and not node.op.startswith("tensor.") and tensor.numel():
+            tensor = _around(node, value, tensor, values, binding, r)
+        values[value] = tensor
+        return tensor
+
+    return run(graph, inputs, tap=move)
+
+
+def _around(
+    node: Node,
+    value: Value,
+    tensor: torch.Tensor,
+    values: Mapping[Value, torch.Tensor],
+    binding: Mapping[str, int],
+    r: torch.Generator,
+) -> torch.Tensor:
+    t = tensor.to(torch.float64)
+    exact = _in_float64(node, value, values, binding)
+    exact = t if exact is None else exact
+    off = (t - exact).abs().nan_to_num(0.0, 0.0)
+    if node.opdef.elementwise and not bool(off.any()):
+        return tensor
+    u = unit(value.dtype)
+    amount = 2 * off + 4 * u * exact.abs()
+    if not node.opdef.elementwise:
+        largest = torch.where(exact.isfinite(), exact.abs(), 0.0)
+        largest = largest.amax(-1, keepdim=True) if largest.dim() else largest
+        accumulated = u if value.dtype is DType.F64 else unit(DType.F32)
+        amount = amount + 4 * (u + accumulated * math.sqrt(reduction_length(node, binding))) * largest
+    noise = 2 * torch.rand(t.shape, generator=r, dtype=torch.float64) - 1
+    moved = torch.where(exact.isfinite(), exact + noise * amount.nan_to_num(0.0, 0.0), t)
+    return moved.to(tensor.dtype)
+
+
+def _in_float64(
+    node: Node, value: Value, values: Mapping[Value, torch.Tensor], binding: Mapping[str, int]
+) -> torch.Tensor | None:
+    """What the node gives for the same operands in float64, or None where it knows other floats only."""
+    if node.op in ("math.cast", "call.graph"):
+        return None
+    operands: list[Any] = []
+    for v in node.operands:
+        t = None if v is None else v.weight.load() if v.weight is not None else values[v]
+        operands.append(t.to(torch.float64) if t is not None and DType.of(t.dtype).is_wide_float else t)
+    attrs = {k: evaluate_attr(a, binding) for k, a in node.attrs.items()}
+    try:
+        found = node.opdef.instance(operands, attrs).reference()
+    except (CompileError, RuntimeError, ValueError, TypeError, IndexError):
+        return None
+    result = found[value.index] if isinstance(found, list | tuple) else found
+    wanted = tuple(evaluate(s, binding) for s in value.shape)
+    return result if tuple(result.shape) == wanted and result.dtype == torch.float64 else None

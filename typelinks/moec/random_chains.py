@@ -1,0 +1,1 @@
+../../api/random_chains.py
