@@ -109,6 +109,7 @@ def attention(g: Grower) -> Any:
     k = g.fit(TensorType(dtype, (batch, heads, keys, width)), "k")
     v = g.fit(TensorType(dtype, (batch, heads, keys, out)), "v")
     if groups > 1:
+
         def repeated(x: Value) -> Value:
             five = (*x.shape[:2], 1, *x.shape[2:])
             rep = (*x.shape[:2], groups, *x.shape[2:])
@@ -202,7 +203,9 @@ def experts(g: Grower) -> Any:
             return b.sum(b.reshape(b.gather(y, back), shape=(tokens, k, d)), axes=(1,))
         case "batched":
             flat = b.reshape(chosen, shape=(tokens * k,))
-            rows = b.reshape(b.expand(b.reshape(x, shape=(tokens, 1, d)), shape=(tokens, k, d)), shape=(tokens * k, d, 1))
+            rows = b.reshape(
+                b.expand(b.reshape(x, shape=(tokens, 1, d)), shape=(tokens, k, d)), shape=(tokens * k, d, 1)
+            )
             h = b.matmul(b.gather(weight("gate_up", num, 2 * f, d), flat), rows)
             gate, up = b.split(b.reshape(h, shape=(tokens * k, 2 * f)), axis=-1, sizes=(f, f))
             act = b.reshape(b.mul(b.silu(_miss(g, gate, up)), up), shape=(tokens * k, f, 1))
@@ -232,7 +235,9 @@ def identities(g: Grower) -> Any:
     wide = x.dtype in (DType.F32, DType.F64, DType.BF16, DType.F16)
     match g.d.pick(("number", "casts", "reshapes", "transposes", "parts", "negations", "clamps", "wheres", "scales")):
         case "number" if wide or x.dtype.is_integer:
-            name, value = g.d.pick((("add", 0), ("mul", 1), ("mul", 0), ("sub", 0), ("mul", -1), ("add", -0.0), ("pow", 2)))
+            name, value = g.d.pick(
+                (("add", 0), ("mul", 1), ("mul", 0), ("sub", 0), ("mul", -1), ("add", -0.0), ("pow", 2))
+            )
             if name == "pow" and not wide:
                 return None
             value = float(value) if wide else int(value)

@@ -154,8 +154,8 @@ def _index(g: Grower, name: str, type: TensorType, sample: torch.Tensor, may_sto
         return g.stored(sample.clone(), name)
     if name == "count":
         raise CompileError("no sizes are known to count", code="size")
-    if name == "offsets" or not sample.numel() or g.d.chance(40):
-        return g.fresh(type, name)
+    if name == "offsets" or not sample.numel() or not may_store or g.d.chance(40):
+        return g.fresh(type, name, weight=None if may_store else False)
     bound = int(sample.max()) + 1
     low = min(0, int(sample.min()))
     found = g.recent(lambda v: v.dtype == type.dtype and v.shape == type.shape) or g.fit(type)

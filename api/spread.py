@@ -112,8 +112,13 @@ def _in_float64(
     node: Node, value: Value, values: Mapping[Value, torch.Tensor], binding: Mapping[str, int]
 ) -> torch.Tensor | None:
     """What the node gives for the same operands in float64, or None where it knows other floats only."""
-    if node.op in ("math.cast", "call.graph"):
+    if node.op == "call.graph":
         return None
+    if node.op == "math.cast":  # a backend may carry narrow floats in wider ones
+        (v,) = node.operands
+        assert v is not None
+        t = v.weight.load() if v.weight is not None else values[v]
+        return t.to(torch.float64) if v.dtype.is_wide_float else None
     operands: list[Any] = []
     for v in node.operands:
         t = None if v is None else v.weight.load() if v.weight is not None else values[v]

@@ -97,6 +97,9 @@ def _random_weight(v: Value, seed: int) -> torch.Tensor:
     assert v.weight is not None
     shape = tuple(evaluate(s, {}) for s in v.shape)
     r = torch.Generator().manual_seed(zlib.crc32(f"{seed} {v.weight.name} {v.type}".encode()))
+    rows = _offset_rows(v) if v.dtype.is_integer else None
+    if rows is not None and not symbols_of(rows):
+        return _ends(shape, evaluate(rows, {}), r).to(v.dtype.torch)
     if v.dtype.is_integer:
         replicas = [
             n.operand("table").shape[1] for _, n, role in _reached(v) if n.op == "moe.remap" and role == "count"
@@ -145,6 +148,9 @@ def _masks(v: Value) -> bool:
 def _input(v: Value, binding: Mapping[str, int], r: torch.Generator) -> torch.Tensor:
     shape = tuple(evaluate(s, binding) for s in v.shape)
     name = (v.name or "").lower()
+    rows = _offset_rows(v) if v.dtype.is_integer else None
+    if rows is not None:
+        return _ends(shape, evaluate(rows, binding), r).to(v.dtype.torch)
     if v.dtype is DType.BOOL or _masks(v):
         alive = _alive(torch.rand(shape, generator=r) < 0.6)
         if v.dtype.is_float:
@@ -154,12 +160,6 @@ def _input(v: Value, binding: Mapping[str, int], r: torch.Generator) -> torch.Te
         return torch.randn(shape, generator=r).to(v.dtype.torch)
     if not v.dtype.is_integer:
         raise CompileError(f"no random data for input {v.name!r} of {v.type}", code="arguments")
-    rows = _offset_rows(v)
-    if rows is not None:
-        total = evaluate(rows, binding)
-        ends = torch.randint(0, total + 1, shape, generator=r).sort().values
-        ends[-1:] = total
-        return ends.to(v.dtype.torch)
     bound = index_bound(v, binding)
     if "pos" in name and shape:
         # every row starts somewhere and starts again, so that a rule cannot take positions for 0, 1, 2, …
@@ -171,6 +171,13 @@ def _input(v: Value, binding: Mapping[str, int], r: torch.Generator) -> torch.Te
         ranks = torch.rand((*shape[:-1], bound), generator=r).argsort(-1)
         return ranks[..., : shape[-1]].to(v.dtype.torch)
     return torch.randint(0, _FREE if bound is None else max(1, bound), shape, generator=r).to(v.dtype.torch)
+
+
+def _ends(shape: tuple[int, ...], total: int, r: torch.Generator) -> torch.Tensor:
+    """Ascending ends of groups, the last at `total`."""
+    ends = torch.randint(0, total + 1, shape, generator=r).sort().values
+    ends[-1:] = total
+    return ends
 
 
 def _distinct(v: Value) -> bool:

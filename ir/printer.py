@@ -95,7 +95,9 @@ def print_node(node: Node, names: Any, *, locations: bool = True) -> str:
 
 def _is_default(node: Node, name: str, value: Any) -> bool:
     default = node.opdef.attrs[name].default
-    return type(default) is type(value) and default == value
+    return (
+        type(default) is type(value) and default == value and print_attr(default) == print_attr(value)
+    )  # −0.0 is not 0.0
 
 
 def _header(graph: Graph, keyword: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ class OnnxRuntimeBackend(Backend):
         exact_gelu = node.op == "math.gelu" and node.attrs["approximate"] == "none"
         if wide and (node.op in NO_F64 or exact_gelu):
             return f"ONNX Runtime has no f64 kernel for {node.op}"
+        eps = node.attrs.get("eps")
+        if wide and eps is not None and struct.unpack("f", struct.pack("f", eps))[0] != eps:
+            return f"attributes of ONNX operators are f32, eps={eps} is not"
         return None
 
     def compile(

@@ -55,6 +55,9 @@ def expand(e: Emitter, node: Node) -> onnx.Value:
     (x,) = e.operands(node)
     if given(node)[0].type == node.result.type:
         return x
+    if 0 in node.attrs["shape"]:  # ONNX Runtime drops an Expand of ones to a constant shape with zeros
+        nothing = e.op("Slice", e.op("Reshape", x, np.array([-1])), np.array([0]), np.array([0]), np.array([0]))
+        return e.op("Reshape", nothing, e.sizes.vector(node.attrs["shape"]), allowzero=1)
     return e.op("Expand", x, e.sizes.vector(node.attrs["shape"]))
 
 

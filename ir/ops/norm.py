@@ -23,7 +23,8 @@ def _rms(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tens
     return y if weight is None else weight * y
 
 
-def _check(x: TensorType, weight: TensorType | None, what: str = "weight") -> None:
+def _check(x: TensorType, weight: TensorType | None, what: str = "weight", eps: float = 0.0) -> None:
+    require(eps >= 0, f"eps is {eps}, not a number from 0")
     require(x.dtype.is_wide_float and x.rank >= 1, f"takes floats of rank ≥ 1, got {x}")
     want = TensorType(x.dtype, (x.shape[-1],))
     require(weight is None or weight == want, f"{what} {weight}, expected {want}")
@@ -47,7 +48,7 @@ class RMSNorm:
     eps: Attr[float] = 1e-6
 
     def infer(self) -> TensorType:
-        _check(self.x, self.weight)
+        _check(self.x, self.weight, eps=self.eps)
         return self.x
 
     def reference(self) -> torch.Tensor:
@@ -73,7 +74,7 @@ class AddRMSNorm:
     eps: Attr[float] = 1e-6
 
     def infer(self) -> tuple[TensorType, ...]:
-        _check(self.x, self.weight)
+        _check(self.x, self.weight, eps=self.eps)
         require(self.x == self.residual, f"x {self.x} and residual {self.residual} differ")
         return self.x, self.x
 
@@ -101,7 +102,7 @@ class LayerNorm:
     eps: Attr[float] = 1e-5
 
     def infer(self) -> TensorType:
-        _check(self.x, self.weight)
+        _check(self.x, self.weight, eps=self.eps)
         _check(self.x, self.bias, "bias")
         return self.x
 
