@@ -10,20 +10,22 @@ from typing import Any
 import torch
 
 from moec.backends import Backend, get_backend
+from moec.difference import difference
 from moec.graph_text import canonical_text
 from moec.ir import CompileError, Graph, Node, TensorType, Value, parse
 from moec.ir.compare import difference as structural_difference
 from moec.ir.equivalence import Difference, Oracle
 from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.interpreter import run as evaluate_graph
+from moec.ir.runtime_sizes import measured
 from moec.isolated import reference_values, single_node
 from moec.judging import attempt
 from moec.passes import Pass, Pipeline, default_pipeline
 from moec.passes.pipeline import run_pass
-from moec.program import Settings, build, legalise, lower
+from moec.program import Settings, legalise, lower
 from moec.random_graphs import Run
 from moec.spread import spread
-from moec.tolerance import difference, end_to_end, one_node, scale_of
+from moec.tolerance import end_to_end, one_node, scale_of
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,8 @@ def check_backend(
         return Outcome(Broken(f"{target.name}: {e.code}", e.message))
     if not all(_identical(a, b) for a, b in zip(before, inputs, strict=True)):
         return Outcome(Broken(f"{target.name}: inputs", "a run changes its inputs"))
-    binding = bind_inputs(graph, inputs)
     values = reference_values(graph, list(inputs))
+    binding = measured(values, graph, bind_inputs(graph, inputs))
     doubtful = undefined(graph, values, binding)
     bounds = end_to_end(graph, binding)
     open_: Any = "not asked"
@@ -287,24 +289,31 @@ def _uncertain(node: Node, doubtful: set[Value]) -> list[Value]:
     return list(node.results) if any(v in doubtful for v in node.operands if v is not None) else []
 
 
-def undefined(graph: Graph, values: Mapping[Value, torch.Tensor], binding: Mapping[str, int]) -> set[Value]:
+def undefined(
+    graph: Graph,
+    values: Mapping[Value, torch.Tensor],
+    binding: Mapping[str, int],
+    functions: Mapping[str, Graph] | None = None,
+) -> set[Value]:
     """Values that depend on a result which its op does not promise (`OpDef.undefined`)."""
+    functions = graph.functions if functions is None else functions
     found: set[Value] = set()
     for node in graph.nodes:
         operands = [
             None if v is None else v.weight.load() if v.weight is not None else values[v] for v in node.operands
         ]
-        if any(v in found for v in node.operands if v is not None) or _undefined(node, operands, binding, graph):
+        if any(v in found for v in node.operands if v is not None) or _undefined(node, operands, binding, functions):
             found.update(node.results)
     return found
 
 
-def _undefined(node: Node, operands: Sequence[Any], binding: Mapping[str, int], graph: Graph) -> bool:
+def _undefined(node: Node, operands: Sequence[Any], binding: Mapping[str, int], functions: Mapping[str, Graph]) -> bool:
     if node.op == "call.graph":
-        callee = graph.functions[node.attrs["callee"]]
-        callee.functions = graph.functions
-        inner = reference_values(callee, list(operands))
-        return bool(undefined(callee, inner, bind_inputs(callee, operands)).intersection(callee.outputs))
+        callee = functions[node.attrs["callee"]]
+        inner: dict[Value, torch.Tensor] = {}
+        evaluate_graph(callee, operands, tap=lambda v, t: inner.update({v: t}), functions=functions)
+        sizes = measured(inner, callee, bind_inputs(callee, operands))
+        return bool(undefined(callee, inner, sizes, functions).intersection(callee.outputs))
     attrs = {k: evaluate_attr(a, binding) for k, a in node.attrs.items()}
     return node.opdef.undefined(operands, attrs)
 

@@ -241,7 +241,9 @@ def identities(g: Grower) -> Any:
             if name == "pow" and not wide:
                 return None
             value = float(value) if wide else int(value)
-            shape = _miss(g, (), (1,) * g.d.number(0, 4), x.shape if x.type.is_static and x.type.numel <= 8 else ())
+            shape = _miss(
+                g, (), (1,) * g.d.number(0, 4), x.shape if x.type.is_static and int(str(x.type.numel)) <= 8 else ()
+            )
             count = 1
             for s in shape:
                 count *= int(s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -39,7 +40,7 @@ def ops(elementwise: bool) -> tuple[OpDef, ...]:
 @cache
 def _patterns(opdef: OpDef) -> tuple[tuple[tuple[str, ...], tuple[tuple[str, Any], ...]], ...]:
     """The kinds of operands ("f", "i", "b"), and the attributes, that the op's samples show."""
-    found = {}
+    found: dict[Any, None] = {}
     for operands, attrs in cases(opdef, Sampler(2, 3, 5)):
         kinds = tuple("b" if t.dtype == torch.bool else "f" if t.is_floating_point() else "i" for t in operands)
         found[kinds, tuple(attrs.items())] = None
@@ -127,8 +128,11 @@ def sampled(g: Grower) -> Any:
     if opdef.family != "quant":
         types = [t.with_dtype(wide) if t is not None and t.dtype is DType.F32 else t for t in types]
     attrs = {k: named(v) if symbolic and k != "value" else v for k, v in attrs.items()}
+    known = {s for node in g.graph.nodes for r in node.results for s in r.type.symbols}
+    for name in opdef.binds:  # sizes that a run brings in are each one's own
+        attrs[name] = Dim(next(f"R{i}" for i in range(99) if f"R{i}" not in known))
     kinds = _operand_kinds(opdef, len(types))
-    operands = []
+    operands: list[Value | None] = []
     for (name, kind), type, t in zip(kinds, types, tensors, strict=False):
         if type is None or (kind == "optional" and g.d.chance(15)):
             operands.append(None)
@@ -284,7 +288,7 @@ def made(g: Grower) -> Any:
         case "dim":
             return g.b.dim(value=g.size())
     shape = tuple(g.d.pick((2, 1, 3)) for _ in range(g.d.pick((1, 0, 2))))
-    count = int(product(shape))
+    count = math.prod(shape)
     values = tuple(g.d.pick((1, 0, 2, 3)) if dtype.is_integer else g.d.pick(NUMBERS[:12]) for _ in range(count))
     return g.b.const(values, dtype, shape)
 

@@ -19,6 +19,7 @@ from moec.ir import CompileError, DType, Graph, Node, Value, run
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.promote import promote
+from moec.ir.runtime_sizes import introduces
 from moec.tolerance import reduction_length, unit
 
 RUNS = 8
@@ -68,12 +69,15 @@ def _between(expected: torch.Tensor, others: Sequence[torch.Tensor]) -> Spread:
 
 def _moved(graph: Graph, inputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
     """One evaluation with every result of a node moved."""
-    binding = bind_inputs(graph, inputs)
+    binding = dict(bind_inputs(graph, inputs))
     r = torch.Generator().manual_seed(seed)
     values: dict[Value, torch.Tensor] = {}
 
     def move(value: Value, tensor: torch.Tensor) -> torch.Tensor | None:
         node = value.producer
+        for symbol, (result, axis) in ({} if node is None else introduces(node)).items():
+            if result is value:
+                binding.setdefault(symbol, tensor.shape[axis])
         if node is not None and value.dtype.is_wide_float and not node.op.startswith("tensor.") and tensor.numel():
             tensor = _around(node, value, tensor, values, binding, r)
         values[value] = tensor
@@ -91,8 +95,8 @@ def _around(
     r: torch.Generator,
 ) -> torch.Tensor:
     t = tensor.to(torch.float64)
-    exact = _in_float64(node, value, values, binding)
-    exact = t if exact is None else exact
+    found = _in_float64(node, value, values, binding)
+    exact = t if found is None else found
     off = (t - exact).abs().nan_to_num(0.0, 0.0)
     if node.opdef.elementwise and not bool(off.any()):
         return tensor
@@ -117,8 +121,8 @@ def _in_float64(
     if node.op == "math.cast":  # a backend may carry narrow floats in wider ones
         (v,) = node.operands
         assert v is not None
-        t = v.weight.load() if v.weight is not None else values[v]
-        return t.to(torch.float64) if v.dtype.is_wide_float else None
+        x = v.weight.load() if v.weight is not None else values[v]
+        return x.to(torch.float64) if v.dtype.is_wide_float else None
     operands: list[Any] = []
     for v in node.operands:
         t = None if v is None else v.weight.load() if v.weight is not None else values[v]

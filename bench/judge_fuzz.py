@@ -4,10 +4,10 @@
     python bench/judge_fuzz.py --graphs 500 --seed 7   fewer, others
     python bench/judge_fuzz.py --seed 7 --only 123     one again: as it is, what is wrong, and the smallest that is
 
-Each graph has a seed of its own, made of `--seed` and its number. What breaks a law (`moec.fuzzing`) is shrunk and saved
-under build/fuzz/ as <seed>-<number>.ir with its weights and inputs (.safetensors). Every graph goes through text, copies,
-the default pipeline and ONNX Runtime (each fourth with standard operators only), each third through the passes of
-choice, each twentieth through Triton's interpreter.
+Each graph has a seed of its own, made of `--seed` and its number. What breaks a law (`moec.fuzzing`) is shrunk and
+saved under build/fuzz/ as <seed>-<number>.ir with its weights and inputs (.safetensors). Every graph goes through text,
+copies, the default pipeline and ONNX Runtime (each fourth with standard operators only), each third through the passes
+of choice, each twentieth through Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class OnnxRuntimeBackend(Backend):
     def check(self, node: Node) -> str | None:
         wide = any(v is not None and v.dtype is DType.F64 for v in node.operands)
         exact_gelu = node.op == "math.gelu" and node.attrs["approximate"] == "none"
+        exact_gelu |= node.attrs.get("activation") == "gelu"
         if wide and (node.op in NO_F64 or exact_gelu):
             return f"ONNX Runtime has no f64 kernel for {node.op}"
         eps = node.attrs.get("eps")

@@ -95,7 +95,11 @@ def log1p(e: Emitter, node: Node) -> onnx.Value:
 
 @backend.lowers("math.softplus")
 def softplus(e: Emitter, node: Node) -> onnx.Value:
-    (x,), dtype = e.operands(node), node.result.dtype
+    return softplus_of(e, *e.operands(node), node.result.dtype)
+
+
+def softplus_of(e: Emitter, x: onnx.Value, dtype: DType) -> onnx.Value:
+    """ln(1 + e^x)."""
     if dtype is not DType.F64:
         return e.op("Softplus", x)
     tail = log1p_of(e, e.op("Exp", e.op("Neg", e.op("Abs", x))), dtype)

@@ -7,7 +7,7 @@ import onnx_ir as onnx
 import torch
 
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.elementwise import order_key
+from moec.backends.onnxruntime.elementwise import order_key, softplus_of
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.types import onnx_type
@@ -24,7 +24,7 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     elif a["scoring"] == "sigmoid":
         scores = e.op("Sigmoid", logits)
     elif a["scoring"] == "sqrt_softplus":
-        scores = e.op("Sqrt", e.op("Softplus", logits))
+        scores = e.op("Sqrt", softplus_of(e, logits, dtype))
     choice = scores if bias is None else e.op("Add", scores, bias)
     finite = _finite(node)
     if a["n_group"] > 1:
