@@ -303,7 +303,7 @@ def runs(draw: Any, max_nodes: int = 25, *, functions: bool = True) -> Run:
         return Run(graph, binding, inputs, kind)
     if error is not None:
         raise error
-    assume(False)  # noqa: B011
+    assume(False)
     raise AssertionError
 
 

@@ -95,7 +95,8 @@ def log1p(e: Emitter, node: Node) -> onnx.Value:
 
 @backend.lowers("math.softplus")
 def softplus(e: Emitter, node: Node) -> onnx.Value:
-    return softplus_of(e, *e.operands(node), node.result.dtype)
+    (x,) = e.operands(node)
+    return softplus_of(e, x, node.result.dtype)
 
 
 def softplus_of(e: Emitter, x: onnx.Value, dtype: DType) -> onnx.Value:
