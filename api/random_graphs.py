@@ -3,7 +3,7 @@ look for, written by hand and nearly so.
 
     @given(moec.testing.graphs())
     def test_my_pass(graph):
-        check_pass(MyPass(), graph)
+        moec.testing.check_random(MyPass(), graph)
 """
 
 from __future__ import annotations
@@ -264,8 +264,9 @@ def grown(draws: Draws, max_nodes: int = 25, *, functions: bool = True, plain: b
         if symbol not in {s for v in g.graph.inputs for s in v.shape}:
             g.fresh(TensorType(draws.pick(FLOATS), (symbol, draws.pick((4, 2, 3)))), "y", weight=False)
     steps = [*STEPS, *[chain] * 5] + ([call] if functions else [])
-    for _ in range(draws.number(1, max_nodes)):
-        if len(g.graph) >= max_nodes:
+    wanted = draws.number(1, max_nodes)
+    for _ in range(2 * max_nodes):
+        if len(g.graph) >= wanted:
             break
         g.step(draws.pick(steps))
     assume(len(g.graph) > 0)

@@ -23,7 +23,7 @@ from moec.ir.runtime_sizes import introduces
 from moec.tolerance import reduction_length, unit
 
 RUNS = 8
-_MARGIN = 4.0  # a spread is seen in a few runs only
+_MARGIN = 2.0  # a spread is seen in a few runs only
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def _around(
     if node.opdef.elementwise and not bool(off.any()):
         return tensor
     u = unit(value.dtype)
-    amount = 2 * off + 4 * u * exact.abs()
+    amount = 2 * off + u * exact.abs()
     if not node.opdef.elementwise:
         largest = torch.where(exact.isfinite(), exact.abs(), 0.0)
         largest = largest.amax(-1, keepdim=True) if largest.dim() else largest
         accumulated = u if value.dtype is DType.F64 else unit(DType.F32)
-        amount = amount + 4 * (u + accumulated * math.sqrt(reduction_length(node, binding))) * largest
+        amount = amount + (u + 4 * accumulated * math.sqrt(reduction_length(node, binding))) * largest
     noise = 2 * torch.rand(t.shape, generator=r, dtype=torch.float64) - 1
     moved = torch.where(exact.isfinite(), exact + noise * amount.nan_to_num(0.0, 0.0), t)
     return moved.to(tensor.dtype)

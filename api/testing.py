@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moec.backends import Backend
 from moec.checks import check_pass, check_rewrite, check_unchanged
@@ -13,7 +13,37 @@ from moec.compiled import CompiledModel
 from moec.op_check import check_op
 from moec.tolerance import Tolerance
 
-__all__ = ["BackendsDisagree", "assert_backends_agree", "check_op", "check_pass", "check_rewrite", "check_unchanged"]
+if TYPE_CHECKING:
+    from moec.fuzzing import check_random
+    from moec.random_graphs import graphs
+
+__all__ = [
+    "BackendsDisagree",
+    "assert_backends_agree",
+    "check_op",
+    "check_pass",
+    "check_random",
+    "check_rewrite",
+    "check_unchanged",
+    "graphs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs hypothesis, which is asked for when one of them is."""
+    if name not in ("graphs", "check_random"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import hypothesis  # noqa: F401
+    except ImportError:
+        raise ImportError(f"moec.testing.{name} needs hypothesis: pip install hypothesis") from None
+    if name == "graphs":
+        from moec.random_graphs import graphs
+
+        return graphs
+    from moec.fuzzing import check_random
+
+    return check_random
 
 
 class BackendsDisagree(AssertionError):

@@ -70,18 +70,20 @@ class Oracle:
     The cases are at least three bindings of the dims (all 1, odd, larger; each symbol 0 where the graph runs
     there), normal inputs and some of many magnitudes, and where the graph chooses among floats also ties, all
     tokens to one expert, every expert in turn. `inputs`: run on these tensors only (in the graph's own dtypes).
+    `pins`: whether something may stand in the place of logits, which presumes that they can take any value.
     Raises CompileError where the graph itself runs under no binding.
     """
 
     graph: Graph
     seed: int = 0
     inputs: Sequence[torch.Tensor] | None = None
+    pins: bool = True
     references: list[_Reference] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.graph = with_data(self.graph, self.seed)
         self._promoted = promote_with_slack(self.graph)
-        self._logits = router_logits(self._promoted.graph)
+        self._logits = router_logits(self._promoted.graph) if self.pins else []
         self.references = self._own_inputs() if self.inputs is not None else self._seeded()
 
     # -- cases -------------------------------------------------------------------------------------

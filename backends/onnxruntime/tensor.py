@@ -111,11 +111,13 @@ def index_put(e: Emitter, node: Node) -> onnx.Value:
 @backend.lowers("tensor.nonzero")
 def nonzero(e: Emitter, node: Node) -> onnx.Value:
     (x,), dtype = e.operands(node), given(node)[0].dtype
+    if dtype is DType.F64:  # no kernel
+        x = e.op("Not", e.op("Equal", x, e.scalar(0, dtype)))
+    elif dtype in NARROW_INTEGERS:
+        x = e.cast(x, dtype, DType.I32)
     if not given(node)[0].type.rank:  # ONNX counts a scalar as [1]: one index, which the IR does not have
         found = e.op("NonZero", e.op("Reshape", x, np.array([1])))
         return e.op("Slice", e.op("Transpose", found, perm=[1, 0]), np.array([0]), np.array([0]), np.array([1]))
-    if dtype in NARROW_INTEGERS:
-        x = e.cast(x, dtype, DType.I32)
     return e.op("Transpose", e.op("NonZero", x), perm=[1, 0])
 
 

@@ -402,6 +402,8 @@ class NonZero:
     def infer(self) -> TensorType:
         is_size = (isinstance(self.count, Dim) and self.count.is_symbol) or isinstance(self.count, int)
         require(is_size, f"count must be a name, got {self.count!r}")
+        kind = self.x.dtype
+        require(kind.is_wide_float or kind.is_integer or kind is DType.BOOL, f"takes numbers or bools, got {kind}")
         return TensorType(DType.I64, (self.count, self.x.rank))
 
     def reference(self) -> torch.Tensor:
