@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moec.backends import Backend, get_backend
+from moec.comparing.nodes import isolate
 from moec.difference import difference
 from moec.graph_text import canonical_text
 from moec.ir import CompileError, Graph, Node, TensorType, Value, parse
@@ -18,7 +19,6 @@ from moec.ir.equivalence import Difference, Oracle
 from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.interpreter import run as evaluate_graph
 from moec.ir.runtime_sizes import measured
-from moec.isolated import reference_values, single_node
 from moec.judging import attempt
 from moec.passes import Pass, Pipeline, default_pipeline
 from moec.passes.pipeline import run_pass
@@ -195,7 +195,8 @@ def check_backend(
         return Outcome(Broken(f"{target.name}: {e.code}", e.message))
     if not all(_identical(a, b) for a, b in zip(before, inputs, strict=True)):
         return Outcome(Broken(f"{target.name}: inputs", "a run changes its inputs"))
-    values = reference_values(graph, list(inputs))
+    values: dict[Value, torch.Tensor] = {}
+    evaluate_graph(graph, inputs, tap=lambda v, t: values.update({v: t}))
     binding = measured(values, graph, bind_inputs(graph, inputs))
     doubtful = undefined(graph, values, binding)
     bounds = end_to_end(graph, binding)
@@ -242,37 +243,23 @@ def check_nodes(
     settings: Settings,
 ) -> Broken | None:
     """Every node on its own, fed with the reference's values, in one program."""
-    whole = Graph("nodes")
-    asked: list[tuple[Node, Value]] = []
-    fed: list[torch.Tensor] = []
-    inputs: dict[Value, Value] = {}
-    for node in graph.nodes:
-        if node.op == "call.graph" or doubtful.intersection(node.results) - set(_uncertain(node, doubtful)):
-            continue
-        operands: list[Value | None] = []
-        for v in node.operands:
-            if v is None:
-                operands.append(None)
-            elif v.weight is not None:
-                operands.append(whole.add_weight(v.weight))
-            else:
-                if v not in inputs:
-                    inputs[v] = whole.add_input(f"x{len(fed)}", TensorType.of(values[v]))
-                    fed.append(values[v])
-                operands.append(inputs[v])
-        attrs = {k: _concrete(a, binding) for k, a in node.attrs.items()}
-        for r, new in zip(node.results, whole.create(node.opdef, operands, attrs).results, strict=True):
-            whole.add_output(new)
-            asked.append((node, r))
+    nodes = [
+        node
+        for node in graph.nodes
+        if node.op != "call.graph" and not doubtful.intersection(node.results) - set(_uncertain(node, doubtful))
+    ]
+    asked = [(node, r) for node in nodes for r in node.results]
     if not asked:
         return None
     name = settings.backend.name
+    seen = _Seen(graph, values)
     try:
+        whole, fed = isolate(nodes, seen, binding)  # type: ignore[arg-type]  # what it asks of values
         legal, _, left = legalise(whole, settings)
         got = lower(legal, settings, left).run(fed)
     except CompileError as e:
         return Broken(f"{name}: nodes", f"[{e.code}] {e.message}")
-    loaded = values | {v: v.weight.load() for v in graph.weights.values() if v.weight is not None}
+    loaded = {v: seen.get(v) for v in (*values, *graph.weights.values())}
     for (node, v), tensor in zip(asked, got, strict=True):
         if v in doubtful:
             continue
@@ -288,6 +275,20 @@ def check_nodes(
     return None
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """The values of a run in memory, as `isolate` wants them."""
+
+    graph: Graph
+    tensors: Mapping[Value, torch.Tensor]
+
+    def get(self, v: Value) -> torch.Tensor:
+        return v.weight.load() if v.weight is not None else self.tensors[v]
+
+    def type(self, v: Value) -> TensorType:
+        return TensorType.of(self.get(v))
+
+
 def _open_node(
     node: Node,
     v: Value,
@@ -297,7 +298,8 @@ def _open_node(
     tolerance: float,
 ) -> bool:
     """Whether a node that is off is so where it overflows on the way, say."""
-    single, fed = single_node(node, values, binding)
+    assert node.graph is not None
+    single, fed = isolate([node], _Seen(node.graph, values), binding)  # type: ignore[arg-type]  # what it asks of values
     open_ = spread(single, fed)
     return open_ is None or open_[v.index].explains(values[v], got, tolerance)
 
@@ -334,11 +336,6 @@ def _undefined(node: Node, operands: Sequence[Any], binding: Mapping[str, int], 
         return bool(undefined(callee, inner, sizes, functions).intersection(callee.outputs))
     attrs = {k: evaluate_attr(a, binding) for k, a in node.attrs.items()}
     return node.opdef.undefined(operands, attrs)
-
-
-def _concrete(x: Any, binding: Mapping[str, int]) -> Any:
-    x = evaluate_attr(x, binding)
-    return x.with_shape(evaluate_attr(x.shape, binding)) if isinstance(x, TensorType) else x
 
 
 def _short(t: torch.Tensor) -> str:

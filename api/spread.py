@@ -20,7 +20,8 @@ from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.promote import promote
 from moec.ir.runtime_sizes import introduces
-from moec.tolerance import reduction_length, unit
+from moec.op_errors import reduction_length
+from moec.tolerance import unit
 
 RUNS = 8
 _MARGIN = 2.0  # a spread is seen in a few runs only

@@ -11,7 +11,7 @@ import onnx_ir as onnx
 
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter, given
-from moec.backends.onnxruntime.types import FLOAT8, NARROW_INTEGERS, ONNX, carrier, numpy_type
+from moec.backends.onnxruntime.types import FLOAT8, NARROW_INTEGERS, ONNX, carrier
 from moec.ir import DType, Node
 
 Compute = Callable[..., onnx.Value]

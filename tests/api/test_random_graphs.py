@@ -156,7 +156,8 @@ def test_a_wrong_rule_is_found():
 
 
 def chain(type: str, first: str, second: str) -> str:
-    return f"graph(%x: {type}) -> (%y: {type}) {{\n  %0: {type} = {first}(%x)\n  %1: {type} = {second}(%0)\n  return %1\n}}"
+    nodes = f"  %0: {type} = {first}(%x)\n  %1: {type} = {second}(%0)\n"
+    return f"graph(%x: {type}) -> (%y: {type}) {{\n{nodes}  return %1\n}}"
 
 
 def opened(text: str, x: torch.Tensor):
