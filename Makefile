@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory check-gpu clean
+.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory check-gpu fuzz fuzz-mutants clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -33,6 +33,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=typelinks $(BIN)/mypy -p moec
+
+# random graphs through text, passes and backends; GRAPHS and SEED choose how many and which
+GRAPHS ?= 5000
+SEED ?= 0
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/judge_fuzz.py --graphs $(GRAPHS) --seed $(SEED) --workers $(WORKERS)
+
+# whether that finds mistakes which are made on purpose
+fuzz-mutants: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz_mutants.py
 
 # every pass on every stored graph
 matrix: $(STAMP)
