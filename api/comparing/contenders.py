@@ -182,7 +182,7 @@ class Saved(Contender):
     only output whatever its name)."""
 
     def __init__(self, path: Path, names: Sequence[str]):
-        self.name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
+        self.name = short_name(path)
         self._tensors = named_outputs(path, names)
 
     def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
@@ -190,6 +190,11 @@ class Saved(Contender):
         for i, tensor in enumerate(self._tensors):
             store.put(f"output{i}", tensor)
         return store
+
+
+def short_name(path: Path) -> str:
+    """A file and the folder it is in: files of outputs often share their own name."""
+    return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moec.comparing.contenders import read_tensors
+from moec.comparing.contenders import read_tensors, short_name
 from moec.comparing.result import Comparison, OutputResult
 from moec.difference import difference
 from moec.ir import ArgumentValueError, TensorType
@@ -22,9 +22,9 @@ def compare_files(first: str | Path, second: str | Path, tolerance: Tolerance = 
         only = "; ".join(f"only {path.name} has {', '.join(sorted(names))}" for path, names in sides if names)
         raise ArgumentValueError(f"{a} and {b} hold other outputs: {only}", code="arguments")
     check_tolerance(tolerance)
-    comparison = Comparison(a.name, False)
+    comparison = Comparison(short_name(a), False)
     for name, expected in mine.items():
         bound = given_bound(unknown_length(TensorType.of(expected)), tolerance, output=name)
         d = difference(expected, theirs[name], bound, scale_of(expected, None, {}))
-        comparison.outputs.append(OutputResult(b.name, name, d))
+        comparison.outputs.append(OutputResult(short_name(b), name, d))
     return comparison

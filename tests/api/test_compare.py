@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -425,3 +426,37 @@ def test_weights_of_the_router_are_judged_where_its_choice_is_pinned(routed):
         graph, (x,), backends=("reference", FaultyBackend("moe.route", lambda v, t: t ^ 1 if v.index else t))
     )
     assert healthy.ok, str(healthy)
+
+
+UNUSUAL = {
+    "an input as an output": "graph(%x: f32[T, 4]) -> (%y: f32[T, 4], %z: f32[T, 4]) {\n"
+    "  %0: f32[T, 4] = math.neg(%x)\n  return %x, %0\n}",
+    "no node": "graph(%x: f32[T, 4]) -> (%y: f32[T, 4]) {\n  return %x\n}",
+    "a weight as an output": "graph(%x: f32[T, 4]) -> (%y: f32[2], %z: f32[T, 4]) {\n  weight @w: f32[2]\n"
+    "  %0: f32[T, 4] = math.neg(%x)\n  return @w, %0\n}",
+    "one value twice": "graph(%x: f32[T, 4]) -> (%y: f32[T, 4], %z: f32[T, 4]) {\n"
+    "  %0: f32[T, 4] = math.neg(%x)\n  return %0, %0\n}",
+    "NaN and infinities": "graph(%x: f32[T, 4]) -> (%y: f32[T, 4]) {\n  %0: f32[T, 4] = math.log(%x)\n  return %0\n}",
+    "codes": "graph(%x: f32[T, 4]) -> (%c: f8e4m3fn[T, 4], %s: f32[T, 1]) {\n"
+    "  %0: f8e4m3fn[T, 4], %1: f32[T, 1] = quant.quantize(%x) {block=[1, 128]}\n  return %0, %1\n}",
+    "sizes known when run": "graph(%x: f32[T, 4]) -> (%y: i64[N, 2]) {\n  %0: bool[T, 4] = math.cast(%x) {dtype=bool}\n"
+    "  %1: i64[N, 2] = tensor.nonzero(%0) {count=N}\n  return %1\n}",
+    "a function": 'graph(%x: f32[T, 4]) -> (%y: f32[T, 4]) {\n'
+    '  %0: f32[T, 4] = call.graph(%x) {callee="f", dims=[["N", T]]}\n  return %0\n}\n'
+    "function @f(%a: f32[N, 4]) -> (%b: f32[N, 4]) {\n  %0: f32[N, 4] = math.exp(%a)\n  return %0\n}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_unusual_graphs(what, isolated, rows):
+    graph = moec.parse(UNUSUAL[what])
+    graph.bind_weights({n: torch.ones(2) for n in graph.weights})
+    x = torch.randn(4, rows).T  # not contiguous
+    x[:1, :3] = torch.tensor([math.nan, math.inf, 0.0])
+    assert_backends_agree(graph, (x,), isolated=isolated, passes=moec.passes.Pipeline(()))
+    if rows == 5 and what in ("an input as an output", "NaN and infinities", "one value twice"):
+        moved = FaultyBackend(next(graph.nodes).op, lambda value, tensor: tensor + 1)
+        passes = moec.passes.Pipeline(())
+        assert not moec.compare(graph, (x,), backends=("reference", moved), isolated=isolated, passes=passes).ok
