@@ -8,7 +8,10 @@ from .planted import BOTH, compare, same, subject
 from .planted_bugs import BUGS
 
 CASES = [pytest.param(bug, mode, id=f"{bug.name}-{mode}") for bug in BUGS for mode in bug.modes]
-HEALTHY = sorted({(bug.subject, bug.inputs, mode, bug.backend) for bug in BUGS for mode in bug.modes})
+# the executable that lowers nothing is the reference but for its bug
+HEALTHY = sorted(
+    {(bug.subject, bug.inputs, mode, bug.backend) for bug in BUGS for mode in bug.modes if bug.backend != "reference"}
+)
 
 
 def test_there_are_enough():
