@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory check-gpu fuzz fuzz-mutants clean
+.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory check-gpu judges judges-full fuzz fuzz-mutants clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -28,6 +28,14 @@ bench-memory: $(STAMP)
 # the Triton backend against the reference on this machine's GPU
 check-gpu: $(STAMP)
 	$(BIN)/python bench/gpu_agreement.py
+
+# what outside judges say: the ONNX suites, torch's op database, random graphs
+judges: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/judges.py --run
+
+# the same with all samples
+judges-full: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/judges.py --full
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ Check = Callable[[Node], "str | None"]
 
 
 Keep = Callable[[Value, torch.Tensor], None]
-TAP_BUDGET = 256 << 20  # bytes of values inside that are held at once
+TAP_BUDGET = 128 << 20  # bytes of values inside that are held at once
 
 
 class Executable(ABC):

@@ -3,15 +3,19 @@
     make judges         every suite, two samples per op of torch's database
     make judges-full    all samples
 
-Each suite is a script of its own (bench/judge_*.py) that runs alone too and calls `record` per backend; run by itself,
-this file shows what they found.
+Each suite is a script of its own (bench/judge_*.py) that runs alone too and calls `record` per backend. Run by itself,
+this file shows what they found; with --run or --full it runs them first. The exit code is 1 where one of them says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 SUITES = ("onnx_node", "onnx_other", "op_db", "fuzz")
+SCRIPTS = {
+    "judge_onnx.py": ([], []),
+    "judge_op_db.py": ([], ["--full"]),
+    "judge_fuzz.py": (["--graphs", "1000"], ["--graphs", "5000"]),
+}  # arguments of a short and of a full run
 RESULTS = Path(__file__).resolve().parents[1] / "build" / "judges.json"
 
 
@@ -83,5 +92,23 @@ def show() -> None:
                 console.print(f"{suite} {backend}: {len(cases)} × {reason}: {shown}", markup=False, highlight=False)
 
 
+def run(full: bool) -> bool:
+    """Every script in turn; whether all of them are content."""
+    here = Path(__file__).resolve().parent
+    content = True
+    for script, (short, long) in SCRIPTS.items():
+        start = time.perf_counter()
+        code = subprocess.run([sys.executable, str(here / script), *(long if full else short)]).returncode
+        print(f"{script}: exit code {code} after {time.perf_counter() - start:.0f} s", flush=True)
+        content &= code == 0
+    return content
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="run every suite first")
+    parser.add_argument("--full", action="store_true", help="run every suite first, with all samples")
+    options = parser.parse_args()
+    content = run(options.full) if options.run or options.full else True
     show()
+    sys.exit(not content)
