@@ -134,11 +134,11 @@ class Backend:
 
     def lowering(self, op: str) -> Callable[..., Any] | None:
         """The lowering of an op, or of its whole family (`backend.lowers("extern.*")`), or None."""
-        return self.lowerings.get(op) or self.lowerings.get(f"{op.split('.')[0]}.*")
+        return self.lowerings.get(op) or self.lowerings.get(_family(op))
 
     def refusal(self, op: str) -> str | None:
         """Why an op, or its whole family, is refused on purpose, or None."""
-        return self.unsupported.get(op) or self.unsupported.get(f"{op.split('.')[0]}.*")
+        return self.unsupported.get(op) or self.unsupported.get(_family(op))
 
     def missing(self, node: Node) -> str | None:
         """Why the backend cannot take this node as it is, or None where it can."""
@@ -189,6 +189,11 @@ class Backend:
     def load(self, graph: Graph, folder: Path, *, threads: int | None = None) -> Executable:
         """From what `Executable.save` wrote; compiles again where nothing was."""
         return self.compile(graph, threads=threads)
+
+
+def _family(op: str) -> str:
+    """What stands for all ops of a family that is made from a table; torch's own ops are declared one by one."""
+    return "" if op.startswith("extern.aten_") else f"{op.split('.')[0]}.*"
 
 
 def ships(fn: Callable[..., Any]) -> bool:

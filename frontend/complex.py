@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from moec.frontend.aten.extern import EXTERN, lower_extern
 from moec.frontend.aten.registry import LOWERINGS, PARAMETERS
 from moec.frontend.context import Context
 from moec.ir import CompileError, DType, TensorType, Value
@@ -21,7 +22,17 @@ _STRUCTURAL = {
 _REAL = {DType.C64: DType.F32}
 COMPLEX_ONLY = {
     f"aten::{n}"
-    for n in ("polar", "complex", "view_as_complex", "view_as_real", "real", "imag", "_conj", "conj_physical")
+    for n in (
+        "polar",
+        "complex",
+        "view_as_complex",
+        "view_as_real",
+        "real",
+        "imag",
+        "_conj",
+        "conj_physical",
+        "_conj_physical",
+    )
 }
 
 
@@ -32,8 +43,9 @@ class Complex(NamedTuple):
     im: Value
 
 
-def involves_complex(name: str, arguments: dict[str, Any]) -> bool:
-    if name in COMPLEX_ONLY:
+def involves_complex(c: Context, name: str, arguments: dict[str, Any]) -> bool:
+    outs = c.out if isinstance(c.out, list) else [c.out]
+    if name in COMPLEX_ONLY or any(isinstance(t, TensorType) and t.dtype in _REAL for t in outs):
         return True
     flat = [x for v in arguments.values() for x in (v if isinstance(v, list | tuple) else (v,))]
     return any(isinstance(x, Complex) for x in [*arguments.values(), *flat])
@@ -49,16 +61,14 @@ def lower_complex(c: Context, name: str, arguments: dict[str, Any]) -> Any:
         case "aten::complex":
             return Complex(a["real"], a["imag"])
         case "aten::view_as_complex":
-            last = x.type.rank - 1
-            parts = b.split(x, axis=last, sizes=(1, 1))
-            return Complex(*(c.reshape(p, x.shape[:-1]) for p in parts))
+            return parts(c, x)
         case "aten::view_as_real":
-            return c.concat([c.reshape(p, (*p.shape, 1)) for p in x], x.re.type.rank)
+            return interleaved(c, x)
         case "aten::real":
             return x.re
         case "aten::imag":
             return x.im
-        case "aten::_conj" | "aten::conj" | "aten::conj_physical":
+        case "aten::_conj" | "aten::conj" | "aten::conj_physical" | "aten::_conj_physical":
             return Complex(x.re, b.neg(x.im))
         case "aten::abs":
             return b.sqrt(b.add(b.mul(x.re, x.re), b.mul(x.im, x.im)))
@@ -73,11 +83,33 @@ def lower_complex(c: Context, name: str, arguments: dict[str, Any]) -> Any:
                 return _pair(c, x)
         case _ if name in _STRUCTURAL:
             return _each_part(c, name, arguments)
+        case _ if name in EXTERN:
+            return extern(c, name, arguments)
     raise CompileError(
         f"{name}: complex tensors are only supported for rotary embeddings (polar, view_as_complex, multiply)",
         code="dtype",
         hint="write the computation with real tensors (cos, sin)",
     )
+
+
+def interleaved(c: Context, x: Complex) -> Value:
+    """f32[…, 2]: torch.view_as_real."""
+    return c.concat([c.reshape(p, (*p.shape, 1)) for p in x], x.re.type.rank)
+
+
+def parts(c: Context, x: Value) -> Complex:
+    """torch.view_as_complex of f32[…, 2]."""
+    re, im = c.b.split(x, axis=x.type.rank - 1, sizes=(1, 1))
+    return Complex(c.reshape(re, x.shape[:-1]), c.reshape(im, x.shape[:-1]))
+
+
+def extern(c: Context, name: str, arguments: dict[str, Any]) -> Any:
+    """An op that stays torch's; complex operands and results are pairs in it."""
+    values = lower_extern(c, name, arguments, lambda x: interleaved(c, x) if isinstance(x, Complex) else None)
+    if isinstance(c.out, TensorType):
+        return parts(c, values[0]) if c.out.dtype in _REAL else values[0]
+    rest = iter(values)
+    return [None if t is None else parts(c, next(rest)) if t.dtype in _REAL else next(rest) for t in c.out]
 
 
 def _pair(c: Context, v: Any) -> Complex:

@@ -26,6 +26,7 @@ class Context:
         self.b = Builder(graph)
         self.out: Any = None
         self.op = ""
+        self.node: Any = None  # torch's node, for what only its metadata knows
         # pieces that a value was put together from along an axis, see slice_scatter in aten/shape.py
         self.phases: dict[Value, tuple[int, list[Value]]] = {}
         self.segments: dict[Value, tuple[int, list[Value]]] = {}

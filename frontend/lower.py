@@ -11,8 +11,9 @@ import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, SymIntArgument
 
 from moec.frontend.aten import LOWERINGS
+from moec.frontend.aten.extern import EXTERN
 from moec.frontend.aten.registry import PARAMETERS, op_name
-from moec.frontend.complex import COMPLEX_ONLY, Complex, involves_complex, lower_complex
+from moec.frontend.complex import COMPLEX_ONLY, Complex, extern, interleaved, involves_complex, lower_complex
 from moec.frontend.context import Context
 from moec.frontend.dynamic import result_names
 from moec.frontend.locate import node_location, strip_prefix
@@ -104,6 +105,8 @@ class Lowerer:
     def _weight(self, spec: InputSpec) -> Any:
         target = spec.target or ""
         name = strip_prefix(target, self.prefix)
+        if spec.kind is InputKind.TOKEN:
+            return None  # the order of effects, see with_effects
         if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             raise CompileError(
                 f"the model holds {name!r}, which is not a tensor ({spec.kind.name.lower()})",
@@ -154,19 +157,26 @@ class Lowerer:
         if name in _INLINED:
             self.env[node] = self._inline_call(node, module)
             return
+        if name == "with_effects":
+            raise CompileError(f"{node.args[1]} has an effect beside its result", code="unsupported-op", hint=_OP_HINT)
         if not isinstance(target, torch._ops.OpOverload):
             raise CompileError(f"no lowering for {name or target}", code="unsupported-op", hint=_OP_HINT)
         arguments = self._arguments(node, target)
         c = self.context
-        c.op, c.b.location = name, location
-        c.out = self._types(value)
-        if involves_complex(name, arguments):
+        c.op, c.b.location, c.node = name, location, node
+        try:
+            c.out = self._types(value)
+        except CompileError as e:
+            raise CompileError(f"{name}: {e.message}", code=e.code, hint=e.hint) from None
+        fn = LOWERINGS.get(name)
+        if involves_complex(c, name, arguments):
             result = lower_complex(c, name, arguments)
-        else:
-            fn = LOWERINGS.get(name)
-            if fn is None:
-                raise unsupported(name)
+        elif fn is not None:
             result = fn(c, **{p: arguments[p] for p in PARAMETERS[name] if p in arguments})
+        elif name in EXTERN:
+            result = extern(c, name, arguments)
+        else:
+            raise unsupported(name)
         self.env[node] = self._checked(node, name, result)
 
     def _inline_call(self, node: torch.fx.Node, module: torch.nn.Module) -> list[Any]:
@@ -258,8 +268,9 @@ class Lowerer:
             name = names[len(self.outputs)]
             result = self._resolve(arg)
             if isinstance(result, Complex):
-                raise CompileError(f"output {name!r} is complex", code="dtype", hint="return torch.view_as_real(x)")
-            if isinstance(result, Value):
+                self.outputs.append(("complex", len(self.graph.outputs)))
+                self.graph.add_output(interleaved(self.context, result), name)
+            elif isinstance(result, Value):
                 self.outputs.append(("tensor", len(self.graph.outputs)))
                 self.graph.add_output(result, name)
             elif isinstance(arg, torch.fx.Node) and isinstance(arg.meta.get("val"), torch.SymInt):
@@ -300,7 +311,7 @@ def missing_ops(program: torch.export.ExportedProgram) -> list[Any]:
 
 
 def has_lowering(name: str) -> bool:
-    return name in LOWERINGS or name in _DROPPED or name in COMPLEX_ONLY
+    return name in LOWERINGS or name in EXTERN or name in _DROPPED or name in COMPLEX_ONLY
 
 
 def mutates(program: torch.export.ExportedProgram) -> bool:

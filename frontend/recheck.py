@@ -118,7 +118,11 @@ def _disagreement(
         got = run(graph, [t.cpu() for t in inputs])
     except CompileError as e:
         return f"it fails: {e.message}"
-    tensors = [(w, got[i]) for (kind, i), w in zip(signature.outputs, want, strict=False) if kind == "tensor"]
+    tensors = [
+        (torch.view_as_real(w) if kind == "complex" else w, got[i])
+        for (kind, i), w in zip(signature.outputs, want, strict=False)
+        if kind != "constant" and isinstance(w, torch.Tensor)
+    ]
     if len(want) != len(signature.outputs):
         return f"the model returns {len(want)} values, the program {len(signature.outputs)}"
     for (w, g), name in zip(tensors, graph.output_names, strict=False):

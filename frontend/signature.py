@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,14 @@ Constant = None | bool | int | float | str
 _MALFORMED = (
     KeyError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError, RecursionError, OverflowError,
 )  # fmt: skip
+
+# what a graph output of each kind is to the caller
+_READ: dict[str, Callable[[torch.Tensor], Any]] = {
+    "tensor": lambda t: t,
+    "complex": lambda t: torch.view_as_complex(t.contiguous()),
+    "size": int,
+}
+
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -28,8 +36,9 @@ class Signature:
 
     `in_spec`: pytree of `(args, kwargs)`; `parameters`: names of the forward's parameters; `input_names`: names of
     all leaves of in_spec; `constants`: leaf index → the value it was traced with (every leaf that is no tensor);
-    `out_spec` and `outputs`: the result's pytree and, per leaf, ("tensor", graph output), ("size", graph output
-    holding an integer) or ("constant", value); `bounds`: symbol → (least, greatest or None) sizes the program holds
+    `out_spec` and `outputs`: the result's pytree and, per leaf, ("tensor", graph output), ("complex", graph output
+    f32[…, 2] of real and imaginary parts), ("size", graph output holding an integer) or ("constant", value);
+    `bounds`: symbol → (least, greatest or None) sizes the program holds
     for, where that is not all.
     """
 
@@ -96,7 +105,7 @@ class Signature:
         """The model's own result structure from the graph's outputs."""
         leaves = []
         for kind, v in self.outputs:
-            leaves.append(results[v] if kind == "tensor" else int(results[v]) if kind == "size" else v)
+            leaves.append(_READ[kind](results[v]) if kind in _READ else v)
         return pytree.tree_unflatten(leaves, self.out_spec)
 
     def _arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

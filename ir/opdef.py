@@ -306,7 +306,7 @@ def known(name: str) -> OpDef | None:
     """The op of a full (`math.silu`) or unambiguous bare (`silu`) name, or None."""
     import moec.ir.ops  # noqa: F401  (declares the ops)
 
-    if name.startswith("extern."):  # made from a table, when first asked for
+    if name.startswith("extern.") and not name.startswith("extern.aten_"):  # made from a table, when first asked for
         from moec.ir.ops.extern import extern_op
 
         return extern_op(name)

@@ -283,6 +283,8 @@ def _widened(type: TensorType) -> TensorType:
 def _widened_attr(value: Any) -> Any:
     if isinstance(value, DType):
         return DType.F64 if is_wide(value) else value
+    if isinstance(value, tuple):
+        return tuple(map(_widened_attr, value))
     return _widened(value) if isinstance(value, TensorType) else value
 
 

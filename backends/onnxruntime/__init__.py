@@ -15,6 +15,7 @@ from moec.backends.onnxruntime import (  # noqa: F401  (each registers its lower
     elementwise,
     experts,
     extern,
+    extern_aten,
     linear,
     norm,
     quant,

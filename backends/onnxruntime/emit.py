@@ -255,5 +255,10 @@ class Emitter:
                 return self.op("Reshape", x, np.array([-1 if isinstance(s, Dim) else s for s in target], np.int64))
         return self.op("Reshape", x, self.sizes.vector(target), allowzero=1)
 
+    @property
+    def scope_name(self) -> str:
+        """What names of ONNX nodes start with now."""
+        return self._scope
+
     def refuse(self, node: Node, reason: str) -> CompileError:
         return CompileError(f"{node.op}: {reason}", code="onnxruntime", location=node.location)

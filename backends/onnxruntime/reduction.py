@@ -38,7 +38,7 @@ def reduce_extreme(
     return e.op("Where", found, e.scalar(np.nan, dtype), y)
 
 
-@backend.lowers("math.sum", "math.mean", "math.amax", "math.amin")
+@backend.lowers("math.sum", "math.prod", "math.mean", "math.amax", "math.amin")
 def reduction(e: Emitter, node: Node) -> onnx.Value:
     axes, keepdim = node.attrs["axes"], node.attrs["keepdim"]
     x, dtype = wide_operand(e, node)
@@ -46,6 +46,8 @@ def reduction(e: Emitter, node: Node) -> onnx.Value:
         return e.value(given(node)[0])
     if node.op == "math.sum":
         y = reduce(e, "ReduceSum", x, axes, keepdim)
+    elif node.op == "math.prod":
+        y = reduce(e, "ReduceProd", x, axes, keepdim)
     elif node.op == "math.mean":
         y = _mean(e, node, x, axes, keepdim)
     else:

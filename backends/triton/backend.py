@@ -13,6 +13,7 @@ from moec.backends.triton.codegen import Custom, custom_expression, expression
 from moec.backends.triton.runner import launch, mode, run
 from moec.ir import DType, Graph, Node, all_ops, lookup
 from moec.ir.arrays import OPAQUE
+from moec.ir.ops.extern_aten import FORMS, NAMES, op_of
 
 if TYPE_CHECKING:
     from moec.backends.triton.executable import TritonExecutable
@@ -40,9 +41,9 @@ TORCH_OPS: dict[str, str] = {
     "tensor.gather_elements": _MOVES, "tensor.index_put": _MOVES, "tensor.scatter_elements": _MOVES,
     "tensor.one_hot": _MOVES, "tensor.nonzero": "counting with atomics or sorting",
     "tensor.histc": "counting with atomics or sorting",
-    "math.sum": _REDUCES, "math.mean": _REDUCES, "math.amax": _REDUCES, "math.amin": _REDUCES, "math.any": _REDUCES,
-    "math.all": _REDUCES, "math.argmax": _REDUCES, "math.cumsum": _REDUCES, "math.softmax": _REDUCES,
-    "math.log_softmax": _REDUCES, "math.sort": _SORTS, "math.topk": _SORTS,
+    "math.sum": _REDUCES, "math.prod": _REDUCES, "math.mean": _REDUCES, "math.amax": _REDUCES, "math.amin": _REDUCES,
+    "math.any": _REDUCES, "math.all": _REDUCES, "math.argmax": _REDUCES, "math.cumsum": _REDUCES,
+    "math.softmax": _REDUCES, "math.log_softmax": _REDUCES, "math.sort": _SORTS, "math.topk": _SORTS,
     "linear.matmul": _PRODUCT, "linear.grouped_matmul": "grouped product outside moe.experts",
     "quant.dequantize": "a weight that no FP8 kernel takes, expanded",
 }  # fmt: skip
@@ -197,6 +198,9 @@ def _bad_width(width: int, least: int) -> str | None:
 
 
 backend = TritonBackend("triton", dtypes=DTYPES)
+
+for _name in (n for n in NAMES if n not in FORMS):
+    backend.refuses(op_of(_name), "it is torch's own op, for which there is no Triton kernel")
 
 
 def _kernel(*ops: str) -> Callable[[F], F]:

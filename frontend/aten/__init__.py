@@ -1,9 +1,22 @@
 """Lowerings of ATen ops to IR ops; importing this package registers all of them."""
 
-from moec.frontend.aten import attention, create, elementwise, index, linear, moe, norm, reduction, scan, shape
+from moec.frontend.aten import (
+    attention,
+    create,
+    elementwise,
+    index,
+    linear,
+    memory,
+    moe,
+    norm,
+    ranking,
+    reduction,
+    scan,
+    shape,
+)
 from moec.frontend.aten.registry import LOWERINGS, lowers
 
 __all__ = [
-    "LOWERINGS", "attention", "create", "elementwise", "index", "linear", "lowers", "moe", "norm", "reduction",
-    "scan", "shape",
+    "LOWERINGS", "attention", "create", "elementwise", "index", "linear", "lowers", "memory", "moe", "norm",
+    "ranking", "reduction", "scan", "shape",
 ]  # fmt: skip

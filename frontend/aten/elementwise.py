@@ -193,6 +193,78 @@ def minimum(c: Context, self: Value, other: Value) -> Value:
     return c.binary("min", self, other)
 
 
+@lowers("fmax")
+def fmax(c: Context, self: Value, other: Value) -> Value:
+    return _numbers_first(c, "max", self, other)
+
+
+@lowers("fmin")
+def fmin(c: Context, self: Value, other: Value) -> Value:
+    return _numbers_first(c, "min", self, other)
+
+
+def _numbers_first(c: Context, op: str, a: Value, b: Value) -> Value:
+    """The larger or smaller of two where both are numbers, else the one that is."""
+    dtype = c.out_type.dtype
+    if dtype is DType.BOOL:
+        return c.b.or_(a, b) if op == "max" else c.b.and_(a, b)
+    a, b = c.cast(a, dtype), c.cast(b, dtype)
+    if not dtype.is_float:
+        return c.binary(op, a, b)
+    return c.b.where(c.b.isnan(a), b, c.b.where(c.b.isnan(b), a, c.binary(op, a, b)))
+
+
+def _signbit(c: Context, x: Value) -> Value:
+    """x < 0, −0 too, whose reciprocal is −∞."""
+    negative = c.b.lt(x, c.value(0, x.dtype))
+    return c.b.or_(negative, c.b.lt(c.b.reciprocal(x), 0.0)) if x.dtype.is_float else negative
+
+
+@lowers("signbit")
+def signbit(c: Context, self: Value) -> Value:
+    return c.full(self.shape, False, DType.BOOL) if self.dtype is DType.BOOL else _signbit(c, self)
+
+
+@lowers("copysign.Tensor", "copysign.Scalar")
+def copysign(c: Context, self: Value, other: Any) -> Value:
+    dtype = c.out_type.dtype
+    size = c.b.abs(c.cast(self, dtype))
+    return c.b.where(_signbit(c, c.value(other, dtype)), c.b.neg(size), size)
+
+
+@lowers("hypot")
+def hypot(c: Context, self: Value, other: Value) -> Value:
+    """√(a² + b²) without overflow inside; infinite where either is."""
+    dtype = c.out_type.dtype
+    a, b = (c.b.abs(c.widen(c.cast(x, dtype))) for x in (self, other))
+    large, small = c.b.max(a, b), c.b.min(a, b)
+    ratio = c.b.div(small, c.b.where(c.b.eq(large, 0.0), c.value(1.0, large.dtype), large))
+    length = c.b.mul(large, c.b.sqrt(c.b.add(c.b.mul(ratio, ratio), 1.0)))
+    infinite = c.b.or_(c.b.eq(a, math.inf), c.b.eq(b, math.inf))
+    return c.cast(c.b.where(infinite, c.value(math.inf, length.dtype), length), dtype)
+
+
+@lowers("heaviside")
+def heaviside(c: Context, self: Value, values: Value) -> Value:
+    dtype = c.out_type.dtype
+    x, at_zero = c.cast(self, dtype), c.cast(values, dtype)
+    zero, one = c.value(0, dtype), c.value(1, dtype)
+    if dtype is DType.BOOL:
+        return c.b.or_(x, at_zero)
+    step = c.b.where(c.b.gt(x, zero), one, zero)
+    return c.b.where(c.b.eq(x, zero), at_zero, step)
+
+
+@lowers("round.decimals")
+def round_decimals(c: Context, self: Value, decimals: int) -> Value:
+    if not self.dtype.is_float or decimals == 0:
+        return c.b.round(self) if self.dtype.is_float else self
+    x, ten = c.widen(self), 10.0 ** abs(decimals)
+    if decimals > 0:
+        return c.cast(c.b.div(c.b.round(c.b.mul(x, ten)), ten), self.dtype)
+    return c.cast(c.b.mul(c.b.round(c.b.div(x, ten)), ten), self.dtype)
+
+
 @lowers("clamp", "clip")
 def clamp(c: Context, self: Value, min: Any, max: Any) -> Value:
     dtype = c.out_type.dtype

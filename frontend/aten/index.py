@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context, Number
@@ -44,6 +47,11 @@ def scatter(c: Context, self: Value, dim: int, index: Value, src: Value) -> Valu
     return _scatter(c, self, dim, index, src, "add" if c.op == "aten::scatter_add" else "none")
 
 
+@lowers("scatter.value_reduce")
+def scatter_value_reduce(c: Context, self: Value, dim: int, index: Value, value: Number, reduce: str) -> Value:
+    return _reduced(c, self, dim, index, c.full(index.shape, value, self.dtype), reduce, True)
+
+
 @lowers("scatter.value")
 def scatter_value(c: Context, self: Value, dim: int, index: Value, value: Number) -> Value:
     return _scatter(c, self, dim, index, c.full(index.shape, value, self.dtype), "none")
@@ -52,9 +60,61 @@ def scatter_value(c: Context, self: Value, dim: int, index: Value, value: Number
 @lowers("scatter.reduce", "scatter_reduce.two")
 def scatter_reduce(c: Context, self: Value, dim: int, index: Value, src: Value, reduce: str,
                    include_self: bool = True) -> Value:  # fmt: skip
-    if reduce not in ("sum", "add") or not include_self:
-        raise c.refuse(f"reduce={reduce!r}, include_self={include_self}; supported is 'sum' into self")
-    return _scatter(c, self, dim, index, src, "add")
+    return _reduced(c, self, dim, index, src, reduce, include_self)
+
+
+# torch's reductions: the IR's, and what they start from
+_REDUCE = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "max", "amin": "min", "mean": "add"}
+
+
+def _neutral(reduce: str, dtype: DType) -> Number:
+    if reduce in ("add", "mul"):
+        return int(reduce == "mul")
+    sign = -1 if reduce == "max" else 1
+    if dtype.is_float:
+        return sign * math.inf
+    info = torch.iinfo(dtype.torch)
+    return info.min if sign < 0 else info.max
+
+
+def _reduced(c: Context, x: Value, dim: int, index: Value, src: Value, reduce: str, include_self: bool) -> Value:
+    """Scatter with a reduction; without self, the places that are written start from the neutral element."""
+    if reduce not in _REDUCE:
+        raise c.refuse(f"reduce={reduce!r}")
+    kind, dtype = _REDUCE[reduce], x.dtype
+    wide = c.widen(c.cast(x, DType.I64) if dtype is DType.BOOL else x)
+    src = c.cast(src, wide.dtype)
+    start = wide
+    if not include_self:
+        fill = c.full(index.shape, _neutral(kind, wide.dtype), wide.dtype)
+        start = _scatter(c, wide, dim, index, fill, "none")
+    out = _scatter(c, start, dim, index, src, kind)
+    if reduce == "mean":
+        ones = c.full(index.shape, 1, wide.dtype)
+        count = _scatter(c, c.full(x.shape, int(include_self), wide.dtype), dim, index, ones, "add")
+        count = c.b.max(count, c.value(1, wide.dtype))
+        out = c.b.div(out, count) if wide.dtype.is_float else c.b.floordiv(out, count)
+    return c.cast(out, dtype)
+
+
+@lowers("index_reduce")
+def index_reduce(c: Context, self: Value, dim: int, index: Value, source: Value, reduce: str,
+                 include_self: bool) -> Value:  # fmt: skip
+    if self.type.rank == 0:
+        lifted = _reduced(
+            c, c.reshape(self, (1,)), 0, c.reshape(index, (1,)), c.reshape(source, (1,)), reduce, include_self
+        )
+        return c.reshape(lifted, ())
+    axis = c.axis(dim, self)
+    rows = c.reshape(c.cast(index, DType.I64), [source.shape[i] if i == axis else 1 for i in range(self.type.rank)])
+    return _reduced(c, self, dim, c.expand(rows, source.shape), source, reduce, include_self)
+
+
+@lowers("put")
+def put(c: Context, self: Value, index: Value, source: Value, accumulate: bool) -> Value:
+    flat = c.reshape(self, (self.type.numel,))
+    places, src = c.reshape(index, (index.type.numel,)), c.reshape(source, (source.type.numel,))
+    return c.reshape(c.b.index_put(flat, _as_index(c, places), src, accumulate=accumulate), self.shape)
 
 
 def _scatter(c: Context, x: Value, dim: int, index: Value, src: Value, reduce: str) -> Value:

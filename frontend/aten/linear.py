@@ -68,6 +68,27 @@ def addmm(c: Context, self: Value, mat1: Value, mat2: Value, beta: Number, alpha
     return c.expand(_add_product(c, self, matmul(c, mat1, mat2), beta, alpha), c.out_type.shape)
 
 
+@lowers("_trilinear")
+def trilinear(c: Context, i1: Value, i2: Value, i3: Value, expand1: list[int], expand2: list[int], expand3: list[int],
+              sumdim: list[int]) -> Value:  # fmt: skip
+    """Σ over `sumdim` of the product of three tensors, each with axes of size 1 put in."""
+
+    def widened(x: Value, places: list[int]) -> Value:
+        shape = list(x.shape)
+        for at in places:
+            shape.insert(at, 1)
+        return c.reshape(x, shape)
+
+    x, y, z = (widened(v, e) for v, e in ((i1, expand1), (i2, expand2), (i3, expand3)))
+    return c.b.sum(c.b.mul(c.b.mul(x, y), z), axes=tuple(sumdim))
+
+
+@lowers("addbmm")
+def addbmm(c: Context, self: Value, batch1: Value, batch2: Value, beta: Number, alpha: Number) -> Value:
+    total = c.b.sum(matmul(c, batch1, batch2), axes=(0,))
+    return c.expand(_add_product(c, self, total, beta, alpha), c.out_type.shape)
+
+
 @lowers("baddbmm")
 def baddbmm(c: Context, self: Value, batch1: Value, batch2: Value, beta: Number, alpha: Number) -> Value:
     return c.expand(_add_product(c, self, matmul(c, batch1, batch2), beta, alpha), c.out_type.shape)

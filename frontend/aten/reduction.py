@@ -36,9 +36,15 @@ def mean_dims(c: Context, self: Value, dim: Any, keepdim: bool) -> Value:
     return c.b.mean(x, axes=c.axes(dim, x), keepdim=keepdim)
 
 
-@lowers("prod", "prod.dim_int")
-def prod(c: Context) -> Value:
-    raise c.refuse("products over an axis are not supported", hint="write exp(sum(log(x))) for positive x")
+@lowers("prod")
+def prod_all(c: Context, self: Value) -> Value:
+    return prod_dim(c, self, None, False)
+
+
+@lowers("prod.dim_int")
+def prod_dim(c: Context, self: Value, dim: Any, keepdim: bool) -> Value:
+    x = c.cast(self, c.out_type.dtype)
+    return c.b.prod(x, axes=c.axes(dim, x), keepdim=keepdim)
 
 
 @lowers("amax")
@@ -154,6 +160,11 @@ def vector_norm(c: Context, self: Value, ord: Number, dim: Any, keepdim: bool, d
     else:
         raise c.refuse(f"norm of order {ord}; supported are 1, 2 and ±inf")
     return c.cast(y, c.out_type.dtype)
+
+
+@lowers("norm.Scalar", "norm.ScalarOpt_dim")
+def norm(c: Context, self: Value, p: Number, dim: Any = None, keepdim: bool = False) -> Value:
+    return vector_norm(c, self, p, dim, keepdim, None)
 
 
 @lowers("softmax.int", "special_softmax")

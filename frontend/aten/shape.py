@@ -18,7 +18,7 @@ def reshape(c: Context, self: Value) -> Value:
     return c.reshape(self, c.out_type.shape)
 
 
-@lowers("view.dtype", "as_strided", "unfold", "resize_")
+@lowers("view.dtype", "resize_", "resize", "resize_as_", "resize_as")
 def memory_layout(c: Context) -> Value:
     raise c.refuse("it depends on how the tensor lies in memory", hint="use reshape, indexing or .to(dtype)")
 

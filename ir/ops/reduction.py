@@ -62,7 +62,14 @@ def _any(x: torch.Tensor, dim: tuple[int, ...], keepdim: bool) -> torch.Tensor:
     return torch.any(x, dim=dim, keepdim=keepdim)
 
 
+def _prod(x: torch.Tensor, dim: tuple[int, ...], keepdim: bool) -> torch.Tensor:
+    for axis in sorted((a % x.dim() for a in dim), reverse=True):
+        x = torch.prod(x, dim=axis, keepdim=keepdim)
+    return x
+
+
 _reduction("sum", "Sum", torch.sum, "fi")
+_reduction("prod", "Product", _prod, "fi")
 _reduction("mean", "Mean", torch.mean, "f")
 _reduction("amax", "Maximum", torch.amax, "fi", needs_elements=True)
 _reduction("amin", "Minimum", torch.amin, "fi", needs_elements=True)

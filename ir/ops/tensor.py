@@ -317,10 +317,14 @@ class GatherElements:
         yield [r.floats(r.k, r.n), r.ints(0, r.k, r.m, r.n)], {"axis": 0}
 
 
+_REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}  # torch's names
+
+
 @op("tensor.scatter_elements")
 class ScatterElements:
     """x with out[i][index[i][j]] = source[i][j] for axis 1, and so on; `reduce` is "none" (the last write
-    wins on duplicate indices is not promised) or "add"."""
+    wins on duplicate indices is not promised), or how x and all sources of a place combine: "add", "mul", "max" or
+    "min" (where NaN wins)."""
 
     x: Operand
     index: Operand
@@ -331,23 +335,24 @@ class ScatterElements:
     def infer(self) -> TensorType:
         require(self.index.dtype is DType.I64, f"index is {self.index.dtype}, not i64")
         require(self.source.dtype == self.x.dtype, f"dtypes differ: {self.x} and {self.source}")
-        require(self.reduce in ("none", "add"), f"reduce is {self.reduce!r}")
+        require(self.reduce in ("none", *_REDUCTIONS), f"reduce is {self.reduce!r}")
         number = self.x.dtype.is_wide_float or self.x.dtype.is_integer
-        require(self.reduce == "none" or number, f"adds numbers, got {self.x.dtype}")
+        require(self.reduce == "none" or number, f"combines numbers, got {self.x.dtype}")
         require(self.index.shape == self.source.shape, f"index {self.index} and source {self.source} differ")
         require(self.index.rank == self.x.rank, f"ranks differ: {self.x} and {self.index}")
         normal_axis(self.axis, self.x.rank)
         return self.x
 
     def reference(self) -> torch.Tensor:
-        if self.reduce == "add":
-            return self.x.scatter_add(self.axis, self.index, self.source)
+        if self.reduce != "none":
+            kind = _REDUCTIONS[self.reduce]
+            return self.x.scatter_reduce(self.axis, self.index, self.source, kind, include_self=True)
         x, source = (t.view(torch.uint8) if t.dtype in _CODES else t for t in (self.x, self.source))
         return x.scatter(self.axis, self.index, source).view(self.x.dtype)
 
     def undefined(self) -> bool:
         """Two writes to one place."""
-        if self.reduce == "add" or not self.index.numel():
+        if self.reduce != "none" or not self.index.numel():
             return False
         places = torch.zeros_like(self.x, dtype=torch.int64)
         return bool((places.scatter_add(self.axis, self.index, torch.ones_like(self.index)) > 1).any())
@@ -356,7 +361,9 @@ class ScatterElements:
     def samples(r: Any) -> Any:
         perm = torch.stack([torch.randperm(r.k, generator=r.generator) for _ in range(r.n)] or [torch.empty(0, r.k)])
         yield [r.floats(r.n, r.k), perm.reshape(r.n, r.k).long(), r.floats(r.n, r.k)], {"axis": 1}
-        yield [r.floats(r.n, r.k), r.ints(0, r.k, r.n, 2), r.floats(r.n, 2)], {"axis": 1, "reduce": "add"}
+        for reduce in _REDUCTIONS:
+            yield [r.floats(r.n, r.k), r.ints(0, r.k, r.n, 3), r.floats(r.n, 3)], {"axis": 1, "reduce": reduce}
+        yield [r.ints(-9, 9, r.n, r.k), r.ints(0, r.k, r.n, 3), r.ints(-9, 9, r.n, 3)], {"axis": 1, "reduce": "max"}
 
 
 @op("tensor.index_put")

@@ -14,8 +14,9 @@ from moec.passes.rewriting.matcher import scalar_constant
 
 # ops whose `axis`/`axes` count from the end, so that patterns can say "the last axis" for any rank
 _FROM_END = {
-    "math.sum", "math.mean", "math.amax", "math.amin", "math.all", "math.any", "math.softmax", "math.log_softmax",
-    "math.cumsum", "math.argmax", "math.sort", "math.topk", "tensor.concat", "tensor.split", "tensor.slice",
+    "math.sum", "math.prod", "math.mean", "math.amax", "math.amin", "math.all", "math.any", "math.softmax",
+    "math.log_softmax", "math.cumsum", "math.argmax", "math.sort", "math.topk", "tensor.concat", "tensor.split",
+    "tensor.slice",
     "tensor.gather_elements", "tensor.scatter_elements",
 }  # fmt: skip
 

@@ -21,7 +21,8 @@ def combine_matrix(v: Value | None) -> Routing | None:
     scatter = producer(v, "tensor.scatter_elements")
     if scatter is not None:
         zeros, experts, weights = scatter.operands
-        return (weights, experts) if is_filled(zeros, 0) and scatter.attrs["axis"] == -1 else None
+        writes = scatter.attrs["axis"] == -1 and scatter.attrs["reduce"] in ("none", "add")
+        return (weights, experts) if writes and is_filled(zeros, 0) else None
     total = producer(v, "math.sum")
     if total is None or total.attrs["axes"] != (-2,) or total.attrs["keepdim"]:
         return None
