@@ -391,7 +391,7 @@ def _signature(manifest: Manifest, graph: Graph) -> Signature:
         raise manifest.bad("signature", "as many leaves as names and outputs", leaves)
     for kind, index in signature.outputs:
         known = type(index) is int and 0 <= index < len(graph.outputs)
-        if kind not in ("tensor", "complex", "size", "constant") or (kind != "constant" and not known):
+        if kind not in ("tensor", "complex", "size", "number", "constant") or (kind != "constant" and not known):
             raise manifest.bad("signature.outputs", f"outputs of a graph with {len(graph.outputs)}", [kind, index])
     return signature
 

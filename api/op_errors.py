@@ -49,6 +49,8 @@ def reduction_length(node: Node, binding: Mapping[str, int]) -> int:
         case "moe.experts" | "quant.scaled_experts":
             down = node.operand("down")
             return max(1, sum(evaluate(s, binding) for s in down.shape[1:]))
+    if node.op.startswith("extern.aten__fft"):  # u·n: the angles of a transform that is a plain sum
+        return max(1, *shape(0)) ** 2
     if node.op.startswith("extern."):  # what it adds up is not known: all that there is at most
         return max([1, *(math.prod(shape(i)) for i in range(len(node.operands)))])
     if foreign(node) and not node.opdef.elementwise:  # what it adds up is not known: any of its axes at most

@@ -16,7 +16,7 @@ _STRUCTURAL = {
         "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "permute",
         "transpose.int", "t", "expand", "repeat", "slice.Tensor", "select.int", "cat", "stack", "index.Tensor",
         "index_select", "clone", "alias", "detach", "contiguous", "split.Tensor", "split_with_sizes", "unbind.int",
-        "flip", "roll", "embedding",
+        "flip", "roll", "embedding", "constant_pad_nd", "index_put", "slice_scatter", "select_scatter",
     )
 }  # fmt: skip
 _REAL = {DType.C64: DType.F32}
@@ -59,9 +59,12 @@ def lower_complex(c: Context, name: str, arguments: dict[str, Any]) -> Any:
         case "aten::polar":
             return Complex(b.mul(a["abs"], b.cos(a["angle"])), b.mul(a["abs"], b.sin(a["angle"])))
         case "aten::complex":
-            return Complex(a["real"], a["imag"])
+            shape = c.out_type.shape
+            return Complex(c.expand(a["real"], shape), c.expand(a["imag"], shape))
         case "aten::view_as_complex":
             return parts(c, x)
+        case _ if name in COMPLEX_ONLY and isinstance(x, Value):  # of real numbers: themselves
+            return x
         case "aten::view_as_real":
             return interleaved(c, x)
         case "aten::real":
@@ -81,7 +84,7 @@ def lower_complex(c: Context, name: str, arguments: dict[str, Any]) -> Any:
         case "aten::_to_copy" | "aten::to.dtype":
             if isinstance(c.out, TensorType) and c.out.dtype in _REAL:
                 return _pair(c, x)
-        case _ if name in _STRUCTURAL:
+        case _ if name in _STRUCTURAL and not a.get("value"):  # a number that fills is real
             return _each_part(c, name, arguments)
         case _ if name in EXTERN:
             return extern(c, name, arguments)

@@ -28,6 +28,9 @@ _DROPPED = {
     "aten::_functional_assert_scalar",
 }  # fmt: skip
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+# ops whose lowerings say how many elements there are, see tensor.nonzero
+_COUNTS = {"aten::argwhere", "aten::nonzero", "aten::nonzero_numpy", "aten::masked_select", "aten::index.Tensor"}
+_ITEMS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
 
 
@@ -149,6 +152,10 @@ class Lowerer:
         if target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]  # fx types arguments loosely
             return
+        if isinstance(value, torch.SymFloat) and target in _ITEMS:
+            x = self._resolve(node.args[0])
+            self.env[node] = self.context.reshape(x, ())  # a number out of a tensor
+            return
         if isinstance(value, _NUMBERS):
             return  # read from the metadata where used
         name = getattr(target, "_name", "") if not hasattr(target, "_schema") else op_name(target)
@@ -161,9 +168,15 @@ class Lowerer:
             raise CompileError(f"{node.args[1]} has an effect beside its result", code="unsupported-op", hint=_OP_HINT)
         if not isinstance(target, torch._ops.OpOverload):
             raise CompileError(f"no lowering for {name or target}", code="unsupported-op", hint=_OP_HINT)
-        arguments = self._arguments(node, target)
+        try:
+            arguments = self._arguments(node, target)
+        except CompileError as e:
+            raise CompileError(f"{name}: {e.message}", code=e.code, hint=e.hint) from None
         c = self.context
         c.op, c.b.location, c.node = name, location, node
+        if name in _COUNTS:
+            for t in value if isinstance(value, list | tuple) else [value]:
+                self.symbols.introduce(t.shape)
         try:
             c.out = self._types(value)
         except CompileError as e:
@@ -271,7 +284,8 @@ class Lowerer:
                 self.outputs.append(("complex", len(self.graph.outputs)))
                 self.graph.add_output(interleaved(self.context, result), name)
             elif isinstance(result, Value):
-                self.outputs.append(("tensor", len(self.graph.outputs)))
+                kind = "tensor" if isinstance(arg.meta.get("val"), torch.Tensor) else "number"
+                self.outputs.append((kind, len(self.graph.outputs)))
                 self.graph.add_output(result, name)
             elif isinstance(arg, torch.fx.Node) and isinstance(arg.meta.get("val"), torch.SymInt):
                 self.outputs.append(("size", len(self.graph.outputs)))

@@ -25,6 +25,7 @@ _READ: dict[str, Callable[[torch.Tensor], Any]] = {
     "tensor": lambda t: t,
     "complex": lambda t: torch.view_as_complex(t.contiguous()),
     "size": int,
+    "number": lambda t: t.item(),
 }
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -37,7 +38,7 @@ class Signature:
     `in_spec`: pytree of `(args, kwargs)`; `parameters`: names of the forward's parameters; `input_names`: names of
     all leaves of in_spec; `constants`: leaf index → the value it was traced with (every leaf that is no tensor);
     `out_spec` and `outputs`: the result's pytree and, per leaf, ("tensor", graph output), ("complex", graph output
-    f32[…, 2] of real and imaginary parts), ("size", graph output holding an integer) or ("constant", value);
+    f32[…, 2] of real and imaginary parts), ("size" or "number", graph output holding one) or ("constant", value);
     `bounds`: symbol → (least, greatest or None) sizes the program holds
     for, where that is not all.
     """

@@ -66,6 +66,13 @@ class Symbols:
                 if symbol.name not in self.names:
                     self.names[symbol.name] = self._fresh(axis if s.node.expr.is_Symbol else None)
 
+    def introduce(self, shape: Sequence[Any]) -> None:
+        """Name the sizes of a result that are known only at run time: n0, n1 …"""
+        for s in shape:
+            if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol and s.node.expr.name not in self.names:
+                taken = frozenset().union(*(d.symbols for d in self.names.values()))
+                self.names[s.node.expr.name] = Dim(next(n for i in itertools.count() if (n := f"n{i}") not in taken))
+
     def _fresh(self, axis: int | None) -> Dim:
         taken = frozenset().union(*(d.symbols for d in self.names.values()))
         if axis is not None and axis < len(_LETTERS) and _LETTERS[axis] not in taken:

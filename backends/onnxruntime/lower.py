@@ -14,7 +14,7 @@ from moec.backends.onnxruntime.opsets import OPSET, choose, domain_versions
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import onnx_type
 from moec.backends.onnxruntime.weights import WeightReader
-from moec.ir import CompileError, Graph, Node, Value
+from moec.ir import CompileError, DType, Graph, Node, Value
 
 IR_VERSION = 11
 
@@ -69,6 +69,9 @@ def _lower(
         outputs.append(out)
     written, exact = choose(e.native, e.foreign)
     imports = {"": written, **domain_versions(e.foreign)}
+    if not outputs:  # of a model whose results are all constant; ONNX Runtime asks for one
+        outputs.append(e.op("Identity", e.scalar(0, DType.I64)))
+        outputs[0].type, outputs[0].shape = onnx.TensorType(onnx_type(DType.I64)), onnx.Shape([])
     body = onnx.Graph(
         inputs,
         outputs,

@@ -101,8 +101,8 @@ def random(c: Context) -> Value:
 
 
 _DATA_DEPENDENT = (
-    "nonzero", "nonzero_numpy", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "bincount",
-    "repeat_interleave.Tensor", "repeat_interleave.self_Tensor", "_local_scalar_dense", "item", "argwhere",
+    "unique_consecutive", "_unique2", "unique_dim", "bincount",
+    "repeat_interleave.Tensor", "repeat_interleave.self_Tensor", "_local_scalar_dense", "item",
 )  # fmt: skip
 
 

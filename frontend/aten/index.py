@@ -10,7 +10,7 @@ import torch
 
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context, Number
-from moec.ir import DType, Value
+from moec.ir import Dim, DType, Value
 from moec.ir.types import broadcast
 
 _INDEX = (DType.I64, DType.I32)
@@ -32,6 +32,8 @@ def index_select(c: Context, self: Value, dim: int, index: Value) -> Value:
 
 @lowers("gather")
 def gather(c: Context, self: Value, dim: int, index: Value) -> Value:
+    if index.type.numel == 0:  # of any rank
+        return c.full(index.shape, 0, self.dtype)
     if self.type.rank == 0 or index.type.rank == 0:
         return c.expand(c.reshape(self, [1] * index.type.rank), index.shape)
     axis = c.axis(dim, self)
@@ -40,6 +42,38 @@ def gather(c: Context, self: Value, dim: int, index: Value) -> Value:
         if i != axis and have != want:  # torch lets the index be shorter on the other axes
             x = c.slice(x, i, 0, want)
     return c.b.gather_elements(x, c.cast(index, DType.I64), axis=axis)
+
+
+@lowers("take")
+def take(c: Context, self: Value, index: Value) -> Value:
+    return c.b.gather(c.reshape(self, (self.type.numel,)), _as_index(c, index), axis=0)
+
+
+@lowers("nonzero", "argwhere")
+def nonzero(c: Context, self: Value) -> Value:
+    return c.b.nonzero(c.truth(self), count=c.out_type.shape[0])
+
+
+@lowers("nonzero_numpy")
+def nonzero_numpy(c: Context, self: Value) -> list[Value]:
+    x = self if self.type.rank else c.reshape(self, (1,))
+    return _columns(c, x, c.out[0].shape[0])
+
+
+def _columns(c: Context, mask: Value, count: Any) -> list[Value]:
+    """The indices where a mask holds, one tensor [count] for each axis."""
+    found = c.b.nonzero(c.truth(mask), count=count)
+    parts = [found] if mask.type.rank == 1 else c.b.split(found, axis=1, sizes=(1,) * mask.type.rank)
+    return [c.reshape(p, (count,)) for p in parts]
+
+
+@lowers("masked_select")
+def masked_select(c: Context, self: Value, mask: Value) -> Value:
+    shape = broadcast(self.shape, mask.shape)
+    x, where = (c.expand(v, shape) for v in (self, mask))
+    flat = (x.type.numel,)
+    (at,) = _columns(c, c.reshape(where, flat), c.out_type.shape[0])
+    return c.b.gather(c.reshape(x, flat), at, axis=0)
 
 
 @lowers("scatter.src", "scatter_add")
@@ -174,6 +208,10 @@ def _checked(c: Context, indices: Sequence[Value | None], x: Value) -> list[tupl
 
 @lowers("index.Tensor", "_unsafe_index.Tensor")
 def index(c: Context, self: Value, indices: Sequence[Value | None]) -> Value:
+    new = [s for s in c.out_type.shape if isinstance(s, Dim) and s not in self.shape]
+    masks = [i for i in indices if i is not None and i.dtype in (DType.BOOL, DType.U8)]
+    if len(masks) == 1 and len(new) == 1 and masks[0].type.rank:
+        indices = [x for i in indices for x in (_columns(c, i, new[0]) if i is masks[0] else [i])]
     picked = _checked(c, indices, self)
     if not picked:
         return self

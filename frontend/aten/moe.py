@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moec.frontend.aten.extern import lower_extern
 from moec.frontend.aten.linear import matmul
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context, Number
@@ -39,10 +40,9 @@ def histc(c: Context, self: Value, bins: int, min: Number, max: Number) -> Value
     source = self
     if self.producer is not None and self.producer.op == "math.cast":
         source = self.producer.operands[0] or self
-    if not source.dtype.is_integer:
-        raise c.refuse("histograms of floats are not supported", hint="count integers, one bin for each value")
-    if (min, max) != (0, bins - 1):
-        raise c.refuse(f"bins={bins}, min={min}, max={max}; supported are unit bins 0 … bins−1 (min=0, max=bins−1)")
+    if not source.dtype.is_integer or (min, max) != (0, bins - 1):
+        arguments = {"self": self, "bins": bins, "min": min, "max": max}
+        return lower_extern(c, c.op, arguments, lambda _: None)[0]
     return c.cast(c.b.histc(source, bins=bins), self.dtype)
 
 

@@ -79,15 +79,27 @@ def native_group_norm(
 
 
 @lowers("_native_batch_norm_legit_no_training", "batch_norm")
-def batch_norm(c: Context, input: Value, weight: Value | None, bias: Value | None, running_mean: Value,
-               running_var: Value, eps: float) -> list[Value] | Value:  # fmt: skip
+def batch_norm(c: Context, input: Value, weight: Value | None, bias: Value | None, running_mean: Value | None,
+               running_var: Value | None, eps: float, training: bool = False) -> list[Value] | Value:  # fmt: skip
+    """Normalise over all axes but the second, by running statistics or, in training without any, the batch's own."""
+    if input.type.rank < 2:  # which torch takes when it is empty
+        return input
     per_channel = (input.shape[1], *[1] * (input.type.rank - 2))
     x = c.widen(input)
 
     def channel(v: Value) -> Value:
         return c.reshape(c.cast(v, x.dtype), per_channel)
 
-    y = c.b.mul(c.b.sub(x, channel(running_mean)), c.b.rsqrt(c.b.add(channel(running_var), eps)))
+    if training and running_mean is not None:
+        raise c.refuse("training changes the running statistics", hint="call model.eval() before tracing")
+    if running_mean is None or running_var is None:
+        axes = (0, *range(2, x.type.rank))
+        mean = c.b.mean(x, axes=axes, keepdim=True)
+        centred = c.b.sub(x, mean)
+        variance = c.b.mean(c.b.mul(centred, centred), axes=axes, keepdim=True)
+    else:
+        centred, variance = c.b.sub(x, channel(running_mean)), channel(running_var)
+    y = c.b.mul(centred, c.b.rsqrt(c.b.add(variance, eps)))
     y = y if weight is None else c.b.mul(y, channel(weight))
     y = c.cast(y if bias is None else c.b.add(y, channel(bias)), input.dtype)
     if c.op == "aten::batch_norm":

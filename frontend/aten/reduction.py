@@ -125,8 +125,12 @@ def _variance(c: Context, x: Value, dim: Any, correction: Number | None, keepdim
     centred = c.b.sub(wide, mean)
     total = c.b.sum(c.b.mul(centred, centred), axes=axes, keepdim=keepdim)
     count = x.type.with_shape([x.shape[a] for a in axes]).numel
-    count = count - int(1 if correction is None else correction)
-    variance = c.b.div(total, c.value(count, wide.dtype))
+    correction = 1 if correction is None else correction
+    if isinstance(count, int):
+        degrees = c.value(float(max(count - correction, 0)), wide.dtype)  # of freedom
+    else:
+        degrees = c.b.max(c.b.sub(c.value(count, wide.dtype), float(correction)), c.value(0.0, wide.dtype))
+    variance = c.b.div(total, degrees)
     if not keepdim:
         mean = c.reshape(mean, variance.shape)
     return c.cast(variance, x.dtype), c.cast(mean, x.dtype)
@@ -157,8 +161,11 @@ def vector_norm(c: Context, self: Value, ord: Number, dim: Any, keepdim: bool, d
         y = c.b.sum(c.b.abs(x), axes=axes, keepdim=keepdim)
     elif ord in (math.inf, -math.inf):
         y = c.b.op("math.amax" if ord > 0 else "math.amin", (c.b.abs(x),), {"axes": axes, "keepdim": keepdim})
+    elif ord == 0:
+        y = c.b.sum(c.cast(c.b.ne(x, 0.0), x.dtype), axes=axes, keepdim=keepdim)
     else:
-        raise c.refuse(f"norm of order {ord}; supported are 1, 2 and ±inf")
+        powers = c.b.pow(c.b.abs(x), c.value(float(ord), x.dtype))
+        y = c.b.pow(c.b.sum(powers, axes=axes, keepdim=keepdim), c.value(1 / ord, x.dtype))
     return c.cast(y, c.out_type.dtype)
 
 

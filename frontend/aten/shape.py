@@ -159,10 +159,12 @@ def slice_scatter(c: Context, self: Value, src: Value, dim: int, start: Any, end
     src = c.cast(src, self.dtype)
     if step == 1:
         return _write_segment(c, self, src, axis, first)
-    if not (isinstance(extent, int) and isinstance(first, int) and extent % step == 0 and first < step):
-        raise c.refuse(f"a step of {step} from {start} over an axis of size {extent}")
-    if src.shape[axis] != extent // step:
-        raise c.refuse(f"a step of {step} that covers only a part of the axis of size {extent}")
+    phases_fit = isinstance(extent, int) and isinstance(first, int) and extent % step == 0 and first < step
+    if not phases_fit or src.shape[axis] != extent // step:
+        from moec.frontend.aten.index import index_copy
+
+        rows = c.b.mul(c.b.arange(end=src.shape[axis]), c.value(step, DType.I64))
+        return index_copy(c, self, axis, c.b.add(rows, c.value(first, DType.I64)), src)
     split_shape = (*self.shape[:axis], extent // step, step, *self.shape[axis + 1 :])
     known = c.phases.get(self)
     if known is not None and known[0] == axis and len(known[1]) == step:

@@ -19,7 +19,7 @@ Oracle = Callable[[torch.Tensor], torch.Tensor]
 def coefficients(f: Oracle) -> tuple[float, ...]:
     """Chebyshev coefficients of f on [−1, 1], lowest first, without a tail that float32 does not see."""
 
-    def sampled(t: np.ndarray) -> np.ndarray:
+    def sampled(t: Any) -> Any:
         return f(torch.from_numpy(np.ascontiguousarray(t, np.float64))).numpy()
 
     found = np.polynomial.chebyshev.chebinterpolate(sampled, _DEGREE)

@@ -26,6 +26,7 @@ _VISION = (
     "grid_sampler_3d", "col2im", "im2col", "max_pool2d_with_indices_backward", "upsample_nearest1d.vec",
     "upsample_nearest2d.vec", "upsample_nearest3d.vec", "upsample_linear1d.vec", "upsample_bilinear2d.vec",
     "upsample_trilinear3d.vec", "upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
 )  # fmt: skip
 
 # decompositions and solvers
@@ -69,6 +70,7 @@ NAMES = (*_VISION, *_LINALG, *_FFT, *_SPECIAL, *_OTHER)
 
 _IGNORED = ("layout", "device", "pin_memory", "memory_format", "generator", "out")  # of schemas: nothing about values
 _OPERANDS = {"Tensor": Operand, "Optional[Tensor]": OptionalOperand, "List[Tensor]": Operands}
+_ANY: Any = Attr[Any]  # type: ignore[misc]
 
 
 def op_of(name: str) -> str:
@@ -85,7 +87,7 @@ def overload(name: str) -> Any:
 def _declare(name: str) -> None:
     target = overload(name)
     arguments = [a for a in target._schema.arguments if a.name not in _IGNORED]
-    fields: dict[str, Any] = {a.name: _OPERANDS.get(str(a.type), Attr[Any]) for a in arguments}
+    fields: dict[str, Any] = {a.name: _OPERANDS.get(str(a.type), _ANY) for a in arguments}
 
     class Aten:
         types: Attr[tuple]
@@ -100,7 +102,7 @@ def _declare(name: str) -> None:
 
     Aten.__annotations__ = fields | {"types": Attr[tuple], "complex": Attr[tuple]}
     for a in arguments:
-        if fields[a.name] is Attr[Any] and a.has_default_value():
+        if fields[a.name] is _ANY and a.has_default_value():
             setattr(Aten, a.name, attribute(a.default_value))
     if name in FORMS:
 
