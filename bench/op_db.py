@@ -26,7 +26,7 @@ from moec import tolerance
 from moec.frontend import Traced
 from moec.frontend import trace as trace_module
 from moec.ir import CompileError, Graph, run
-from moec.ir.interpreter import bind_inputs
+from moec.ir.interpreter import sizes_of
 
 BACKENDS = ("reference", "onnxruntime")
 DTYPE = torch.float32
@@ -243,6 +243,6 @@ def bounds(op: OpInfo, graph: Graph, inputs: Sequence[torch.Tensor]) -> tuple[fl
         for inner in getattr(d, "decorators", [d]) if isinstance(d, DecorateInfo) else [d]:
             if isinstance(inner, toleranceOverride) and DTYPE in inner.d:
                 rtol, atol = max(rtol, inner.d[DTYPE].rtol), max(atol, inner.d[DTYPE].atol)
-    binding = bind_inputs(graph, [t.resolve_conj() for t in inputs])
+    binding = sizes_of(graph, [t.resolve_conj() for t in inputs])
     known = tolerance.end_to_end(graph, binding)
     return max([rtol, *(known[v].relative for v in graph.outputs if v in known)]), atol

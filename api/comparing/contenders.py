@@ -172,7 +172,9 @@ class Eager(Contender):
             flat = pytree.tree_leaves(model(*args, **kwargs))
         store = Store(folder / "values")
         for (kind, i), value in zip(self._leaves, flat, strict=True):
-            if kind != "constant":
+            if kind == "complex":
+                store.put(f"output{i}", torch.view_as_real(value.resolve_conj()))
+            elif kind != "constant":
                 store.put(f"output{i}", value if kind == "tensor" else torch.tensor(value))
         return store
 

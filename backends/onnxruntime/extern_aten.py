@@ -26,7 +26,8 @@ from moec.ir import DType, Node, TensorType, lookup
 from moec.ir.ops.extern_aten import FORMS, NAMES, call, op_of, overload
 
 OPSET = 23
-_OPS = {op_of(name): name for name in NAMES if name not in FORMS}
+_OWN = ("linalg_det",)  # among those that decompose: has an operator of its own
+_OPS = {op_of(name): name for name in NAMES if name not in FORMS or name in _OWN}
 _CACHE = 256  # translated calls
 
 
