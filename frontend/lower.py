@@ -174,7 +174,7 @@ class Lowerer:
             raise CompileError(f"{name}: {e.message}", code=e.code, hint=e.hint) from None
         c = self.context
         c.op, c.b.location, c.node = name, location, node
-        if name in _COUNTS:
+        if name in _COUNTS and value is not None:
             for t in value if isinstance(value, list | tuple) else [value]:
                 self.symbols.introduce(t.shape)
         try:

@@ -26,7 +26,8 @@ from moec.ir import DType, Node, TensorType, lookup
 from moec.ir.ops.extern_aten import FORMS, NAMES, call, op_of, overload
 
 OPSET = 23
-_OWN = ("linalg_det",)  # among those that decompose: has an operator of its own
+# of those that decompose, what has operators of its own that are tried first
+_OWN = ("linalg_det", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
 _OPS = {op_of(name): name for name in NAMES if name not in FORMS or name in _OWN}
 _CACHE = 256  # translated calls
 

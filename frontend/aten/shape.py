@@ -159,8 +159,8 @@ def slice_scatter(c: Context, self: Value, src: Value, dim: int, start: Any, end
     src = c.cast(src, self.dtype)
     if step == 1:
         return _write_segment(c, self, src, axis, first)
-    phases_fit = isinstance(extent, int) and isinstance(first, int) and extent % step == 0 and first < step
-    if not phases_fit or src.shape[axis] != extent // step:
+    known_sizes = isinstance(extent, int) and isinstance(first, int)
+    if not known_sizes or extent % step or first >= step or src.shape[axis] != extent // step:
         from moec.frontend.aten.index import index_copy
 
         rows = c.b.mul(c.b.arange(end=src.shape[axis]), c.value(step, DType.I64))
@@ -171,6 +171,7 @@ def slice_scatter(c: Context, self: Value, src: Value, dim: int, start: Any, end
         phases = list(known[1])
     else:
         phases = list(c.b.split(c.reshape(self, split_shape), axis=axis + 1, sizes=(1,) * step))
+    assert isinstance(first, int)
     phases[first] = c.reshape(src, (*split_shape[: axis + 1], 1, *split_shape[axis + 2 :]))
     out = c.reshape(c.concat(phases, axis + 1), self.shape)
     c.phases[out] = (axis, phases)

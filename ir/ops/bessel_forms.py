@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from moec.ir.ops.chebyshev import evaluated, within
-from moec.ir.ops.special_forms import FORMS, of_one, select
-
-__all__ = ["FORMS"]
+from moec.ir.ops.special_forms import of_one, select
 
 _S = torch.special
 

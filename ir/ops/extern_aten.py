@@ -15,8 +15,10 @@ import torch
 
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, Operands, OptionalOperand, op
-from moec.ir.ops.bessel_forms import FORMS as SPECIAL_FORMS
+from moec.ir.ops import bessel_forms, polynomial_forms  # noqa: F401  (they add to SPECIAL_FORMS)
 from moec.ir.ops.linalg_forms import MATRIX_FORMS
+from moec.ir.ops.spatial_forms import SPATIAL_FORMS
+from moec.ir.ops.special_forms import FORMS as SPECIAL_FORMS
 from moec.ir.types import DType, TensorType
 
 # convolution, pooling, sampling
@@ -35,7 +37,7 @@ _LINALG = (
     "_linalg_svd", "_linalg_eigh", "linalg_eig", "linalg_eigvals", "_linalg_eigvals", "linalg_qr", "geqrf",
     "linalg_inv", "linalg_solve", "linalg_cholesky", "linalg_lu_factor", "linalg_ldl_factor", "linalg_eigh",
     "linalg_eigvalsh", "linalg_svd", "linalg_svdvals", "linalg_det", "linalg_slogdet", "linalg_solve_ex",
-    "linalg_matrix_rank", "linalg_householder_product", "ormqr",
+    "linalg_tensorinv", "linalg_matrix_rank", "linalg_householder_product", "ormqr",
     "linalg_cholesky_ex", "cholesky", "cholesky_inverse", "cholesky_solve", "linalg_lu_factor_ex", "linalg_lu_solve",
     "linalg_lu", "lu_unpack", "linalg_ldl_factor_ex", "linalg_ldl_solve", "linalg_inv_ex", "_linalg_solve_ex",
     "linalg_solve_triangular", "triangular_solve", "linalg_lstsq", "_linalg_det", "_linalg_slogdet",
@@ -68,7 +70,7 @@ _OTHER = (
 )  # fmt: skip
 
 # how an op is said in ops of other families, for backends that lack it
-FORMS = SPECIAL_FORMS | MATRIX_FORMS
+FORMS = SPECIAL_FORMS | MATRIX_FORMS | SPATIAL_FORMS
 
 NAMES = (*_VISION, *_LINALG, *_FFT, *_SPECIAL, *_OTHER)
 

@@ -346,6 +346,19 @@ def _inv(op: Any, b: Any) -> Any:
     return _inv_ex(op, b)[0]
 
 
+@form("linalg_tensorinv")
+def _tensorinv(op: Any, b: Any) -> Any:
+    a = op.self
+    n = 1
+    for size in a.shape[: op.ind]:
+        n *= size
+    square = b.reshape(a, shape=(n, n))
+    m = Matrices(b, square)
+    packed, exchanged = lu(m, square)
+    inverse = _solve_packed(m, packed, exchanged, m.eye(square, n, n)) if n else square
+    return b.reshape(inverse, shape=op.types[0].shape)
+
+
 @form("linalg_solve_ex")
 def _solve_ex(op: Any, b: Any) -> Any:
     m = Matrices(b, op.A)
