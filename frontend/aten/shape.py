@@ -159,8 +159,8 @@ def slice_scatter(c: Context, self: Value, src: Value, dim: int, start: Any, end
     src = c.cast(src, self.dtype)
     if step == 1:
         return _write_segment(c, self, src, axis, first)
-    known_sizes = isinstance(extent, int) and isinstance(first, int)
-    if not known_sizes or extent % step or first >= step or src.shape[axis] != extent // step:
+    known_sizes = isinstance(extent, int) and isinstance(first, int) and extent % step == 0 and first < step
+    if not known_sizes or src.shape[axis] != extent // step:
         from moec.frontend.aten.index import index_copy
 
         rows = c.b.mul(c.b.arange(end=src.shape[axis]), c.value(step, DType.I64))
