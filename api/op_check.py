@@ -227,6 +227,7 @@ def _compiled_kernels(found: Sequence[_Case]) -> str:
     """Compile what the Triton lowering launches on the largest case, in every dtype, for sm_90: the interpreter takes
     what the compiler refuses. AssertionError with the compiler's words."""
     from moec.backends.triton.aot import compile_launch, lowering_launches
+    from moec.backends.triton.backend import limits
     from moec.backends.triton.launch import interpreted
 
     if interpreted():
@@ -236,6 +237,8 @@ def _compiled_kernels(found: Sequence[_Case]) -> str:
     }
     names = []
     for case in largest.values():
+        if limits(case.node, gpu=True) is not None:
+            continue
         try:
             launches = lowering_launches(case.node)
         except Exception as e:  # a lowering may look at values, which tensors without memory have not

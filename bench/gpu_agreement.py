@@ -59,7 +59,7 @@ def _graph(name: str, quantised: bool) -> tuple[str, str]:
     try:
         found = moec.compare(graph, case.inputs, backends=("reference", "triton"), **options)
     except moec.CompileError as e:
-        return "failed", str(e)
+        return "refused" if e.code == "coverage" else "failed", str(e)
     except Exception:
         return "failed", traceback.format_exc(limit=-3)
     flips = f"; {len(found.routing_flips)} near-tied flips" if found.routing_flips else ""

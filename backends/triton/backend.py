@@ -143,7 +143,7 @@ class TritonBackend(Backend):
 
 def _fits(node: Node) -> str | None:
     """What a shipped kernel cannot take; the reason, or None."""
-    return None if torch_reason(node) else _wrong_float(node) or _limits(node)
+    return None if torch_reason(node) else _wrong_float(node) or limits(node, _on_gpu())
 
 
 def _wrong_float(node: Node) -> str | None:
@@ -153,8 +153,8 @@ def _wrong_float(node: Node) -> str | None:
     return None
 
 
-def _limits(node: Node) -> str | None:
-    """What the kernel of a node cannot take; the reason, or None."""
+def limits(node: Node, gpu: bool) -> str | None:
+    """What the kernel of a node cannot take, on a GPU or in the interpreter; the reason, or None."""
     shape = next(v for v in node.operands if v is not None).shape
     match node.op:
         case "norm.rms" | "norm.add_rms":
@@ -175,7 +175,7 @@ def _limits(node: Node) -> str | None:
                 return f"activation groups of {group} against weight blocks {width} wide"
             if node.op == "quant.scaled_linear" and node.attrs["dtype"] not in _KERNEL_FLOATS:
                 return f"results in {node.attrs['dtype']}"
-            return _bad_width(width, _GPU_GROUP if _on_gpu() else 1)
+            return _bad_width(width, _GPU_GROUP if gpu else 1)
     return None
 
 
