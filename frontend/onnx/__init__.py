@@ -12,6 +12,7 @@ from onnx_ir.passes.common import InlinePass
 from moec.frontend.onnx import (  # noqa: F401  (each registers its imports)
     attention,
     elementwise,
+    index,
     linear,
     microsoft,
     norm,

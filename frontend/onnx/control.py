@@ -39,7 +39,7 @@ def _body(importer: Importer, body: onnx_ir.Graph, arguments: list[Value]) -> li
         importer.env[v] = importer.context.constant(v.const_value.numpy(), str(name))
     for i, node in enumerate(body):
         importer._node(node, i)
-    results = [importer.env[v] for v in body.outputs]
+    results = [importer.value(v) for v in body.outputs]
     importer.env = before
     return results
 
@@ -101,6 +101,7 @@ def body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorTy
     scratch = Importer(importer.model, {}, importer.folder)
     scratch.opsets, scratch.context.opset = importer.opsets, importer.opsets.get("", 1)
     scratch.context.taken = set(importer.context.taken)
+    scratch.lists = {}  # sequences stay outside
     for outer, value in importer.env.items():
         if value in importer.context.arrays:
             scratch.env[outer] = scratch.context.constant(importer.context.arrays[value])

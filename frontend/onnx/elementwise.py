@@ -81,7 +81,10 @@ def sign(c: ImportContext, x: Value) -> Value:
 
 @imports("Div", since=7)
 def div(c: ImportContext, a: Value, b: Value) -> Value:
-    c.floats(a, b)  # of integers it rounds to zero, which is no op of ours
+    if a.dtype in (DType.I64, DType.I32):  # it rounds to zero, ours down
+        signs = c.b.mul(c.b.sign(a), c.b.sign(b))
+        return c.b.mul(c.b.floordiv(c.b.abs(a), c.b.abs(b)), signs)
+    c.floats(a, b)
     return c.b.div(a, b)
 
 
@@ -163,6 +166,45 @@ def prelu(c: ImportContext, x: Value, slope: Value) -> Value:
 def _below_zero(c: ImportContext, x: Value, below: Value) -> Value:
     c.floats(x)
     return c.b.where(c.b.lt(x, 0.0), below, x)
+
+
+@imports("Elu", since=6)
+def elu(c: ImportContext, x: Value, *, alpha: float) -> Value:
+    return _exponential_below(c, x, alpha, 1.0)
+
+
+@imports("Celu", since=12)
+def celu(c: ImportContext, x: Value, *, alpha: float) -> Value:
+    return _exponential_below(c, x, alpha, alpha)
+
+
+@imports("Selu", since=6)
+def selu(c: ImportContext, x: Value, *, alpha: float, gamma: float) -> Value:
+    return c.b.mul(_exponential_below(c, x, alpha, 1.0), gamma)
+
+
+def _exponential_below(c: ImportContext, x: Value, alpha: float, scale: float) -> Value:
+    """alpha · (exp(x / scale) − 1) below 0; where x is larger, the exponential is of 0, not of x."""
+    c.floats(x)
+    low = c.b.min(x, c.b.const(0.0, x.dtype))
+    low = low if scale == 1.0 else c.b.div(low, scale)
+    return _below_zero(c, x, c.b.mul(c.b.sub(c.b.exp(low), 1.0), alpha))
+
+
+@imports("Shrink", since=9)
+def shrink(c: ImportContext, x: Value, *, bias: float, lambd: float) -> Value:
+    c.floats(x)
+    zero = c.b.const(0.0, x.dtype)
+    inner = c.b.where(c.b.gt(x, lambd), c.b.sub(x, bias), zero)
+    return c.b.where(c.b.lt(x, -lambd), c.b.add(x, bias), inner)
+
+
+@imports("IsInf", since=10)
+def isinf(c: ImportContext, x: Value, *, detect_negative: int, detect_positive: int) -> Value:
+    c.floats(x)
+    if not (detect_negative and detect_positive):
+        return c.b.eq(x, float("-inf") if detect_negative else float("inf"))
+    return c.b.eq(c.b.abs(x), float("inf"))
 
 
 @imports("HardSigmoid", since=6)

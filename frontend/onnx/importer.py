@@ -162,7 +162,7 @@ class Importer:
                 raise CompileError(
                     f"output {v.name!r} is a sequence; only tensors are supported", code="unsupported-model"
                 )
-            value = self.env[v]
+            value = self.value(v)
             known = self._declared(v)
             if known is not None and (known.dtype is not value.dtype or not _may_be(known, value.type)):
                 raise CompileError(
@@ -198,7 +198,7 @@ class Importer:
         if not domain and (node.op_type in sequences.OPERATORS or any(v in self.lists for v in node.inputs)):
             self._sequence(node)
             return
-        operands = [None if v is None else self.env[v] for v in node.inputs]
+        operands = [None if v is None else self.value(v) for v in node.inputs]
         while operands and operands[-1] is None:
             operands.pop()
         used = [bool(o.name) and (bool(list(o.uses())) or o.is_graph_output()) for o in node.outputs]
@@ -212,10 +212,16 @@ class Importer:
                     v.origins |= {str(o.name)}
                 self.env[o] = v
 
+    def value(self, v: onnx_ir.Value) -> Value:
+        """What a value of the model is in the graph. Raises CompileError for a sequence."""
+        if v not in self.env:
+            raise CompileError(f"{v.name!r} is a sequence, no tensor, here", code="unsupported-op")
+        return self.env[v]
+
     def _sequence(self, node: onnx_ir.Node) -> None:
         """An operator that takes or gives a sequence."""
         c = self.context
-        operands = [None if v is None else self.lists[v] if v in self.lists else self.env[v] for v in node.inputs]
+        operands = [None if v is None else self.lists[v] if v in self.lists else self.value(v) for v in node.inputs]
         if node.op_type == "Identity":
             self.lists[node.outputs[0]] = list(operands[0] or [])  # type: ignore[arg-type]  # it is a list here
             return

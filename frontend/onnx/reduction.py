@@ -50,10 +50,22 @@ def _log_sum(c: ImportContext, x: Value, axes: tuple[int, ...], keep: bool) -> V
     return c.b.log(_sum(c, x, axes, keep))
 
 
+def _log_sum_exp(c: ImportContext, x: Value, axes: tuple[int, ...], keep: bool) -> Value:
+    """Relative to the maximum, so that nothing overflows; an infinite maximum is taken for 0."""
+    c.floats(x)
+    if any(x.shape[a] == 0 or not isinstance(x.shape[a], int) for a in axes):
+        raise c.refuse("over axes that may be empty")
+    top = c.b.amax(x, axes=axes, keepdim=True)
+    top = c.b.where(c.b.lt(c.b.abs(top), float("inf")), top, c.b.const(0.0, x.dtype))
+    total = c.b.add(c.b.log(c.b.sum(c.b.exp(c.b.sub(x, top)), axes=axes, keepdim=True)), top)
+    return total if keep else c.reshape(total, [s for i, s in enumerate(x.shape) if i not in axes])
+
+
 # the opset from which axes are an operand
 REDUCTIONS: dict[str, tuple[int, Callable[..., Value]]] = {
     "ReduceSum": (13, _sum), "ReduceMean": (18, _mean), "ReduceMax": (18, _max), "ReduceMin": (18, _min),
     "ReduceL1": (18, _l1), "ReduceL2": (18, _l2), "ReduceSumSquare": (18, _square), "ReduceLogSum": (18, _log_sum),
+    "ReduceLogSumExp": (18, _log_sum_exp),
 }  # fmt: skip
 
 
@@ -83,6 +95,24 @@ def argmax(c: ImportContext, x: Value, *, axis: int, keepdims: int, select_last_
     if select_last_index:
         raise c.refuse("the last of several")
     return c.b.argmax(x, axis=c.norm_axis(axis, x.type.rank), keepdim=bool(keepdims))
+
+
+@imports("ArgMin")
+def argmin(c: ImportContext, x: Value, *, axis: int, keepdims: int, select_last_index: int | None) -> Value:
+    c.floats(x)
+    return argmax(c, c.b.neg(x), axis=axis, keepdims=keepdims, select_last_index=select_last_index)
+
+
+@imports("GlobalAveragePool")
+def global_average(c: ImportContext, x: Value) -> Value:
+    c.floats(x)
+    return c.b.mean(x, axes=tuple(range(2, x.type.rank)), keepdim=True)
+
+
+@imports("GlobalMaxPool")
+def global_max(c: ImportContext, x: Value) -> Value:
+    c.floats(x)
+    return c.b.amax(x, axes=tuple(range(2, x.type.rank)), keepdim=True)
 
 
 def _softmax(name: str, op: str) -> None:

@@ -1,4 +1,4 @@
-"""Shapes, slices, gathers, and what makes tensors."""
+"""Shapes, and what makes, joins, cuts and pads tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moec.frontend.onnx.context import ImportContext, Size
+from moec.frontend.onnx.index import ascends
 from moec.frontend.onnx.registry import imports
 from moec.ir import Dim, DType, Value
 from moec.ir.arrays import dtype_of
@@ -163,68 +164,6 @@ def concat(c: ImportContext, *xs: Value, axis: int) -> Value:
     return c.concat(list(xs), c.norm_axis(axis, xs[0].type.rank))
 
 
-@imports("Slice", since=10)
-def slice_(c: ImportContext, x: Value, starts: Value, ends: Value, axes: Value | None = None,
-           steps: Value | None = None) -> Value:  # fmt: skip
-    bounds = c.elements(starts), c.elements(ends)
-    if bounds[0] is None or bounds[1] is None:
-        raise c.refuse("the bounds are known only at run time")
-    return _slices(c, x, bounds[0], bounds[1], c.ints(axes, "axes"), c.ints(steps, "steps"))
-
-
-@imports("Slice")
-def slice_1(c: ImportContext, x: Value, *, starts: Any, ends: Any, axes: Any) -> Value:
-    return _slices(c, x, tuple(starts), tuple(ends), axes, None)
-
-
-def _slices(
-    c: ImportContext, x: Value, starts: tuple[Size, ...], ends: tuple[Size, ...], axes: Any, steps: Any
-) -> Value:
-    axes = range(len(starts)) if axes is None else axes
-    steps = [1] * len(starts) if steps is None else steps
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        axis = c.norm_axis(axis, x.type.rank)
-        if step < 1:
-            raise c.refuse(f"step {step}")
-        extent = x.shape[axis]
-        low, high = (_bound(c, b, extent) for b in (start, end))
-        if not _ascends(low, high):
-            high = low if isinstance(low, int) and isinstance(high, int) else low + _positive(high - low)
-        x = c.slice(x, axis, low, high, step)
-    return x
-
-
-def _bound(c: ImportContext, bound: Size, extent: Size) -> Size:
-    """A bound within the axis, counted from its start."""
-    if isinstance(bound, int) and isinstance(extent, int):
-        return min(max(bound + extent if bound < 0 else bound, 0), extent)
-    if bound == extent or (isinstance(bound, int) and bound >= 2**31 - 1):
-        return extent
-    if isinstance(bound, int) and bound <= -(2**31 - 1):
-        return 0
-    if isinstance(bound, int):
-        # sizes of x[:, 1:] and x[:, :-1] come out as the same expression
-        return _positive(extent + bound) if bound < 0 else extent - _positive(extent - bound)
-    if _ascends(0, bound):
-        return bound if _ascends(bound, extent) else extent - _positive(extent - bound)
-    raise c.refuse(f"bound {bound} of an axis of size {extent}")
-
-
-def _positive(s: Size) -> Size:
-    """max(s, 0)"""
-    import sympy
-
-    from moec.ir.dims import size as as_size
-
-    return max(s, 0) if isinstance(s, int) else s if _ascends(0, s) else as_size(sympy.Max(s.expr, 0))
-
-
-def _ascends(low: Size, high: Size) -> bool:
-    """Whether low ≤ high whatever the symbols are."""
-    span = high - low
-    return span >= 0 if isinstance(span, int) else bool(span.expr.is_nonnegative)
-
-
 @imports("Split", since=13)
 def split(c: ImportContext, x: Value, sizes: Value | None = None, *, axis: int, num_outputs: int | None) -> list[Value]:
     return _split(c, x, c.ints(sizes, "split"), axis, num_outputs)
@@ -250,54 +189,27 @@ def _many(x: Any) -> tuple[Value, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-@imports("Gather")
-def gather(c: ImportContext, x: Value, index: Value, *, axis: int) -> Value:
-    return c.b.gather(x, index, axis=c.norm_axis(axis, x.type.rank))
+@imports("DepthToSpace")
+def depth_to_space(c: ImportContext, x: Value, *, blocksize: int, mode: str | None) -> Value:
+    n, channels, h, w = x.shape
+    if not isinstance(channels, int):
+        raise c.refuse(f"of {x.type}")
+    b, rest = blocksize, channels // blocksize**2
+    if mode == "CRD":
+        wide, perm = (n, rest, b, b, h, w), (0, 1, 4, 2, 5, 3)
+    else:
+        wide, perm = (n, b, b, rest, h, w), (0, 3, 4, 1, 5, 2)
+    return c.reshape(c.transpose(c.reshape(x, wide), perm), (n, rest, h * b, w * b))
 
 
-@imports("GatherND", since=11)
-def gather_nd(c: ImportContext, x: Value, index: Value, *, batch_dims: int | None) -> Value:
-    """The last axis of `index` holds positions along the first axes of x."""
-    depth = index.shape[-1]
-    if batch_dims or not isinstance(depth, int):
-        raise c.refuse("with batch axes, or to an unknown depth")
-    if depth == 1:
-        return c.b.gather(x, c.reshape(index, index.shape[:-1]), axis=0)
-    flat = None
-    for i, extent in enumerate(x.shape[:depth]):
-        at = c.reshape(c.slice(index, index.type.rank - 1, i, i + 1), index.shape[:-1])
-        at = _non_negative(c, at, extent)
-        flat = at if flat is None else c.b.add(c.b.mul(flat, c.value(extent, DType.I64)), at)
-    rows = c.reshape(x, (product(x.shape[:depth]), *x.shape[depth:]))
-    return c.b.gather(rows, flat, axis=0)
-
-
-@imports("GatherElements", since=11)
-def gather_elements(c: ImportContext, x: Value, index: Value, *, axis: int) -> Value:
-    axis = c.norm_axis(axis, x.type.rank)
-    return c.b.gather_elements(x, _non_negative(c, index, x.shape[axis]), axis=axis)
-
-
-@imports("ScatterElements", since=11)
-def scatter_elements(
-    c: ImportContext, x: Value, index: Value, source: Value, *, axis: int, reduction: str | None
-) -> Value:
-    if reduction not in (None, "none", "add"):
-        raise c.refuse(f"reduction {reduction!r}")
-    if x.dtype is DType.BOOL and reduction == "add":
-        raise c.refuse("adding booleans")
-    axis = c.norm_axis(axis, x.type.rank)
-    index = _non_negative(c, index, x.shape[axis])
-    return c.b.scatter_elements(x, index, source, axis=axis, reduce=reduction or "none")
-
-
-def _non_negative(c: ImportContext, index: Value, extent: Size) -> Value:
-    """Indices from the end counted from the start, as i64."""
-    index = c.cast(index, DType.I64)
-    known = c.array(index)
-    if known is not None and (known >= 0).all():
-        return index
-    return c.b.where(c.b.lt(index, 0), c.b.add(index, c.value(extent, DType.I64)), index)
+@imports("SpaceToDepth")
+def space_to_depth(c: ImportContext, x: Value, *, blocksize: int) -> Value:
+    n, channels, h, w = x.shape
+    if not isinstance(h, int) or not isinstance(w, int) or h % blocksize or w % blocksize:
+        raise c.refuse(f"of {x.type}")
+    b = blocksize
+    split = c.reshape(x, (n, channels, h // b, b, w // b, b))
+    return c.reshape(c.transpose(split, (0, 3, 5, 1, 2, 4)), (n, channels * b * b, h // b, w // b))
 
 
 @imports("Pad", since=11)
@@ -343,16 +255,9 @@ def range_(c: ImportContext, start: Value, limit: Value, delta: Value) -> Value:
     if step < 1:
         raise c.refuse(f"step {step}")
     first, last = ends[0][0], ends[1][0]
-    if not _ascends(first, last):
+    if not ascends(first, last):
         raise c.refuse(f"from {first} to {last}")
     return c.b.arange(start=first, end=last, step=step, dtype=start.dtype)
-
-
-@imports("NonZero", since=9)
-def nonzero(c: ImportContext, x: Value) -> Value:
-    if not x.type.rank:
-        raise c.refuse("of a scalar")
-    return c.transpose(c.b.nonzero(x, count=c.fresh()), (1, 0))
 
 
 @imports("Trilu", since=14)

@@ -49,6 +49,26 @@ NATIVE = {
     "Einsum with a batch": ([floats(2, 3, 4), floats(3, 5, 2, 4)], {"equation": "tkd, kftd -> ktf"}),
     "GatherND": ([floats(3, 4, 2), ints(0, -1, 2, 3).reshape(2, 2)], {}),
     "GatherND of rows": ([floats(3, 4), ints(-1, 0).reshape(2, 1)], {}),
+    "Elu": ([floats(9) * 50], {"alpha": 0.5}),
+    "Celu": ([floats(9)], {"alpha": 2.0}),
+    "Selu": ([floats(9)], {}),
+    "Shrink": ([floats(9)], {"lambd": 0.4, "bias": 0.1}),
+    "IsInf": ([np.array([1, np.inf, -np.inf, np.nan], np.float32)], {"detect_negative": 0}),
+    "ReduceLogSumExp": (
+        [np.vstack([floats(2, 4) * 200, np.full((1, 4), -np.inf, np.float32)]), ints(1)],
+        {"keepdims": 0},
+    ),
+    "ArgMin": ([floats(3, 4).round()], {"axis": 1}),
+    "GlobalAveragePool": ([floats(2, 3, 4, 5)], {}),
+    "GlobalMaxPool": ([floats(2, 3, 4, 5)], {}),
+    "Div of integers": ([ints(7, -7, 7, -8), ints(2, 2, -2, -4)], {}),
+    "ScatterND": ([floats(4, 3), ints(-1, 0).reshape(2, 1), floats(2, 3)], {}),
+    "ScatterND adds": ([floats(4, 3), ints(1, 2, 1, 2, -4, 0).reshape(3, 2), floats(3)], {"reduction": "add"}),
+    "Compress": ([floats(4, 2), np.array([True, False, True, True])], {"axis": 0}),
+    "Compress flat": ([floats(2, 2), np.array([False, True, True])], {}),
+    "OneHot": ([ints(0, -1, 2, 7).reshape(2, 2), np.array(4), floats(2)], {"axis": 1}),
+    "DepthToSpace": ([floats(1, 8, 2, 3)], {"blocksize": 2, "mode": "CRD"}),
+    "SpaceToDepth": ([floats(1, 2, 4, 6)], {"blocksize": 2}),
     "HardSwish": ([floats(9)], {}),
     "Squeeze": ([floats(1, 3, 1), ints(0)], {}),
     "Expand": ([floats(3, 1), ints(2, 1, 4)], {}),
@@ -57,8 +77,10 @@ NATIVE = {
     "DequantizeLinear": ([RNG.integers(0, 255, (3, 4), np.uint8), floats(4), np.zeros(4, np.uint8) + 7], {"axis": 1}),
 }
 # operands that are shapes, axes and the like: constants in most models
-CONSTANT = {"ReduceMean": (1,), "Slice": (1, 2, 3, 4), "Pad": (1,), "Tile": (1,), "CumSum": (1,), "Trilu": (1,),
-            "Clip": (1, 2), "Squeeze": (1,), "Expand": (1,)}  # fmt: skip
+CONSTANT = {
+    "ReduceMean": (1,), "ReduceLogSumExp": (1,), "OneHot": (1,), "Slice": (1, 2, 3, 4), "Pad": (1,), "Tile": (1,),
+    "CumSum": (1,), "Trilu": (1,), "Clip": (1, 2), "Squeeze": (1,), "Expand": (1,),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -86,10 +108,8 @@ EXTERN = {
     "MaxPool": ([floats(1, 2, 6, 6)], {"kernel_shape": [2, 2], "strides": [2, 2]}),
     "Einsum": ([floats(3, 3), floats(3, 4), floats(4, 2)], {"equation": "ij,jk,kl->il"}),
     "Unique": ([ints(3, 1, 3, 2)], {}),
-    "Compress": ([floats(4, 2), np.array([True, False, True, True])], {"axis": 0}),
-    "OneHot": ([ints(0, -1, 2), np.array(4), floats(2)], {}),
     "Det": ([floats(3, 3)], {}),
-    "Div of integers": ([ints(7, -7, 7), ints(2, 2, -2)], {}),
+    "Div of small integers": ([np.array([7, -7], np.int8), np.array([2, 2], np.int8)], {}),
     "ConstantOfShape": ([ints(2, 3)], {"value": onnx.numpy_helper.from_array(np.array([7], np.int64))}),
 }
 
@@ -285,6 +305,12 @@ def test_sequences_and_strings_are_refused_by_name():
         import_onnx(proto)
     proto = model(nodes[:1], [value("x", [2])], [helper.make_tensor_sequence_value_info("s", 1, [1])])
     with pytest.raises(CompileError, match="output 's' is a sequence"):
+        import_onnx(proto)
+    sequence = helper.make_tensor_sequence_value_info("s", 1, None)
+    branch = helper.make_graph(nodes[:1], "branch", [], [sequence])
+    node = helper.make_node("If", ["c"], ["s"], then_branch=branch, else_branch=branch)
+    proto = model([node], [value("x", [2]), value("c", [], np.bool_)], [sequence])
+    with pytest.raises(CompileError, match="'s' is a sequence, no tensor"):
         import_onnx(proto)
     text = helper.make_tensor_value_info("x", onnx.TensorProto.STRING, [2])
     proto = model([helper.make_node("Identity", ["x"], ["y"])], [text], [text])
