@@ -54,10 +54,7 @@ NATIVE = {
     "Selu": ([floats(9)], {}),
     "Shrink": ([floats(9)], {"lambd": 0.4, "bias": 0.1}),
     "IsInf": ([np.array([1, np.inf, -np.inf, np.nan], np.float32)], {"detect_negative": 0}),
-    "ReduceLogSumExp": (
-        [np.vstack([floats(2, 4) * 200, np.full((1, 4), -np.inf, np.float32)]), ints(1)],
-        {"keepdims": 0},
-    ),
+    "ReduceLogSumExp": ([floats(2, 4) * 200, ints(1)], {"keepdims": 0}),
     "ArgMin": ([floats(3, 4).round()], {"axis": 1}),
     "GlobalAveragePool": ([floats(2, 3, 4, 5)], {}),
     "GlobalMaxPool": ([floats(2, 3, 4, 5)], {}),
@@ -128,6 +125,14 @@ def test_l1_norm():
     want = torch.nn.functional.normalize(torch.from_numpy(x), p=1.0, dim=1)
     for backend in ("reference", "onnxruntime"):
         torch.testing.assert_close(moec.compile(graph, backend=backend)(torch.from_numpy(x))[0], want)
+
+
+def test_log_sum_exp_of_nothing():
+    """ln Σ exp(−∞) is −∞; ONNX's evaluator gives NaN."""
+    x = np.full((2, 3), -np.inf, np.float32)
+    graph = import_onnx(one_op("ReduceLogSumExp", [x, ints(1)], constant=(1,), keepdims=0)).graph
+    for backend in ("reference", "onnxruntime"):
+        assert moec.compile(graph, backend=backend)(torch.from_numpy(x))[0].tolist() == [-np.inf] * 2
 
 
 def test_wide_unsigned_integers():
