@@ -32,7 +32,7 @@ OPAQUE = frozenset({*BYTES, DType.F8E4M3FNUZ, DType.F8E5M2FNUZ, DType.F8E8M0})
 def dtype_of(array: np.ndarray) -> DType:
     """The element type of an array. Raises CompileError for one that the IR does not have (strings, objects)."""
     try:
-        return _FROM_NUMPY[array.dtype]
+        return _FROM_NUMPY[array.dtype.newbyteorder("=") if array.dtype.byteorder == ">" else array.dtype]
     except KeyError:
         raise CompileError(f"elements of type {array.dtype} are not supported", code="dtype") from None
 
