@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+import onnx
 import pytest
 from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner, _normalize_tensor
 
+from moec.ir import CompileError
 from moec.onnx_backend import OnnxRuntimeBackend, ReferenceBackend
 
 EVERY = 45
@@ -41,6 +43,45 @@ def test_slice(suite, backend):
     wrong = {n: why for n, why in failed.items() if why.startswith("AssertionError")}
     assert not wrong
     assert passed >= 0.9 * len(suite), failed
+
+
+def with_symbols(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a symbol for every size of its inputs, and no claims of its results."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for i, v in enumerate(copy.graph.input):
+        for j, d in enumerate(v.type.tensor_type.shape.dim):
+            d.Clear()
+            d.dim_param = f"d{i}_{j}"
+    for v in copy.graph.output:
+        for d in v.type.tensor_type.shape.dim:
+            d.Clear()
+    return copy
+
+
+def test_slice_with_symbolic_sizes(suite):
+    """A case that comes in with unknown sizes gives what it gives with known ones."""
+    passed, wrong, refused = 0, {}, {}
+    for case in suite:
+        tensors = [
+            v.type.WhichOneof("value") == "tensor_type" for v in (*case.model.graph.input, *case.model.graph.output)
+        ]
+        if not all(tensors):
+            continue
+        for backend in (ReferenceBackend, OnnxRuntimeBackend):
+            try:
+                prepared = backend.prepare(with_symbols(case.model), "CPU", threads=1)
+                for inputs, expected in case.data_sets:
+                    got = prepared.run([_normalize_tensor(x) for x in inputs])
+                    want = [_normalize_tensor(x) for x in expected]
+                    Runner.assert_similar_outputs(want, got, rtol=case.rtol, atol=case.atol)
+                passed += 1
+            except AssertionError as e:
+                wrong[case.name] = f"{backend.backend}: {e}"
+            except CompileError as e:
+                refused[case.name] = e.message
+    assert not wrong
+    assert passed >= 0.85 * 2 * len(suite), refused
 
 
 def test_run_node_and_devices():
