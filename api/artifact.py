@@ -209,7 +209,7 @@ def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
     if not compiled.can_generate:
         return None
     stops = compiled.generator.stops
-    return {"eos": list(stops.eos), "pad": stops.pad}
+    return {"eos": list(stops.eos), "pad": stops.pad, "positions": stops.positions}
 
 
 def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
@@ -362,7 +362,10 @@ def _stops(manifest: Manifest) -> Stops:
         raise manifest.bad("stops.eos", "a list of token ids", eos)
     if pad is not None and (type(pad) is not int or not 0 <= pad < 2**63):
         raise manifest.bad("stops.pad", "a token id or null", pad)
-    return Stops(tuple(eos), pad)
+    positions = manifest.mapping("stops").get("positions")
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise manifest.bad("stops.positions", "a positive number or null", positions)
+    return Stops(tuple(eos), pad, positions)
 
 
 def _signature(manifest: Manifest, graph: Graph) -> Signature:

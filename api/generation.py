@@ -10,6 +10,7 @@ import torch
 
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Dim
 from moec.ir.dims import evaluate
+from moec.ir.interpreter import plain_tensor
 from moec.program import Program
 
 
@@ -24,10 +25,12 @@ UNSET: Final = _Unset()
 
 @dataclass(frozen=True)
 class Stops:
-    """Tokens that end a row, and what fills a row after its end."""
+    """Tokens that end a row, what fills a row after its end, and how many positions the model was made for (None: not
+    said)."""
 
     eos: tuple[int, ...] = ()
     pad: int | None = None
+    positions: int | None = None
 
     @staticmethod
     def of(model: Any) -> Stops:
@@ -37,7 +40,23 @@ class Stops:
         def first(name: str) -> Any:
             return next((v for v in (getattr(c, name, None) for c in configs) if v is not None), None)
 
-        return Stops(_ids(first("eos_token_id")), first("pad_token_id"))
+        config = getattr(model, "config", None)
+        sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_position")]
+        positions = next((n for n in sizes if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+        return Stops(_ids(first("eos_token_id")), first("pad_token_id"), positions)
+
+    def check_room(self, mask: torch.Tensor, max_new_tokens: int) -> None:
+        """Raise ArgumentValueError where the longest row would need positions that the model does not have; the last
+        new token takes none."""
+        longest = int(mask.sum(1).max()) if len(mask) else 0
+        if self.positions is not None and longest + max_new_tokens - 1 > self.positions:
+            room = max(self.positions - longest + 1, 0)
+            raise ArgumentValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones take {longest + max_new_tokens - 1} "
+                f"positions, the model has {self.positions}",
+                code="value",
+                hint=f"max_new_tokens can be {room} at most for this prompt",
+            )
 
     def resolve(self, eos_token_id: Any) -> tuple[tuple[int, ...], int]:
         """(eos ids, pad id) of one `generate` call."""
@@ -77,6 +96,18 @@ class Generator:
         sizes = dict.fromkeys(self.program.legal.symbols, 0) | {str(b): batch}
         return [torch.empty([evaluate(n, sizes) for n in v.shape], dtype=v.dtype.torch) for v in past]
 
+    def check_ids(self, input_ids: torch.Tensor) -> None:
+        """Raise ArgumentValueError for an id that has no row in the table the ids are looked up in."""
+        ids = self.program.legal.inputs[0]
+        tables = [n.operands[0] for n in ids.users if n.op == "tensor.gather" and n.operands[1] is ids]
+        for v in tables:
+            rows = v.shape[0] if v is not None and v.weight is not None else None
+            if isinstance(rows, int) and input_ids.numel() and int(input_ids.max()) >= rows:
+                raise ArgumentValueError(
+                    f"argument 'input_ids' holds the id {int(input_ids.max())}, the model knows 0 … {rows - 1}",
+                    code="value",
+                )
+
     def generate(
         self,
         input_ids: torch.Tensor,
@@ -86,6 +117,8 @@ class Generator:
     ) -> torch.Tensor:
         """See `CompiledModel.generate`."""
         mask = check_prompt(input_ids, attention_mask, max_new_tokens)
+        self.check_ids(input_ids)
+        self.stops.check_room(mask, max_new_tokens)
         eos, pad = self.stops.resolve(eos_token_id)
         ids, step = input_ids, input_ids
         past = self.empty_cache(len(input_ids))
@@ -121,6 +154,7 @@ def check_prompt(input_ids: Any, attention_mask: Any, max_new_tokens: Any) -> to
             raise ArgumentValueError(
                 f"argument {name!r} has rank {t.ndim} (shape {list(t.shape)}), expected rank 2 [B, S]", code="rank"
             )
+        plain_tensor(name, t)
     if input_ids.shape[1] == 0:
         raise ArgumentValueError("argument 'input_ids' has no tokens, expected S ≥ 1", code="shape")
     if input_ids.numel() and int(input_ids.min()) < 0:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from moec.frontend.containers import check_spec, import_classes
 from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError, Graph
+from moec.ir.interpreter import plain_tensor
 
 Constant = None | bool | int | float | str
 
@@ -87,7 +88,7 @@ class Signature:
                     f"argument {name!r} must be a torch.Tensor, got {type(leaf).__name__}", code="arguments"
                 )
             else:
-                tensors.append(leaf)
+                tensors.append(plain_tensor(name, leaf))
         return tensors
 
     def check_bounds(self, binding: Mapping[str, int]) -> None:

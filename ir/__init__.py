@@ -10,11 +10,11 @@ from moec.ir.opdef import Attr, OpDef, Operand, Operands, OptionalOperand, all_o
 from moec.ir.parser import parse
 from moec.ir.plans import Mesh, Placement, Quantization
 from moec.ir.types import DType, TensorType
-from moec.ir.weight import ComputedSource, SafetensorsSource, TensorSource, Weight
+from moec.ir.weight import CheckedSource, ComputedSource, SafetensorsSource, TensorSource, Weight
 
 __all__ = [
-    "ArgumentTypeError", "ArgumentValueError", "ArtifactError", "Attr", "Builder", "CompileError", "ComputedSource",
-    "DType", "Dim", "Frame", "Graph", "Location", "Mesh", "Node", "OpDef", "Operand", "Operands", "OptionalOperand",
-    "Placement", "Quantization", "SafetensorsSource", "TensorSource", "TensorType", "Value", "Weight", "all_ops",
-    "lookup", "op", "parse", "require", "run",
+    "ArgumentTypeError", "ArgumentValueError", "ArtifactError", "Attr", "Builder", "CheckedSource", "CompileError",
+    "ComputedSource", "DType", "Dim", "Frame", "Graph", "Location", "Mesh", "Node", "OpDef", "Operand", "Operands",
+    "OptionalOperand", "Placement", "Quantization", "SafetensorsSource", "TensorSource", "TensorType", "Value",
+    "Weight", "all_ops", "lookup", "op", "parse", "require", "run",
 ]  # fmt: skip

@@ -39,6 +39,22 @@ def bind_inputs(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
     return bind([(str(v.name), v.shape, tuple(t.shape)) for v, t in zip(graph.inputs, inputs, strict=True)])
 
 
+def plain_tensor(name: str | None, tensor: torch.Tensor) -> torch.Tensor:
+    """An argument without its subclass and its gradient. Raises ArgumentTypeError where it has no dense data."""
+    kind = None
+    if tensor.is_nested:
+        kind, hint = "nested", "torch.nested.to_padded_tensor makes a dense one"
+    elif tensor.layout is not torch.strided:
+        kind, hint = f"sparse ({tensor.layout})", ".to_dense() makes a dense one"
+    elif tensor.is_quantized:
+        kind, hint = f"quantised ({tensor.dtype})", ".dequantize() makes a dense one"
+    elif tensor.device.type == "meta":
+        kind, hint = "on meta, a device without data", "pass a tensor with data"
+    if kind is not None:
+        raise ArgumentTypeError(f"argument {name!r} is {kind}, expected a dense tensor", code="arguments", hint=hint)
+    return tensor.as_subclass(torch.Tensor).detach()
+
+
 def evaluate_attr(value: Any, binding: Mapping[str, int]) -> Any:
     """An attribute with its dims replaced by integers."""
     if isinstance(value, Dim):

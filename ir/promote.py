@@ -154,7 +154,7 @@ class _Promotion:
         elif is_wide(v.dtype):
             tensor = tensor.to(torch.float64)
         name = self.graph.fresh_weight_name(f"constant.{len(self.graph.weights)}")
-        return self.graph.add_weight(Weight(name, TensorType.of(tensor), TensorSource(tensor)))
+        return self.graph.add_weight(Weight(name, TensorType.of(tensor), TensorSource(tensor, name)))
 
     def _as(self, v: Value, dtype: DType) -> Value:
         return v if v.dtype == dtype else self.graph.create("math.cast", [v], {"dtype": dtype}).result

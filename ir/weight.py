@@ -56,11 +56,27 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TensorSource:
-    """A live torch tensor (shared, not copied; detached)."""
+    """A live torch tensor (shared, not copied; detached), which may change until it is first read.
+
+    After that, some backends and passes hold what they have read and others would read it again: they would not compute
+    on one state of the model.
+    """
 
     tensor: torch.Tensor
+    name: str = ""
+    _read_at: list[int] = field(default_factory=list, repr=False)
 
     def load(self) -> torch.Tensor:
+        """Raises CompileError where the tensor was written to since it was first read (not seen: through `.data`)."""
+        if not self.tensor.is_inference():
+            now = self.tensor._version
+            if self._read_at and self._read_at[0] != now:
+                raise CompileError(
+                    f"weight {self.name!r} was modified in place after it had been read",
+                    code="weight",
+                    hint="compile the model again to use its new weights",
+                )
+            self._read_at[:] = [now]
         return self.tensor.detach()
 
 
@@ -101,6 +117,20 @@ class ComputedSource:
 
 
 @dataclass(frozen=True, eq=False)
+class CheckedSource:
+    """Another source, whose data is checked whenever it is read."""
+
+    source: WeightSource
+    check: Callable[[torch.Tensor], None]
+
+    def load(self) -> torch.Tensor:
+        tensor = self.source.load()
+        if tensor.device.type != "meta":
+            self.check(tensor)
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Weight:
     """A named constant tensor of a model. `source` is None where only the type is known (parsed text,
     meta tensors); `digest` is the SHA-256 of dtype, shape and bytes where it was computed."""
@@ -135,7 +165,7 @@ class Weight:
 
     @staticmethod
     def of(name: str, tensor: torch.Tensor) -> Weight:
-        return Weight(name, TensorType.of(tensor), TensorSource(tensor))
+        return Weight(name, TensorType.of(tensor), TensorSource(tensor, name))
 
     def __eq__(self, other: object) -> bool:
         """Same name and type, and same digest where both have one."""

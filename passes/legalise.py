@@ -8,6 +8,7 @@ from typing import Protocol
 
 from moec.ir import Builder, CompileError, Graph, Node, Value
 from moec.ir.compare import same_attrs
+from moec.ir.ops.quant import check_scales
 from moec.ir.printer import excerpt
 from moec.passes.base import Pass, report
 
@@ -31,7 +32,8 @@ class Legalise(Pass):
     """Decomposes ops that the backend lacks until only supported ones are left.
 
     With `fallback="error"` the first node that still does not fit raises CompileError (op, location,
-    reason); with "reference" such nodes stay for the reference interpreter and are reported.
+    reason); with "reference" such nodes stay for the reference interpreter and are reported. Stored scales of FP8
+    weights are checked when they are read.
     """
 
     backend: Capabilities
@@ -61,6 +63,7 @@ class Legalise(Pass):
                     left.append(f"{node.op} at {node.location.describe()}: {reason}")
                 # continue with the first new node: it may need decomposing too
                 node = first_new or node._next
+            check_scales(g)
         report(left_to_reference=left)
         return graph
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moec.ir import Builder, CompileError, ComputedSource, DType, Graph, Node, Quantization, TensorType, Value, Weight
-from moec.ir.ops.quant import quantize_blocks, scale_type
+from moec.ir.ops.quant import quantize_blocks, require_finite, scale_type
 from moec.passes.base import Pass, report
 from moec.passes.coverage import quantized_coverage, router_projections, why_left
 
@@ -130,13 +130,9 @@ class _BlockCodes:
 
     def _compute(self) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.weight.load().to(torch.float32)
-        if not bool(torch.isfinite(x).all()):
-            bad = int((~torch.isfinite(x)).sum())
-            raise CompileError(
-                f"weight {self.weight.name!r} has {bad} NaN or infinite elements and cannot be quantised",
-                code="quantize",
-                hint=f"keep=({self.weight.name!r},) leaves it as it is",
-            )
+        name = self.weight.name
+        require_finite(name, x, block=self.block, hint=f"keep=({name!r},) leaves it as it is, unquantised")
         if self.interleaved:
             x = torch.cat([x[:, 0::2], x[:, 1::2]], dim=1)
-        return quantize_blocks(x, self.block)
+        codes, scale = quantize_blocks(x, self.block)
+        return codes.contiguous(), scale.contiguous()  # also of a transposed weight

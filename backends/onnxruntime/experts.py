@@ -143,7 +143,7 @@ def sorted_experts(e: Emitter, spec: Spec, x: onnx.Value, *, unroll: bool) -> on
     rows = tokens * k
     gate_up, down = spec.matrices(e)
     flat = e.op("Reshape", e.value(spec.experts), np.array([-1]))
-    if not routed(spec.experts):
+    if not routed(spec.experts, spec.num):
         # ids must fail where they are out of range; ScatterElements takes negative ones
         flat = e.op("Where", e.op("Less", flat, np.int64(0)), np.int64(spec.num), flat)
     counts = count_ids(e, flat, spec.num)

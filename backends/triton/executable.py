@@ -62,6 +62,12 @@ class TritonExecutable(Executable):
         self._schedule = Schedule(graph, (), self._custom)
         self._tapped: tuple[tuple[Value, ...], Schedule] | None = None
         self._weights: dict[tuple[Value, torch.device], Resident] = {}
+        self._unchecked = {  # experts with ids that no router gave
+            n
+            for n in graph.nodes
+            if n.op in ("moe.experts", "quant.scaled_experts")
+            and not routed(n.operand("experts"), int(n.operand("gate_up").shape[0]))
+        }
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._run(self._schedule, inputs, self.graph.outputs)
@@ -125,8 +131,8 @@ class TritonExecutable(Executable):
         if by_torch or replaced or node.op not in self.backend.keeps_weights:
             operands = [_plain(x) for x in operands]
         instance = node.opdef.instance(operands, attributes(node, binding))
-        if node.op in ("moe.experts", "quant.scaled_experts") and not routed(node.operand("experts")):
-            # the kernels skip what is out of range; this waits for the device
+        if node in self._unchecked:
+            # the kernels skip ids that are out of range; this waits for the device
             check_expert_ids(instance.experts, int(node.operand("gate_up").shape[0]))
         if node.op == "call.graph":
             instance.functions = self._functions

@@ -59,6 +59,7 @@ class InterpreterWorker:
         self._kept: weakref.WeakKeyDictionary[Resident, int] = weakref.WeakKeyDictionary()
         self._next_id = 0
         self._forget: list[int] = []
+        self._waiting = False
 
     @property
     def pid(self) -> int | None:
@@ -141,7 +142,10 @@ class InterpreterWorker:
         return wire.Reference(self._kept[value])
 
     def _ask(self, request: dict[str, Any]) -> Any:
+        if self._waiting:  # the lock lets this thread in again, from a signal handler or a finaliser
+            raise KernelError("the Triton interpreter worker was called while this thread waited for its answer")
         forget = [self._forget.pop() for _ in range(len(self._forget))]
+        self._waiting = True
         try:
             wire.send(self._requests, request | {"forget": forget})
             answer = wire.receive(self._answers)
@@ -152,6 +156,8 @@ class InterpreterWorker:
         except BaseException:  # such as KeyboardInterrupt: the answer to this request would meet the next one
             self.close()
             raise
+        finally:
+            self._waiting = False
         if answer["ok"]:
             return answer["result"]
         if answer["refused"]:

@@ -73,7 +73,7 @@ class ImportContext(Context):
         else:
             tensor = from_numpy(array)
             name = self.graph.fresh_weight_name(name)
-            v = self.graph.add_weight(Weight(name, TensorType.of(tensor), TensorSource(tensor)))
+            v = self.graph.add_weight(Weight(name, TensorType.of(tensor), TensorSource(tensor, name)))
         if array.size <= KNOWN_LIMIT:
             self.arrays[v] = array
         return v

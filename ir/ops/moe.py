@@ -251,10 +251,18 @@ def check_expert_ids(experts: torch.Tensor, num: int) -> None:
         raise ValueError(f"expert ids from {int(experts.min())} to {int(experts.max())}, there are {num} experts")
 
 
-def routed(experts: Value | None) -> bool:
-    """Whether ids come from an op that gives none out of range."""
+def routed(experts: Value | None, num: int) -> bool:
+    """Whether ids come from an op that gives none outside 0 … num − 1."""
     producer = None if experts is None else experts.producer
-    return producer is not None and producer.op in ("moe.route", "moe.remap")
+    if producer is None:
+        return False
+    if producer.op == "moe.remap":  # of ids that are in the table
+        table = producer.operand("table").weight
+        if table is None or table.source is None or not routed(producer.operand("experts"), table.type.shape[0]):
+            return False
+        slots = table.load()
+        return bool(((slots >= 0) & (slots < num)).all())
+    return producer.op == "moe.route" and producer.operand("logits").shape[1] <= num
 
 
 def combine_experts(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, num: int, mlp: Any) -> torch.Tensor:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from moec.ir.dims import ceil_div
-from moec.ir.errors import require
+from moec.ir.errors import CompileError, require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
 from moec.ir.ops.moe import ACTIVATIONS, activate, check_expert_shapes, check_routing, combine_experts
 from moec.ir.types import DType, TensorType
+from moec.ir.weight import CheckedSource
+
+if TYPE_CHECKING:
+    from moec.ir.graph import Graph
 
 E4M3_MAX = 448.0
 
@@ -54,6 +60,44 @@ def quantize_blocks(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tens
 def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """codes · scale in f32."""
     return codes.to(torch.float32) * spread(scale, tuple(codes.shape), block)
+
+
+def require_finite(name: str, tensor: torch.Tensor, *, block: tuple[int, int] | None = None, hint: str) -> None:
+    """Raise CompileError (code "weight") on NaN or infinity in a weight [..., R, C], or in its scales (no `block`),
+    which names the weight and the first place: expert, row, column and block."""
+    bad = ~torch.isfinite(tensor)
+    count = int(bad.sum())
+    if not count:
+        return
+    *expert, row, column = (int(i) for i in torch.unravel_index(bad.flatten().to(torch.uint8).argmax(), bad.shape))
+    place = [f"expert {expert[-1]}"] if expert else []
+    if block is not None:
+        place.append(f"row {row}, column {column}")
+        row, column = row // block[0], column // block[1]
+    place.append(f"block [{row}, {column}]")
+    value = tensor[*expert, row, column] if block is None else tensor[bad][0]
+    raise CompileError(
+        f"weight {name!r} has {count} NaN or infinite {'scale' if block is None else 'element'}{'s' * (count > 1)}: "
+        f"{float(value)} in {', '.join(place)}; expected finite numbers",
+        code="weight",
+        hint=hint,
+    )
+
+
+def check_scales(graph: Graph) -> None:
+    """Make every stored scale of the graph's FP8 ops be checked when it is read: NaN and infinity are refused."""
+    for node in graph.nodes:
+        for name, _ in node.opdef.operands if node.op.startswith("quant.") else ():
+            value = node.operand(name) if name.endswith("scale") else None
+            weight = None if value is None else value.weight
+            if value is None or weight is None or weight.source is None or isinstance(weight.source, CheckedSource):
+                continue
+            value.weight = replace(weight, source=CheckedSource(weight.source, _scale_check(weight.name)))
+
+
+def _scale_check(name: str) -> Callable[[torch.Tensor], None]:
+    hint = "the weight was quantised wrongly, or its file is damaged"
+    return lambda tensor: require_finite(name, tensor, hint=hint)
 
 
 @op("quant.quantize", results=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moec.ir import DType, Value
+from moec.ir import CompileError, DType, Value, Weight
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 
@@ -39,7 +39,22 @@ def _scaled(b: Any, value: Value | None, factor: float) -> Value | None:
     if value is None or value.weight is None:
         return None
     weight = value.weight
-    return b.weight(f"{weight.name}.scaled", lambda: weight.load() * factor, weight.type)
+    return b.weight(f"{weight.name}.scaled", lambda: _product(weight, factor, f"{factor:.6g}"), weight.type)
+
+
+def _product(weight: Weight, factor: torch.Tensor | float, what: str) -> torch.Tensor:
+    """Raises CompileError where a product of finite numbers is none."""
+    data = weight.load()
+    product = data * factor
+    lost = ~product.isfinite() & data.isfinite() & torch.as_tensor(factor).isfinite()
+    if bool(lost.any()):
+        raise CompileError(
+            f"weight {weight.name!r} times {what} overflows {weight.type.dtype} in {int(lost.sum())} elements: "
+            f"{float(data[lost][0])} is the first",
+            code="weight",
+            hint="leave the pass that folds factors into weights out",
+        )
+    return product
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class FoldNormWeight(Rewrite):
         scale, weight = m.weight.weight, m.w.weight
 
         def compute() -> torch.Tensor:
-            return weight.load() * scale.load()
+            return _product(weight, scale.load(), f"the norm's weight {scale.name!r}")
 
         scaled = b.weight(f"{weight.name}.normed", compute, weight.type)
         return b.linear_linear(b.rms(m.x, eps=m.eps), scaled, m.bias)

@@ -155,7 +155,8 @@ HOSTILE_SCALES = [1.0, 2.0**-130, 3e38, 0.0, -0.75, torch.nan, torch.inf, 1e-3, 
 def test_dequantize(setup: str, block: tuple[int, int], dtype: str, stored: bool):
     """Every code under every kind of scale, as inputs or weights: the product rounded to float32, then to `dtype`."""
     codes = ALL.repeat(12).reshape(24, 128).T.contiguous().reshape(16, 192)
-    scale = scales_of(codes, block, HOSTILE_SCALES)
+    # stored scales that are not finite are refused
+    scale = scales_of(codes, block, [s for s in HOSTILE_SCALES if math.isfinite(s) or not stored])
     given = [codes.view(F8), scale]
 
     def build(b: Any, *inputs: Any) -> Any:
