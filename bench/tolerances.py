@@ -98,7 +98,7 @@ def add(row: Row, what: str, found: tuple[float, float]) -> None:
 
 def seen(want: torch.Tensor, bound: Bound, scale: float) -> float:
     """The smallest factor 1 + e that is out of tolerance, as e."""
-    for power in range(-112, 32):
+    for power in range(-184, 32):
         e = 2.0 ** (power / 8)
         if not difference(want, (want.double() * (1 + e)).to(want.dtype), bound, scale).ok:
             return e
