@@ -73,7 +73,7 @@ class TensorSource:
             if self._read_at and self._read_at[0] != now:
                 raise CompileError(
                     f"weight {self.name!r} was modified in place after it had been read",
-                    code="weight",
+                    code="weight-changed",
                     hint="compile the model again to use its new weights",
                 )
             self._read_at[:] = [now]
