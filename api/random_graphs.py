@@ -72,14 +72,14 @@ class Draws:
 class Grower:
     """A graph on the way, and the values that the next step may take."""
 
-    def __init__(self, draws: Draws, symbols: Sequence[Dim], *, plain: bool = False):
+    def __init__(self, draws: Draws, symbols: Sequence[Dim], *, plain: bool = False, inner: bool = False):
         self.d = draws
         self.graph = Graph()
         self.b = Builder(self.graph)
         self.symbols = tuple(symbols)
         self.values: list[Value] = []
         self.plain = plain  # no odd names and places
-        self.static = False  # a part in which sizes must be numbers
+        self.inner = inner  # a function: what is passed to it has no role there
 
     # -- types -------------------------------------------------------------------------------------
 

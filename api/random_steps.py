@@ -158,6 +158,8 @@ def _index(g: Grower, name: str, type: TensorType, sample: torch.Tensor, may_sto
         return g.stored(sample.clone(), name)
     if name == "count":
         raise CompileError("no sizes are known to count", code="size")
+    if g.inner and (name == "offsets" or not may_store):
+        raise CompileError("what a caller passes has no role", code="size")
     if name == "offsets" or not sample.numel() or not may_store or g.d.chance(40):
         return g.fresh(type, name, weight=None if may_store else False)
     bound = int(sample.max()) + 1
@@ -325,7 +327,7 @@ def call(g: Grower) -> Any:
     if g.graph.functions and g.d.chance(60):
         name = g.d.pick(sorted(g.graph.functions))
     else:
-        inner = Grower(g.d, [Dim("F")] if g.symbols and g.d.chance(60) else [], plain=g.plain)
+        inner = Grower(g.d, [Dim("F")] if g.symbols and g.d.chance(60) else [], plain=g.plain, inner=True)
         size = (inner.symbols or (g.d.pick((2, 3, 4)),))[0]
         for _ in range(g.d.pick((1, 2))):
             inner.fresh(TensorType(g.d.pick(FLOATS), (size, g.d.pick((4, 2, 1)))), "a", weight=False)
@@ -337,6 +339,8 @@ def call(g: Grower) -> Any:
 
         name = f"f{len(g.graph.functions)}"
         fn = with_data(inner.finish(), 1)
+        if any(v.type.symbols - fn.symbols for v in fn.outputs):
+            raise CompileError("sizes of a run do not leave a function", code="size")
         fn.name = name
         g.graph.functions[name] = fn
     fn = g.graph.functions[name]

@@ -8,6 +8,7 @@ import torch
 
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
+from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType, broadcast
 
 
@@ -75,6 +76,9 @@ class ScaledDotProductAttention:
         dead = (scores == float("-inf")).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
         return (weights @ v.to(wide)).to(q.dtype)
+
+    def undefined(self) -> bool:
+        return overflows(self.q, self.k, self.v, self.mask, self.sinks)
 
     @staticmethod
     def samples(r: Any) -> Any:

@@ -14,6 +14,10 @@ from moec.ir.opdef import Attr, Operand, op
 from moec.ir.types import DType, TensorType, broadcast
 
 
+def _softplus(x: torch.Tensor) -> torch.Tensor:
+    return F.softplus(x, threshold=40.0)  # from 20 on, as torch has it, f64 loses 1e-9
+
+
 def _unary(
     name: str,
     doc: str,
@@ -71,7 +75,7 @@ _unary("erf", "error function", torch.erf, "f")
 _unary("sigmoid", "1/(1 + e^−x)", torch.sigmoid, "f")
 _unary("silu", "x · sigmoid(x)", F.silu, "f")
 _unary("relu", "max(x, 0); NaN stays", torch.relu, "fi")
-_unary("softplus", "ln(1 + e^x)", F.softplus, "f")
+_unary("softplus", "ln(1 + e^x)", _softplus, "f")
 _unary("floor", "⌊x⌋", torch.floor, "f")
 _unary("ceil", "⌈x⌉", torch.ceil, "f")
 _unary("round", "to nearest, ties to even", torch.round, "f")
@@ -267,7 +271,8 @@ class GLU:
 
     def reference(self) -> torch.Tensor:
         if self.limit is not None:
-            gate, up = self.gate.clamp(max=self.limit), self.up.clamp(-self.limit, self.limit)
+            limit = literal(self.limit, DType.of(self.gate.dtype))
+            gate, up = self.gate.clamp(max=limit), self.up.clamp(-limit, limit)
             return gate * torch.sigmoid(self.alpha * gate) * (up + self.up_offset)
         if self.activation.startswith("gelu"):
             return gelu(self.gate, "tanh" if self.activation == "gelu_tanh" else "none") * self.up

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from moec.ir.errors import require
 from moec.ir.opdef import Operand, OptionalOperand, op
+from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType, broadcast
 
 
@@ -28,6 +29,9 @@ class MatMul:
 
     def reference(self) -> torch.Tensor:
         return torch.matmul(self.a, self.b)
+
+    def undefined(self) -> bool:
+        return overflows(self.a, self.b)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -57,6 +61,9 @@ class Linear:
     def decompose(self, b: Any) -> Any:
         y = b.matmul(self.x, b.transpose(self.weight, perm=(1, 0)))
         return y if self.bias is None else b.add(y, self.bias)
+
+    def undefined(self) -> bool:
+        return overflows(self.x, self.weight, self.bias)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -92,6 +99,9 @@ class GroupedMatMul:
                 out[start:end] = self.x[start:end] @ self.w[e]
             start = end
         return out
+
+    def undefined(self) -> bool:
+        return overflows(self.x, self.w)
 
     @staticmethod
     def samples(r: Any) -> Any:

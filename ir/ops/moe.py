@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from moec.ir.errors import require
+from moec.ir.literals import literal
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
 from moec.ir.ops.elementwise import gelu
+from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class Route:
         return {
             "softmax": lambda: torch.softmax(x, -1),
             "sigmoid": lambda: torch.sigmoid(x),
-            "sqrt_softplus": lambda: F.softplus(x).sqrt(),
+            "sqrt_softplus": lambda: F.softplus(x, threshold=40.0).sqrt(),
         }.get(self.scoring, lambda: x)()
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
@@ -163,6 +165,7 @@ def swiglu_clamped(
     gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float, up_offset: float = 1.0
 ) -> torch.Tensor:
     """min(gate, limit) · sigmoid(alpha · min(gate, limit)) · (clip(up, ±limit) + up_offset)."""
+    limit = literal(limit, DType.of(gate.dtype))
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
 
@@ -217,6 +220,9 @@ class Experts:
             return F.linear(h, self.down[e], None if self.down_bias is None else self.down_bias[e])
 
         return combine_experts(self.x, self.weights, self.experts, self.gate_up.shape[0], mlp)
+
+    def undefined(self) -> bool:
+        return overflows(self.x, self.weights, self.gate_up, self.down, self.gate_up_bias, self.down_bias)
 
     @staticmethod
     def samples(r: Any) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
+from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType
 
 
@@ -57,6 +58,9 @@ class RMSNorm:
     def decompose(self, b: Any) -> Any:
         return _rms_decomposed(b, self.x, self.weight, self.eps)
 
+    def undefined(self) -> bool:
+        return overflows(self.x, self.weight)
+
     @staticmethod
     def samples(r: Any) -> Any:
         yield [r.floats(r.n, r.k), r.floats(r.k)], {}
@@ -85,6 +89,9 @@ class AddRMSNorm:
     def decompose(self, b: Any) -> Any:
         total = b.add(self.x, self.residual)
         return _rms_decomposed(b, total, self.weight, self.eps), total
+
+    def undefined(self) -> bool:
+        return overflows(self.x, self.residual, self.weight)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -118,6 +125,9 @@ class LayerNorm:
             if w is not None:
                 y = apply(y, w if w.dtype == y.dtype else b.cast(w, dtype=y.dtype))
         return y if y.dtype == self.x.dtype else b.cast(y, dtype=self.x.dtype)
+
+    def undefined(self) -> bool:
+        return overflows(self.x, self.weight, self.bias)
 
     @staticmethod
     def samples(r: Any) -> Any:

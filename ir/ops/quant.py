@@ -13,6 +13,7 @@ from moec.ir.dims import ceil_div
 from moec.ir.errors import CompileError, require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
 from moec.ir.ops.moe import ACTIVATIONS, activate, check_expert_shapes, check_routing, combine_experts
+from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType
 from moec.ir.weight import CheckedSource
 
@@ -207,6 +208,9 @@ class ScaledLinear:
         y = y if self.dtype is DType.F32 else b.cast(y, dtype=self.dtype)
         return y if self.bias is None else b.add(y, self.bias)
 
+    def undefined(self) -> bool:
+        return overflows(self.x_scale, self.weight_scale, self.bias)
+
     @staticmethod
     def samples(r: Any) -> Any:
         x, xs = quantize_blocks(r.floats(r.n, r.k), (1, 4))
@@ -271,6 +275,9 @@ class ScaledExperts:
             for codes, scale in ((self.gate_up, self.gate_up_scale), (self.down, self.down_scale))
         ]
         return b.op("moe.experts", [self.x, self.weights, self.experts, *weights], {"activation": self.activation})
+
+    def undefined(self) -> bool:
+        return overflows(self.x, self.weights, self.gate_up_scale, self.down_scale)
 
     @staticmethod
     def samples(r: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, op
+from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType
 
 
@@ -39,6 +40,9 @@ def _reduction(name: str, doc: str, fn: Callable[..., torch.Tensor], kinds: str,
             if not self.axes:
                 return self.x.clone()
             return fn(self.x, dim=self.axes, keepdim=self.keepdim).to(self.x.dtype)
+
+        def undefined(self: Any) -> bool:
+            return overflows(self.x)
 
         @staticmethod
         def samples(r: Any) -> Any:
@@ -89,6 +93,9 @@ def _along_axis(name: str, doc: str, fn: Callable[..., torch.Tensor], floats_onl
 
         def reference(self: Any) -> torch.Tensor:
             return fn(self.x, dim=self.axis).to(self.x.dtype)
+
+        def undefined(self: Any) -> bool:
+            return overflows(self.x)
 
         @staticmethod
         def samples(r: Any) -> Any:

@@ -340,7 +340,10 @@ class ScatterElements:
         require(self.reduce == "none" or number, f"combines numbers, got {self.x.dtype}")
         require(self.index.shape == self.source.shape, f"index {self.index} and source {self.source} differ")
         require(self.index.rank == self.x.rank, f"ranks differ: {self.x} and {self.index}")
-        normal_axis(self.axis, self.x.rank)
+        axis = normal_axis(self.axis, self.x.rank)
+        for i, (a, b) in enumerate(zip(self.x.shape, self.index.shape, strict=True)):
+            both = isinstance(a, int) and isinstance(b, int)
+            require(i == axis or not both or b <= a, f"index is longer than x on axis {i}: {b} > {a}")
         return self.x
 
     def reference(self) -> torch.Tensor:
