@@ -179,3 +179,44 @@ def test_logits_that_are_all_equal_are_not_looked_for():
     zeros = "  %z: f32[2, 4] = tensor.full() {shape=[2, 4], value=0.0, dtype=f32}\n"
     gate = "  %4: f32[2, 3] = linear.linear(%z, @g, _)\n  return %4\n}"
     assert Oracle(parse(head + zeros + router + gate)).difference(parse(head + zeros + gate)) is None
+
+
+def test_softplus_keeps_its_digits_in_f64():
+    x = torch.tensor([20.5, 35.0], dtype=torch.float64)
+    (got,) = run(node("math.softplus", [x]), [x])
+    assert torch.equal(got, x + torch.log1p(torch.exp(-x)))
+
+
+def test_limits_beyond_f16_do_not_limit():
+    x = torch.randn(3, 4).half()
+    glu = [run(node("math.glu", [x, x], {"limit": limit}), [x, x])[0] for limit in (1e30, 1e4)]
+    assert torch.equal(*glu)
+    tensors = (
+        x,
+        torch.rand(3, 1).half(),
+        torch.zeros(3, 1, dtype=torch.int64),
+        torch.randn(2, 6, 4),
+        torch.randn(2, 4, 3),
+    )
+    tensors = [t.half() if t.is_floating_point() else t for t in tensors]
+    experts = [run(node("moe.experts", tensors, {"limit": limit}), tensors)[0] for limit in (1e30, 1e4)]
+    assert torch.equal(*experts)
+
+
+def test_indices_to_write_at_are_not_longer_than_what_is_written_to():
+    x, index = torch.zeros(5, 1), torch.zeros(5, 2, dtype=torch.int64)
+    with pytest.raises(CompileError, match="longer than x on axis 1: 2 > 1"):
+        node("tensor.scatter_elements", [x, index, torch.zeros(5, 2)], {"axis": 0, "reduce": "add"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "want"),
+    [("f32", 1e18, False), ("f32", 1e19, True), ("f32", math.inf, False), ("bf16", 1e20, True), ("f16", 6e4, False),
+     ("f64", 1e150, False), ("f64", 1e160, True)],
+)  # fmt: skip
+def test_sums_near_the_end_of_the_range_are_open(dtype, size, want):
+    x = torch.tensor([[1.0, size]], dtype=torch.float64).to(DType(dtype).torch)
+    assert undefined("norm.rms", [x, None], {}) is want
+    assert undefined("linear.matmul", [x, x.T], {}) is want
+    assert undefined("math.sum", [x], {"axes": (0,)}) is want
+    assert not undefined("math.add", [x, x], {})
