@@ -11,6 +11,7 @@ import onnx
 from moec.ir import CompileError, Location
 
 DEEPEST = 16  # bodies in bodies
+MOST_NODES = 1_000_000  # with all functions expanded
 
 
 def check_model(model: onnx.ModelProto) -> None:
@@ -50,6 +51,13 @@ def check_functions(model: onnx.ModelProto) -> None:
     except CycleError as e:
         names = " -> ".join(f"{d}.{n}" for d, n, _ in e.args[1])
         raise CompileError(f"recursive function: {names}", code="structure") from None
+    sizes: dict[tuple[str, str, str], int] = {}
+    for key in TopologicalSorter(calls).static_order():
+        if key in functions:
+            sizes[key] = sum(sizes.get(c, 1) for c in _called(functions[key].node))
+    total = sum(sizes.get(c, 1) for c in _called(model.graph.node))
+    if total > MOST_NODES:
+        raise CompileError(f"functions expand to {total} nodes; at most {MOST_NODES} are read", code="size")
     for f in functions.values():
         if f.opset_import:
             check_opsets(f.opset_import, f"function {f.domain}.{f.name}")

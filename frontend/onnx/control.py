@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir
 
-from moec.ir import Dim, DType, TensorType, Value
+from moec.ir import CompileError, Dim, DType, TensorType, Value
 
 if TYPE_CHECKING:
     from moec.frontend.onnx.importer import Importer
 
 MOST_ITERATIONS = 64  # unrolled; longer loops stay loops
+MOST_NODES = 20_000  # of a model whose loops are unrolled
 
 
 def inlined(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]) -> list[Value | None] | None:
@@ -39,6 +40,8 @@ def _body(importer: Importer, body: onnx_ir.Graph, arguments: list[Value]) -> li
         importer.env[v] = importer.context.constant(v.const_value.numpy(), str(name))
     for i, node in enumerate(body):
         importer._node(node, i)
+    if importer.count > MOST_NODES:
+        raise CompileError(f"loops unroll to more than {MOST_NODES} nodes", code="size")
     results = [importer.value(v) for v in body.outputs]
     importer.env = before
     return results
@@ -102,6 +105,7 @@ def body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorTy
     scratch.opsets, scratch.context.opset = importer.opsets, importer.opsets.get("", 1)
     scratch.context.taken = set(importer.context.taken)
     scratch.lists = {}  # sequences stay outside
+    scratch.count = importer.count
     for outer, value in importer.env.items():
         if value in importer.context.arrays:
             scratch.env[outer] = scratch.context.constant(importer.context.arrays[value])

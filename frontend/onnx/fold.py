@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,10 @@ import onnx
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext, Size
 from moec.ir import CompileError, Dim, Value
 from moec.ir.arrays import NUMPY
+from moec.ir.ops.extern import schema_at, type_proto
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_BOUNDED = {"NonZero", "Unique", "Compress", "Gather", "Squeeze", "Unsqueeze", "Shape", "Size"}  # by their operands
 _TYPES = {np.dtype(t) for t in NUMPY.values()}
 
 
@@ -27,6 +30,8 @@ def evaluated(
         return None
     from onnx.reference import ReferenceEvaluator
 
+    if not _small(c, proto, operands):
+        return None
     names = [f"x{i}" if v is not None else "" for i, v in enumerate(operands)]
     node = onnx.NodeProto.FromString(proto.SerializeToString())
     node.input[:] = names
@@ -57,6 +62,30 @@ def evaluated(
             return None
         arrays.append(a)
     return arrays
+
+
+def _small(c: ImportContext, proto: Any, operands: Sequence[Value | None]) -> bool:
+    """Whether the results are known to be small before they are computed."""
+    if proto.op_type in _BOUNDED:
+        return True
+    schema = schema_at("", proto.op_type, c.opset)
+    node = onnx.NodeProto.FromString(proto.SerializeToString())
+    node.input[:] = [f"x{i}" if v is not None else "" for i, v in enumerate(operands)]
+    types = {f"x{i}": type_proto(v.type) for i, v in enumerate(operands) if v is not None}
+    data = {f"x{i}": onnx.numpy_helper.from_array(c.arrays[v]) for i, v in enumerate(operands) if v is not None}
+    try:
+        found = onnx.shape_inference.infer_node_outputs(
+            schema, node, types, data, opset_imports=[onnx.helper.make_opsetid("", c.opset)]
+        )
+    except Exception:  # what is wrong with the node is said where it is imported
+        return False
+    for name in (o for o in proto.output if o):
+        kind = found[name].tensor_type if name in found else None
+        if kind is None or not kind.HasField("shape") or not all(d.HasField("dim_value") for d in kind.shape.dim):
+            return False
+        if math.prod(d.dim_value for d in kind.shape.dim) > KNOWN_LIMIT:
+            return False
+    return True
 
 
 def sizes_of_result(

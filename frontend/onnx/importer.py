@@ -30,6 +30,8 @@ _UNCOMPUTED = (DType.U64, DType.U32, DType.U16, DType.C64)
 _MOVES = {"Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Constant",
           "Expand", "Shape", "Size", "Dropout"}  # fmt: skip
 _CONTROL = ("If", "Loop", "Scan")
+_EXPRESSION = re.compile(r"[\w\s()+*/-]{1,100}", re.ASCII)
+_MOST_TERMS = 8  # of a size: expanding more takes its time
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -51,6 +53,7 @@ class Importer:
         self.env: dict[onnx_ir.Value, Value] = {}
         self.lists: dict[onnx_ir.Value, list[Value]] = {}  # sequences
         self.names: dict[str, str] = {}
+        self.count = 0  # nodes seen, those of bodies as often as they run
 
     def run(self) -> Graph:
         source = self.model.graph
@@ -102,6 +105,8 @@ class Importer:
     def _dim(self, text: str) -> int | Dim:
         """A dimension of the model: its name, or an expression over names."""
         try:
+            if not _EXPRESSION.fullmatch(text) or "**" in text or len(re.findall(r"[+*/-]", text)) > _MOST_TERMS:
+                raise CompileError("no expression that a size is", code="syntax")
             size = parse_size(text)
             symbols = size.symbols if isinstance(size, Dim) else set()
             if not symbols & _RESERVED and (isinstance(size, Dim) or size >= 0):
@@ -182,6 +187,7 @@ class Importer:
     # -- nodes ------------------------------------------------------------------------------------------
 
     def _node(self, node: onnx_ir.Node, index: int) -> None:
+        self.count += 1
         location = _location(node, index)
         try:
             self._import(node, location)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moec
-from moec.frontend.onnx import import_onnx
+from moec.frontend.onnx import control, import_onnx
 from moec.ir import CompileError
 
 from .builders import helper, model, value
@@ -235,6 +235,71 @@ def test_recursive_functions(cycle):
     functions = [function(n, cycle[(i + 1) % len(cycle)]) for i, n in enumerate(cycle)]
     proto = model([helper.make_node("A", ["x"], ["y"], domain="f")], [X], [Y], functions=functions, domains=["f"])
     refused(proto, "recursive function: f.A")
+
+
+def test_functions_that_expand_without_end():
+    """Each function calls the one before it ten times: 10¹² nodes in a file of a few kilobytes."""
+    functions = [helper.make_function("f", "F0", ["a"], ["b"], [helper.make_node("Neg", ["a"], ["b"])],
+                                      [helper.make_opsetid("", 22)])]  # fmt: skip
+    for i in range(1, 13):
+        names = ["a", *(f"v{k}" for k in range(9)), "b"]
+        calls = [helper.make_node(f"F{i - 1}", [names[k]], [names[k + 1]], domain="f") for k in range(10)]
+        imports = [helper.make_opsetid("", 22), helper.make_opsetid("f", 1)]
+        functions.append(helper.make_function("f", f"F{i}", ["a"], ["b"], calls, imports))
+    call = helper.make_node("F12", ["x"], ["y"], domain="f")
+    refused(model([call], [X], [Y], functions=functions, domains=["f"]), "expand to 1000000000000 nodes", code="size")
+
+
+def test_loops_that_unroll_without_end(monkeypatch):
+    monkeypatch.setattr(control, "MOST_NODES", 500)
+    body = helper.make_graph(
+        [helper.make_node("Neg", ["v"], ["w"]), helper.make_node("Identity", ["g"], ["h"])],
+        "body",
+        [value("i", [], np.int64), value("g", [], np.bool_), value("v", [2])],
+        [value("h", [], np.bool_), value("w", [2])],
+    )
+    for depth in range(4):
+        loop = helper.make_node("Loop", ["n", "", "v"], ["w"], body=body)
+        inputs = [value(f"i{depth}", [], np.int64), value(f"g{depth}", [], np.bool_), value("v", [2])]
+        keep = helper.make_node("Identity", [f"g{depth}"], [f"h{depth}"])
+        body = helper.make_graph([loop, keep], "body", inputs, [value(f"h{depth}", [], np.bool_), value("w", [2])])
+    outer = helper.make_node("Loop", ["n", "", "x"], ["y"], body=body)
+    refused(model([outer], [X], [Y], {"n": np.array(60)}), "loops unroll to more than", code="size")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (helper.make_node("ConstantOfShape", ["s"], ["y"]), {"s": np.array([2**20, 2**20])}),
+        lambda: (helper.make_node("Expand", ["v", "s"], ["y"]), {"v": np.array(1), "s": np.array([2**20, 2**20])}),
+        lambda: (helper.make_node("Tile", ["v", "s"], ["y"]), {"v": np.zeros((2, 2)), "s": np.array([2**19, 2**19])}),
+        lambda: (helper.make_node("Range", ["a", "b", "c"], ["y"]),
+                 {"a": np.array(0), "b": np.array(2**40), "c": np.array(1)}),
+        lambda: (helper.make_node("Pad", ["v", "s"], ["y"]),
+                 {"v": np.zeros((1, 1)), "s": np.array([0, 0, 2**20, 2**20])}),
+        lambda: (helper.make_node("EyeLike", ["v"], ["y"]), {"v": np.zeros((1, 1))}),
+    ],
+)  # fmt: skip
+def test_huge_constants_are_not_computed(make):
+    """While importing and in the passes: the types say how large they are."""
+    node, weights = make()
+    outs = [helper.make_value_info("y", onnx.TypeProto())]
+    graph = import_onnx(model([node], [], outs, weights)).graph
+    after, _ = moec.passes.default_pipeline().run(graph)
+    assert all(not isinstance(s, int) or s <= 2**41 for s in after.outputs[0].shape)
+
+
+LONG = ["(a+b)**16**16", "+".join("ab" * 40), "(a+b)*" * 12 + "a", "(" * 90]
+
+
+@pytest.mark.parametrize("text", [*LONG, "f32", "1x", "é", " ", "a b", "-1", "2*N", "N+1"])
+def test_names_of_sizes(text):
+    """Whatever a model calls a size: an expression where it is a short one, else a name."""
+    x = value("x", [text, 2])
+    graph = import_onnx(model([helper.make_node("Neg", ["x"], ["y"])], [x], [x.__class__(name="y")])).graph
+    assert moec.parse(str(graph)) == graph
+    if text == "2*N":
+        assert str(graph.inputs[0].type) == "f32[2*N, 2]"
 
 
 def test_nodes_out_of_order_are_sorted():
