@@ -120,8 +120,8 @@ class CompiledModel:
         with the model's pad token, else the first end-of-sequence id; n is smaller where all rows ended. The cached
         program is traced and compiled at the first call.
 
-        Raises ArgumentTypeError/ArgumentValueError for arguments that do not fit, CompileError for a model
-        without a KV cache.
+        Raises ArgumentTypeError/ArgumentValueError for arguments that do not fit, ids beyond the vocabulary and more
+        positions than the model's config has among them, CompileError for a model without a KV cache.
         """
         with torch.no_grad():
             return self.generator.generate(input_ids, attention_mask, max_new_tokens, eos_token_id)

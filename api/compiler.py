@@ -53,8 +53,8 @@ def compile(
     dump: a folder for the IR after every pass.
     threads: CPU threads of the backend; None for its default.
 
-    Weights are shared with the model, not copied. Raises CompileError naming the op, module path, file:line and
-    what could be done.
+    Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises
+    CompileError naming the op, module path, file:line and what could be done.
     """
     settings = Settings(
         backend=get_backend(backend),

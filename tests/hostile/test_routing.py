@@ -384,3 +384,32 @@ def same_choice(raw: list[torch.Tensor], raised: list[torch.Tensor], what: str) 
             assert got.isnan().any(), what
         else:
             same(got, want, 1e-5 if want.dtype == torch.float32 else 2e-2, what)
+
+
+@limited()
+def test_the_moe_operator_of_onnx_runtime():
+    """It routes by itself, from logits made of the weights: hostile rows come out as the reference has them."""
+    r = torch.Generator().manual_seed(3)
+    gate_up, down = torch.randn(8, 12, 12, generator=r), torch.randn(8, 12, 6, generator=r)
+    for attrs in (
+        {"k": 1},
+        {"k": 2},
+        {"k": 2, "scoring": "topk_softmax"},
+        {"k": 3, "scoring": "sigmoid", "scale": 2.5, "normalize_eps": 1e-20},
+        {"k": 8, "scoring": "sigmoid", "normalize": False},
+    ):
+
+        def build(b: Any, x: Any, logits: Any, attrs: Any = attrs) -> Any:
+            w, i = b.route(logits, **attrs)
+            return b.experts(x, w, i, weight(b, "gu", gate_up), weight(b, "dn", down))
+
+        graph = graph_of({"x": TensorType(DType.F32, (Dim("T"), 12)), "l": TensorType(DType.F32, (Dim("T"), 8))}, build)
+        rows = logits_of(8)
+        x, logits = torch.randn(len(rows), 12, generator=r), torch.stack(list(rows.values()))
+        exe = compiled("onnxruntime", graph, experts="moe")
+        assert exe.stats["forms"] == {"experts.moe": 1}
+        got, want = exe.run([x, logits])[0], run(graph, [x, logits])[0]
+        for i, row in enumerate(rows):
+            same(got[i : i + 1], want[i : i + 1], 1e-4, f"{row}, {attrs}")
+        for tokens in (0, 1):
+            same(exe.run([x[:tokens], logits[:tokens]])[0], want[:tokens], 1e-4, f"{tokens} tokens")
