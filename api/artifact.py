@@ -266,9 +266,12 @@ def _check_files(files: Folder, manifest: Manifest) -> None:
     for name in listed:
         entry = manifest.mapping("files", name)
         want, path = manifest.integer("files", name, "bytes"), files.path / name
-        size, found = files.size_and_digest(name)
+        size = files.size(name)
         if size != want:
             raise ArtifactError(f"{path} has {size} bytes, expected {want}", code="artifact")
+        if name.endswith(".ir") and size > TEXT_LIMIT:
+            raise ArtifactError(f"{path} has {size} bytes, more than {TEXT_LIMIT}", code="artifact")
+        found = files.digest(name)
         if found != entry.get("sha256"):
             raise ArtifactError(f"{path} has SHA-256 {found}, expected {entry.get('sha256')}", code="artifact")
     for name in files.names():
@@ -322,6 +325,7 @@ def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -
                 hint=f"it was saved by other versions ({manifest.mapping('versions')}), or with other lowerings of the "
                 "caller's own: compile the model again",
             )
+        files.check_unchanged()  # backends open by name, which must not block; what they opened is checked at the end
         executable = lower(legal, settings, left, files.path / name)
     except ArtifactError:
         raise
@@ -336,7 +340,8 @@ def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph)
     path = files.path / WEIGHTS
     names = manifest.mapping("programs", program, "weights")
     try:
-        file = safe_open(path, framework="pt")
+        with files.opened(WEIGHTS) as fd:
+            file = safe_open(f"/dev/fd/{fd}", framework="pt")  # what was checked, not what the name leads to by now
         present = set(file.keys())
         bound = {}
         for name, value in graph.weights.items():

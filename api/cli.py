@@ -14,7 +14,8 @@ from rich.table import Table
 from moec.cli_compare import compare
 from moec.cli_options import BackendName, Batch, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
 from moec.cli_passes import bisect, explain
-from moec.ir import CompileError
+from moec.files import MANIFEST_LIMIT, read_regular, strict_json, written_whole
+from moec.ir import ArgumentValueError, CompileError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -167,9 +168,11 @@ def place(
     import moec
 
     try:
-        data = json.loads(load.read_text("utf-8"))
+        data = strict_json(read_regular(load, MANIFEST_LIMIT))
         loads = torch.tensor(data, dtype=torch.float64)
-    except (OSError, ValueError, TypeError) as e:
+    except ArgumentValueError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OverflowError) as e:
         raise CompileError(f"{load} holds no list of layers of expert loads: {e}", code="arguments") from None
     placement = moec.place_experts(loads, moec.Mesh(nodes=nodes, gpus_per_node=gpus, slots_per_gpu=slots))
     table = Table("layer", "busiest GPU / mean", "lower bound")
@@ -177,7 +180,8 @@ def place(
         table.add_row(str(layer), f"{balance:.3f}", f"{bound:.3f}")
     Console().print(table)
     if out is not None:
-        out.write_text(json.dumps(placement.to_dict()))
+        with written_whole(out) as (partial,):
+            partial.write_text(json.dumps(placement.to_dict()))
 
 
 @app.command()

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moec.ir import ArgumentValueError, ArtifactError
+from moec.ir import ArgumentValueError, ArtifactError, CompileError
 
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest is text about files and structure
 TEXT_LIMIT = 512 << 20  # bytes of a graph's text
@@ -77,7 +78,7 @@ class Folder:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (OSError, ValueError) as e:
-            raise ArtifactError(f"{path} is not a folder ({_reason(e)})", code="artifact") from None
+            raise ArtifactError(f"{_named(path)} is not a folder ({_reason(e)})", code="artifact") from None
         self._seen: dict[str, Identity] = {}
 
     def __enter__(self) -> Folder:
@@ -116,10 +117,15 @@ class Folder:
             raise self._bad(name, "was changed while it was read")
         return data
 
-    def size_and_digest(self, name: str) -> tuple[int, str]:
-        """Bytes and their SHA-256."""
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        with self.opened(name) as fd:
+            return os.fstat(fd).st_size
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file's bytes."""
         with self.opened(name) as fd, os.fdopen(os.dup(fd), "rb") as file:
-            return os.fstat(fd).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def names(self) -> Iterator[str]:
         """Relative names of everything inside that is no folder; links are not followed. Raises ArtifactError where
@@ -167,7 +173,8 @@ class Folder:
         parts = PurePosixPath(name).parts
         odd = any(c in name for c in "\\\0\n\r:") or name.startswith("/") or name != "/".join(parts)
         if not parts or odd or ".." in parts:
-            raise ArtifactError(f"{self.path}: file name {name!r} leads out of the folder", code="artifact")
+            shown = name if len(name) <= 100 else name[:97] + "..."
+            raise ArtifactError(f"{self.path}: file name {shown!r} leads out of the folder", code="artifact")
         at = os.dup(self._fd)
         try:
             for part in parts[:-1]:
@@ -184,7 +191,7 @@ class Folder:
             os.close(at)
 
     def _bad(self, name: str, what: str) -> ArtifactError:
-        return ArtifactError(f"{self.path / name} {what}", code="artifact")
+        return ArtifactError(f"{_named(self.path / name)} {what}", code="artifact")
 
 
 def _identity(info: os.stat_result) -> Identity:
@@ -244,18 +251,59 @@ def strict_json(data: bytes) -> Any:
 def read_regular(path: Path, limit: int) -> bytes:
     """The bytes of a file that the user named. Raises ArgumentValueError where it cannot be read, is no regular file
     (a FIFO would block, a device never end) or has more than `limit` bytes."""
+    with opened_regular(path) as fd:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise ArgumentValueError(f"cannot read {_named(path)}: it has more than {limit} bytes", code="arguments")
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read(size)
+
+
+@contextmanager
+def opened_regular(path: Path, *, own: bool = False) -> Iterator[int]:
+    """A descriptor of a regular file; with `own`, one that no link leads to or from, for a file that the user has not
+    named. Raises ArgumentValueError."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if own else 0)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, flags)
     except (OSError, ValueError) as e:
-        raise ArgumentValueError(f"cannot read {path}: {_reason(e)}", code="arguments") from None
-    with os.fdopen(fd, "rb") as file:
+        raise ArgumentValueError(f"cannot read {_named(path)}: {_reason(e)}", code="arguments") from None
+    try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
-            raise ArgumentValueError(f"cannot read {path}: it is no regular file", code="arguments")
-        data = file.read(limit + 1) if info.st_size <= limit else b""
-        if info.st_size > limit or len(data) > limit:
-            raise ArgumentValueError(f"cannot read {path}: it has more than {limit} bytes", code="arguments")
-        return data
+            raise ArgumentValueError(f"cannot read {_named(path)}: it is no regular file", code="arguments")
+        if own and info.st_nlink != 1:
+            raise ArgumentValueError(f"cannot read {_named(path)}: it is a hard link", code="arguments")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def written_whole(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Names beside the paths to write to; what is there at the end takes the places of the paths, and where something
+    fails nothing is left. Raises ArgumentValueError where writing fails."""
+    partial = tuple(p.with_name(f".{p.name}.{os.getpid()}.{threading.get_ident()}.partial") for p in paths)
+    try:
+        yield partial
+        for at, path in zip(partial, paths, strict=True):
+            if at.exists():
+                at.replace(path)
+    except (OSError, ValueError) as e:
+        if isinstance(e, CompileError):
+            raise
+        names = ", ".join(map(_named, paths))
+        raise ArgumentValueError(f"cannot write {names}: {_reason(e)}", code="arguments") from None
+    finally:
+        for at in partial:
+            with suppress(OSError, ValueError):
+                at.unlink(missing_ok=True)
+
+
+def _named(path: Path) -> str:
+    text = str(path)
+    text = text if len(text) <= 300 else f"{text[:100]}…{text[-100:]}"
+    return text if text.isprintable() else repr(text)
 
 
 def exchange(a: Path, b: Path) -> bool:

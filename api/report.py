@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moec.files import written_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,18 +33,15 @@ class Report:
         return {"model": self.model, "backend": self.backend, "seconds": dict(self.seconds), "programs": programs}
 
     def save(self, path: str | Path) -> None:
-        """Write a self-contained HTML page, or JSON where the name ends in .json; complete or not at all."""
+        """Write a self-contained HTML page, or JSON where the name ends in .json; complete or not at all. Raises
+        ArgumentValueError where it cannot be written."""
         from moec.report_html import page
 
         target = Path(path)
         data = self.to_dict()
         text = json.dumps(data, indent=2, default=str) if target.suffix == ".json" else page(data)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with written_whole(target) as (partial,):
             partial.write_text(text, "utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def tables(self) -> list[Table]:
         """rich tables of the passes of each program."""

@@ -257,7 +257,7 @@ def product(sizes: Sequence[int | Dim]) -> int | Dim:
     """Number of elements of a shape."""
     result: int | Dim = 1
     for s in sizes:
-        if not isinstance(s, int | Dim):
+        if isinstance(s, bool) or not isinstance(s, int | Dim):
             raise CompileError(f"{s!r} is no size", code="dims")
         result = result * s
     return result

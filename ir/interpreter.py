@@ -32,6 +32,9 @@ def bind_inputs(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
             raise ArgumentTypeError(
                 f"argument {v.name!r} must be a torch.Tensor {v.type}, got {type(t).__name__}", code="arguments"
             )
+        if t.is_meta or t.layout is not torch.strided:
+            what = "a meta tensor without data" if t.is_meta else f"a tensor of layout {t.layout}"
+            raise ArgumentTypeError(f"argument {v.name!r} is {what}, expected {v.type} with its data", code="arguments")
         if DType.of(t.dtype) != v.dtype:
             raise ArgumentTypeError(
                 f"argument {v.name!r} has dtype {DType.of(t.dtype)}, expected {v.dtype}", code="dtype"

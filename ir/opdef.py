@@ -173,14 +173,14 @@ def normalise_attr(value: Any, spec: AttrSpec, op: str) -> Any:
 
 
 _DEEPEST = 8  # tuples in tuples; what handles attributes is recursive
-_INT64 = range(-(2**63), 2**63)
+_INTEGERS = range(-(2**63), 2**64)  # i64 and u64
 
 
 def _is_attr_value(value: Any, depth: int = 0) -> bool:
     if isinstance(value, tuple):
         return depth < _DEEPEST and all(_is_attr_value(v, depth + 1) for v in value)
     if isinstance(value, int):
-        return value in _INT64
+        return value in _INTEGERS
     return value is None or isinstance(value, float | str | DType | Dim | TensorType)
 
 

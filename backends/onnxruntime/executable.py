@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Lowered, lower
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import carried, uncarried
-from moec.ir import CompileError, Graph, Node, Value
+from moec.ir import CompileError, Dim, Graph, Node, Value
 from moec.ir.arrays import from_numpy
 from moec.ir.interpreter import bind_inputs
 
@@ -48,7 +48,7 @@ class Session:
 
     def run(self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
         """Outputs in the dtypes of `values`. Raises Argument… errors on inputs that do not fit."""
-        bind_inputs(graph, inputs)
+        check_derived(values, bind_inputs(graph, inputs))
         if not self.outputs:
             return []
         feeds = {
@@ -60,6 +60,16 @@ class Session:
         except Exception as error:  # ONNX Runtime's exceptions have no common base but this
             raise wrapped(error, self.sources, "running") from error
         return [uncarried(from_numpy(a), v.dtype) for a, v in zip(arrays, values, strict=True)]
+
+
+def check_derived(values: Sequence[Value], binding: Mapping[str, int]) -> None:
+    """Raise CompileError where a computed size of `values` is negative or no integer: ONNX clips such sizes."""
+    for size in {s: None for v in values for s in v.shape if isinstance(s, Dim) and not s.is_symbol}:
+        if size.symbols <= binding.keys() and size.evaluate(binding) < 0:
+            known = ", ".join(f"{n} = {binding[n]}" for n in sorted(size.symbols))
+            raise CompileError(
+                f"a result has the size {size}, which is {size.evaluate(binding)} for {known}", code="shape"
+            )
 
 
 @dataclass(eq=False)

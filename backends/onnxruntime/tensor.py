@@ -121,10 +121,14 @@ def nonzero(e: Emitter, node: Node) -> onnx.Value:
     return e.op("Transpose", e.op("NonZero", x), perm=[1, 0])
 
 
+_MOST_INLINE = 1 << 16  # elements of a constant that is written into the model
+
+
 def count_ids(e: Emitter, flat: onnx.Value, bins: int) -> onnx.Value:
     """How often each of 0 … bins−1 occurs in i64[R] (all in range): i64[bins]."""
     ones = e.op("Expand", np.int64(1), e.op("Shape", flat))
-    return e.op("ScatterElements", np.zeros(bins, np.int64), flat, ones, axis=0, reduction="add")
+    zeros = np.zeros(bins, np.int64) if bins <= _MOST_INLINE else e.op("Expand", np.int64(0), np.array([bins]))
+    return e.op("ScatterElements", zeros, flat, ones, axis=0, reduction="add")
 
 
 @backend.lowers("tensor.histc")
@@ -139,7 +143,8 @@ def histc(e: Emitter, node: Node) -> onnx.Value:
 @backend.lowers("tensor.one_hot")
 def one_hot(e: Emitter, node: Node) -> onnx.Value:
     (index,) = e.operands(node)
-    columns = np.arange(node.attrs["depth"])
+    depth = node.attrs["depth"]
+    columns = np.arange(depth) if depth <= _MOST_INLINE else e.op("Range", np.int64(0), np.int64(depth), np.int64(1))
     return e.cast(e.op("Equal", e.op("Unsqueeze", index, np.array([-1])), columns), DType.BOOL, DType.I64)
 
 

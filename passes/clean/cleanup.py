@@ -64,50 +64,100 @@ def _key(node: Node) -> Any:
 class FoldConstants(Pass):
     """Evaluates nodes whose operands are all constants or small weights, by the reference.
 
-    A result of up to `limit` bytes is folded; weights larger than `limit` are not read. A result of at
-    most 64 elements becomes a `tensor.constant`, a larger one a weight `folded…`.
+    A result of up to `limit` bytes is folded, and all that one run adds to the graph is at most `total` bytes; weights
+    larger than `limit` are not read. Only ops whose work is in proportion to operands and results are evaluated, so
+    that compiling never takes memory that the model does not need. A result of at most 64 elements becomes a
+    `tensor.constant`, a larger one a weight `folded…`.
     """
 
     limit: int = 1 << 20
+    total: int = 1 << 28
 
     def run(self, graph: Graph) -> Graph:
         graph = graph.clone()
-        known: dict[Value, torch.Tensor] = {}
+        constant: set[Value] = set()  # by the types alone
         for node in graph.nodes:
-            if self._foldable(node, known):
-                operands = [None if v is None else self._tensor(v, known) for v in node.operands]
-                for r, t in zip(node.results, evaluate_node(node, operands, {}), strict=True):
-                    known[r] = t.contiguous()
+            if self._foldable(node, constant):
+                constant.update(node.results)
+        wanted, left = self._wanted(graph, constant)
+        known = self._evaluated(graph, constant - left, wanted)
         for node in reversed(list(graph.nodes)):
-            if node.op == "tensor.constant" or not all(r in known for r in node.results):
+            if node.op == "tensor.constant" or node.results[0] not in constant or node.results[0] in left:
                 continue
-            # only what a node that stays needs is materialised
             for r in node.results:
-                if any(u.results[0] not in known for u in r.users) or r.is_output:
+                if r in known:
                     graph.replace_value(r, _materialise(graph, node, known[r]))
             if not any(r.uses or r.is_output for r in node.results):
                 graph.erase(node)
         graph.prune_weights()
         return graph
 
-    def _foldable(self, node: Node, known: dict[Value, torch.Tensor]) -> bool:
-        if node.op == "call.graph" or any(_symbolic(a) for a in node.attrs.values()):
+    def _wanted(self, graph: Graph, constant: set[Value]) -> tuple[set[Value], set[Value]]:
+        """The results that a node that stays, or an output, needs; and those left as they are since the total would be
+        more than `total`."""
+        wanted: set[Value] = set()
+        left: set[Value] = set()
+        total = 0
+        for node in reversed(list(graph.nodes)):
+            if node.results and node.results[0] not in constant:
+                continue
+            needed = [
+                r
+                for r in node.results
+                if r.is_output or any(u.results[0] not in constant or u.results[0] in left for u in r.users)
+            ]
+            if node.op == "tensor.constant" or not needed:
+                continue
+            total += sum(_bytes(r) for r in needed)
+            if total > self.total:
+                left.update(node.results)
+            else:
+                wanted.update(needed)
+        return wanted, left
+
+    def _evaluated(self, graph: Graph, constant: set[Value], wanted: set[Value]) -> dict[Value, torch.Tensor]:
+        """The wanted results; others are kept until their last use only."""
+        needed = set(wanted)
+        order = []
+        for node in reversed(list(graph.nodes)):
+            if any(r in needed for r in node.results) and node.results[0] in constant:
+                needed.update(v for v in node.operands if v is not None and v.weight is None)
+                order.append(node)
+        last = {v: node for node in reversed(order) for v in node.operands if v is not None}
+        known: dict[Value, torch.Tensor] = {}
+        for node in reversed(order):
+            operands = [None if v is None else self._tensor(v, known) for v in node.operands]
+            for r, t in zip(node.results, evaluate_node(node, operands, {}), strict=True):
+                if r in needed:
+                    known[r] = t.contiguous()
+            for v in node.operands:
+                if v is not None and last[v] is node and v not in wanted:
+                    known.pop(v, None)
+        return known
+
+    def _foldable(self, node: Node, constant: set[Value]) -> bool:
+        if node.opdef.family not in _PROPORTIONAL or any(_symbolic(a) for a in node.attrs.values()):
             return False
-        for r in node.results:
-            size = r.type.nbytes
-            if not isinstance(size, int) or size > self.limit or r.dtype.bits < 8:
-                return False
-        return all(v is None or v in known or self._readable(v) for v in node.operands)
+        if any(not 0 <= _bytes(r) <= self.limit or r.dtype.bits < 8 for r in node.results):
+            return False
+        return all(v is None or v in constant or self._readable(v) for v in node.operands)
 
     def _readable(self, v: Value) -> bool:
-        if v.weight is None or v.weight.source is None:
-            return False
-        size = v.type.nbytes
-        return isinstance(size, int) and size <= self.limit
+        return v.weight is not None and v.weight.source is not None and 0 <= _bytes(v) <= self.limit
 
     @staticmethod
     def _tensor(v: Value, known: dict[Value, torch.Tensor]) -> torch.Tensor:
         return v.weight.load() if v.weight is not None else known[v]
+
+
+# families of ops that need memory for operands and results only; attention has all scores at once, say
+_PROPORTIONAL = ("math", "tensor", "linear", "norm", "rope", "quant")
+
+
+def _bytes(v: Value) -> int:
+    """Bytes of a value, -1 where a size is symbolic."""
+    size = v.type.nbytes
+    return size if isinstance(size, int) else -1
 
 
 def _symbolic(attr: Any) -> bool:

@@ -45,7 +45,6 @@ def harmless() -> Iterator[None]:
     if not _hooked:
         sys.addaudithook(_audit)  # for good; it looks at `_watching` first
         _hooked = True
-    gc.collect()
     before = _open_files()
     _seen.clear()
     _watching = True
@@ -54,7 +53,8 @@ def harmless() -> Iterator[None]:
     finally:
         _watching = False
     assert not _seen, _seen
-    gc.collect()
+    if _open_files().keys() - before.keys():
+        gc.collect()  # takes a tenth of a second
     left = {n: name for n, name in _open_files().items() if n not in before}
     assert not left, f"left open: {left}"
 

@@ -3,7 +3,7 @@
 `@limited()` runs the body of a test in a child. A child is forked from one server process that has imported torch and
 the backends and run nothing, so that a case costs milliseconds and sees what a fresh process sees. What the body raises
 fails the test with the child's traceback and output; so does a child that a signal ends, that takes longer than it may,
-or that leaves processes running. Arguments (fixtures, parameters) are paths and what JSON holds.
+or that leaves processes running. Arguments (fixtures, parameters) are paths, bytes and what JSON holds.
 
 Memory is RLIMIT_AS: unlike RLIMIT_DATA it counts mapped files and shared memory too, and all that the server has
 loaded takes less than half of what a case may use.
@@ -60,7 +60,7 @@ def run(module: str, name: str, arguments: dict[str, Any], *, memory: int, secon
     request = {
         "module": module,
         "name": name,
-        "arguments": {k: {"path": str(v)} if isinstance(v, Path) else [v] for k, v in arguments.items()},
+        "arguments": {k: _packed(v) for k, v in arguments.items()},
         "memory": memory,
         "seconds": seconds,
         "wall": wall,
@@ -138,8 +138,19 @@ def _body(request: dict[str, Any]) -> None:
     test: Any = importlib.import_module(request["module"])
     for part in request["name"].split("."):
         test = getattr(test, part)
-    arguments = {k: Path(v["path"]) if isinstance(v, dict) else v[0] for k, v in request["arguments"].items()}
-    test.body(**arguments)
+    test.body(**{k: _unpacked(*v) for k, v in request["arguments"].items()})
+
+
+def _packed(value: Any) -> tuple[str, Any]:
+    if isinstance(value, Path):
+        return "path", str(value)
+    if isinstance(value, bytes):
+        return "bytes", value.decode("latin-1")
+    return "json", value
+
+
+def _unpacked(kind: str, value: Any) -> Any:
+    return Path(value) if kind == "path" else value.encode("latin-1") if kind == "bytes" else value
 
 
 def _show(error: BaseException) -> None:
