@@ -329,10 +329,10 @@ def lookup(name: str) -> OpDef:
 
 
 def all_ops() -> list[OpDef]:
-    """Every declared op, by name."""
+    """Every declared op, by name; those that stand in tables of others' ops (`extern`) are not among them."""
     import moec.ir.ops  # noqa: F401
 
-    return [_OPS[k] for k in sorted(_OPS)]
+    return [_OPS[k] for k in sorted(_OPS) if not k.startswith("extern.")]
 
 
 def infer_types(

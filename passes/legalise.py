@@ -46,8 +46,8 @@ class Legalise(Pass):
             node = g._first
             while node is not None:
                 reason = self.backend.missing(node)
-                first_new, failed = self._decompose(g, node) if reason else (None, None)
-                if reason and first_new is None:
+                done, following, failed = self._decompose(g, node) if reason else (False, None, None)
+                if reason and not done:
                     if failed:
                         reason = f"{reason}, and its decomposition does not apply: {failed}"
                     if self.fallback == "error":
@@ -62,24 +62,24 @@ class Legalise(Pass):
                         )
                     left.append(f"{node.op} at {node.location.describe()}: {reason}")
                 # continue with the first new node: it may need decomposing too
-                node = first_new or node._next
+                node = following if done else node._next
             check_scales(g)
         report(left_to_reference=left)
         return graph
 
-    def _decompose(self, graph: Graph, node: Node) -> tuple[Node | None, str | None]:
-        """Replace a node by its decomposition: its first node, or None where the op is primitive or says (second)
-        why it does not decompose."""
+    def _decompose(self, graph: Graph, node: Node) -> tuple[bool, Node | None, str | None]:
+        """Replace a node by its decomposition: whether there was one, the node to continue with (None at the end of
+        the graph), and why it does not decompose, where the op says so."""
         decompose: Callable | None = node.opdef.decompose
         if decompose is None:
-            return None, None
+            return False, None, None
         b = Builder(graph, before=node, location=node.location)
         try:
             new = decompose(node.opdef.instance(node.operands, node.attrs), b)
         except CompileError as e:
             for created in reversed(b.created):
                 graph.erase(created)
-            return None, e.message
+            return False, None, e.message
         except Exception as e:
             raise self._wrong(node, f"raised {type(e).__name__}: {e}") from e
         values = new if isinstance(new, tuple) else (new,)
@@ -94,7 +94,7 @@ class Legalise(Pass):
                 raise self._wrong(node, f"gives {value.type} for {old.type}")
             graph.replace_value(old, value)
         graph.erase(node)
-        return b.created[0] if b.created else following, None
+        return True, b.created[0] if b.created else following, None
 
     @staticmethod
     def _wrong(node: Node, what: str) -> CompileError:

@@ -13,6 +13,8 @@ from moec.ir import Value
 def layer_norm(
     c: Context, input: Value, normalized_shape: list[int], weight: Value | None, bias: Value | None, eps: float
 ) -> Value:
+    if eps < 0:
+        raise c.refuse(f"eps is {eps}; it must not be negative")
     if not all(w is None or w.dtype is input.dtype for w in (weight, bias)):
         raise c.refuse(f"weights of another dtype than the input ({input.dtype})")
     if len(normalized_shape) == 1:

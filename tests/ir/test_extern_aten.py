@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moec
+from moec.backends import get_backend
 from moec.ir import Builder, CompileError, Graph, TensorType, parse, run
 from moec.ir.opdef import lookup
 from moec.ir.ops.extern_aten import FORMS, NAMES, call, op_of, overload
@@ -88,6 +89,16 @@ def test_every_form_has_a_case():
     assert set(CASES) == set(FORMS) <= set(NAMES)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "triton"])
+def test_every_op_is_decided(backend: str):
+    """A lowering (which may say no to a node), a form, or a refusal; the family of ONNX's operators does not count."""
+    chosen = get_backend(backend)
+    for name in NAMES:
+        op = op_of(name)
+        assert chosen.lowering(op) or chosen.refusal(op) or lookup(op).decompose, name
+        assert chosen.lowering(op) is not chosen.lowering("extern.Conv") or chosen.lowering(op) is None, name
+
+
 def node_of(graph: Graph, name: str, operands: list[Any], attrs: dict[str, Any]) -> Any:
     values = [graph.add_input(f"x{i}", TensorType.of(t)) for i, t in enumerate(operands)]
     opdef = lookup(op_of(name))
@@ -141,6 +152,17 @@ def test_extern_op_keeps_its_text_and_runs_as_torch():
     assert again == graph
     for g, w in zip(run(again, [B]), want, strict=True):
         assert torch.equal(g, w)
+
+
+def test_a_form_that_is_its_operand_is_a_form():
+    """Of a matrix of size 0, at the end of the graph: nothing is left to lower."""
+
+    class Empty(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.cholesky(x)
+
+    x = torch.ones(2, 0, 0)
+    assert torch.equal(moec.compile(Empty(), (x,), backend="onnxruntime")(x), x)
 
 
 class Divided(torch.nn.Module):
