@@ -215,9 +215,9 @@ def order_key(e: Emitter, x: onnx.Value, dtype: DType, *, finite: bool = False) 
     NaN becomes +∞ and +∞ (unless x is `finite` or NaN) a number above all that x can hold, for which f32 takes f64; in
     f64 itself +∞ ties with the largest number.
     """
-    missing = e.op("IsNaN", x)
+    missing, wide = e.op("IsNaN", x), carrier(dtype)
     if not finite:
         if dtype is DType.F32:
-            x, dtype = e.cast(x, dtype, DType.F64), DType.F64
-        x = e.op("Min", x, e.scalar(np.finfo(np.float64 if dtype is DType.F64 else np.float32).max, dtype))
-    return e.op("Where", missing, e.scalar(np.inf, dtype), x)
+            x, wide = e.cast(x, dtype, DType.F64), DType.F64
+        x = e.op("Min", x, e.scalar(np.finfo(np.float64 if wide is DType.F64 else np.float32).max, wide))
+    return e.op("Where", missing, e.scalar(np.inf, wide), x)
