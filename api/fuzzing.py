@@ -163,6 +163,11 @@ def _left_open(before: Graph, after: Graph, apart: Difference) -> bool:
     if apart.output is None or apart.case is None or apart.case.pin is not None:
         return False
     i = before.output_names.index(apart.output)
+    values: dict[Value, torch.Tensor] = {}
+    evaluate_graph(before, apart.case.inputs, tap=lambda v, t: values.update({v: t}))
+    sizes = measured(values, before, bind_inputs(before, apart.case.inputs))
+    if before.outputs[i] in undefined(before, values, sizes):
+        return True
     want, got = (evaluate_graph(g, apart.case.inputs)[i] for g in (before, after))
     if _identical(want, got):
         return True

@@ -84,7 +84,12 @@ def softmax(e: Emitter, node: Node) -> onnx.Value:
 
 @backend.lowers("math.log_softmax")
 def log_softmax(e: Emitter, node: Node) -> onnx.Value:
-    return e.op("LogSoftmax", *e.operands(node), axis=node.attrs["axis"])
+    (x,), axis, given_x = e.operands(node), node.attrs["axis"], given(node)[0]
+    size = given_x.shape[axis] if given_x.type.rank else 1
+    if given_x.dtype is DType.F64 and isinstance(size, int) and size > 0:  # that kernel gives numbers for NaN and ∞
+        below = e.op("Sub", x, reduce(e, "ReduceMax", x, (axis,), True))
+        return e.op("Sub", below, e.op("Log", reduce(e, "ReduceSum", e.op("Exp", below), (axis,), True)))
+    return e.op("LogSoftmax", x, axis=axis)
 
 
 @backend.lowers("math.cumsum")

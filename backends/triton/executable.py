@@ -133,7 +133,7 @@ class TritonExecutable(Executable):
         instance = node.opdef.instance(operands, attributes(node, binding))
         if node in self._unchecked:
             # the kernels skip ids that are out of range; this waits for the device
-            check_expert_ids(instance.experts, int(node.operand("gate_up").shape[0]))
+            check_expert_ids(_plain(instance.experts), int(node.operand("gate_up").shape[0]))
         if node.op == "call.graph":
             instance.functions = self._functions
         lowering = by_reference if by_torch else self.backend.lowerings[node.op]

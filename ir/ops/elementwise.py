@@ -299,7 +299,8 @@ class GLU:
 @op("math.cast", elementwise=True)
 class Cast:
     """Convert to `dtype`. To E4M3 it saturates at ±448 and keeps NaN (torch's rule); floats become integers towards
-    zero, and what is out of their range or NaN becomes any integer."""
+    zero, and what is out of their range or NaN becomes any integer. What overflows f16 may stay in the wider floats
+    of a backend."""
 
     x: Operand
     dtype: Attr[DType]
@@ -311,7 +312,11 @@ class Cast:
         return self.x.to(self.dtype.torch)
 
     def undefined(self) -> torch.Tensor | bool:
-        if not self.x.is_floating_point() or not self.dtype.is_integer:
+        if not self.x.is_floating_point():
+            return False
+        if self.dtype is DType.F16:  # a backend may carry f16 in f32, where it does not overflow
+            return self.x.isfinite() & ~self.x.to(torch.float16).isfinite() if self.x.dtype.itemsize > 1 else False
+        if not self.dtype.is_integer:
             return False
         x, limits = self.x.to(torch.float64).trunc(), torch.iinfo(self.dtype.torch)
         # −2⁶³ is a float, 2⁶³ − 1 is not

@@ -95,7 +95,9 @@ def _along_axis(name: str, doc: str, fn: Callable[..., torch.Tensor], floats_onl
             return fn(self.x, dim=self.axis).to(self.x.dtype)
 
         def undefined(self: Any) -> bool:
-            return overflows(self.x)
+            # softmax: a row of −∞ is 0 / 0, for which attention gives zeros
+            dead = floats_only and self.x.numel() and bool((self.x == float("-inf")).all(self.axis).any())
+            return bool(dead) or overflows(self.x)
 
         @staticmethod
         def samples(r: Any) -> Any:

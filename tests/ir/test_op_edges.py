@@ -53,7 +53,7 @@ def test_codes_can_be_moved():
     source = torch.tensor([[5.0, 6.0]]).to(torch.float8_e4m3fn)
     graph = node("tensor.scatter_elements", [CODES, index, source], {"axis": 1})
     assert run(graph, [CODES, index, source])[0].float().tolist() == [[6.0, 2.0, 5.0]]
-    with pytest.raises(CompileError, match="adds numbers"):
+    with pytest.raises(CompileError, match="numbers, got f8e4m3fn"):
         node("tensor.scatter_elements", [CODES, index, source], {"axis": 1, "reduce": "add"})
 
 
@@ -220,3 +220,12 @@ def test_sums_near_the_end_of_the_range_are_open(dtype, size, want):
     assert undefined("linear.matmul", [x, x.T], {}) is want
     assert undefined("math.sum", [x], {"axes": (0,)}) is want
     assert not undefined("math.add", [x, x], {})
+
+
+def test_what_overflows_f16_and_what_attends_to_nothing_is_open():
+    assert undefined("math.cast", [torch.tensor([1.0, 7e4])], {"dtype": "f16"})
+    assert not undefined("math.cast", [torch.tensor([1.0, 6e4, math.inf])], {"dtype": "f16"})
+    dead = torch.tensor([[1.0, -math.inf], [-math.inf, -math.inf]])
+    assert undefined("math.softmax", [dead], {})
+    assert not undefined("math.softmax", [dead[:1]], {})
+    assert not undefined("math.softmax", [torch.zeros(0, 3)], {})

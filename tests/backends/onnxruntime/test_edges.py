@@ -99,3 +99,16 @@ def test_numbers_are_rounded_to_the_dtype_they_fill(node):
     a, b = both(text, torch.ones(1).half())
     assert torch.equal(a[1], b[1])
     assert a[1][0] == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 0.5])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_log_softmax_of_f64_knows_nan_and_infinity(bad, axis):
+    text = (
+        "graph(%x: f64[2, 5]) -> (%y: f64[2, 5]) {\n"
+        f"  %0: f64[2, 5] = math.log_softmax(%x) {{axis={axis}}}\n  return %0\n}}"
+    )
+    x = torch.randn(2, 5, dtype=torch.float64)
+    x[0, 2] = bad
+    (a,), (b,) = both(text, x)
+    torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14, equal_nan=True)

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import moec
 from moec.backends.triton import run
 from moec.backends.triton.kernels.dispatch import sort_by_expert
 from moec.backends.triton.kernels.tiles import Tile
+from moec.fuzzing import check_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
@@ -213,3 +215,18 @@ def test_refusals():
     codes = gate_up.to(E4M3), torch.ones(4, 1, 1), down.to(E4M3), torch.ones(4, 1, 2)
     with pytest.raises(ValueError, match=r"the scales of down must have shape \[4, 1, 1\]"):
         run("fp8_experts", x, weights, chosen, *codes)
+
+
+def test_chosen_experts_may_be_a_weight():
+    graph = moec.parse(
+        "graph(%x: f32[2, 4], %w: f32[2, 1]) -> (%y: f32[2, 4]) {\n  weight @e: i64[2, 1]\n"
+        "  weight @gu: f32[3, 6, 4]\n  weight @dn: f32[3, 4, 3]\n"
+        "  %0: f32[2, 4] = moe.experts(%x, %w, @e, @gu, @dn, _, _)\n  return %0\n}"
+    )
+    r = torch.Generator().manual_seed(0)
+    data = {"gu": torch.randn(3, 6, 4, generator=r), "dn": torch.randn(3, 4, 3, generator=r)}
+    graph.bind_weights({"e": torch.tensor([[2], [0]]), **data})
+    inputs = torch.randn(2, 4, generator=r), torch.rand(2, 1, generator=r)
+    outcome = check_backend(graph, inputs, "triton")
+    assert outcome.broken is None, outcome.broken
+    assert outcome.skipped is None
