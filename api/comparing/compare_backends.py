@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,6 +92,7 @@ def compare(
         pipeline = build_pipeline(passes, quantize, placement)
         base = Settings(get_backend("reference"), pipeline, fallback, threads)
         after, _ = run_passes(graph, base, step)
+        _check_names(tolerance, after)
         run = _Run(model, (args, kwargs or {}), signature, after, inputs, base, tolerance, processes, folder, step)
         return run.compare(backends, _quantises(after) if isolated is None else isolated)
 
@@ -212,7 +215,7 @@ class _Run:
         if other.legal is None:
             return None, None
         self.step(f"compare {other.name}")
-        again = self.folder / f"pinned-{other.name}"
+        again = self.folder / f"pinned-{other.folder}"
         found = localise(guide, guided, other, theirs, pairs, self.inputs, self.tolerance, again)
         comparison.routing_flips += found.flips
         comparison.values += found.rows
@@ -266,7 +269,7 @@ class _Run:
     # -- files -------------------------------------------------------------------------------------
 
     def _at(self, contender: Contender) -> Path:
-        return self.folder / contender.name.replace("/", "_").replace(" ", "-")
+        return self.folder / contender.folder
 
     def _keep_inputs(self) -> None:
         store = Store(self.folder / "inputs")
@@ -310,13 +313,39 @@ def _weight_bytes(graph: Graph) -> int:
 
 
 def _distinct(contenders: list[Contender]) -> list[Contender]:
-    """With names that tell them apart."""
+    """With names that tell them apart, and folders of their own."""
     seen: dict[str, int] = {}
+    folders = {"inputs", "packed", "guide"}
     for c in contenders:
         seen[c.name] = seen.get(c.name, 0) + 1
         if seen[c.name] > 1:
             c.name = f"{c.name} #{seen[c.name]}"
+        c.folder = re.sub(r"[^\w.-]+", "-", c.name).strip(".-") or "backend"
+        if c.folder.startswith("pinned-"):
+            c.folder = f"backend-{c.folder}"
+        while c.folder in folders:
+            c.folder += "_"
+        folders.add(c.folder)
     return contenders
+
+
+def _check_names(tolerance: Tolerance, graph: Graph) -> None:
+    """That every key of a mapping names something. Raises ArgumentValueError."""
+    if not isinstance(tolerance, Mapping):
+        return
+    known = {"", *graph.output_names}
+    for node in graph.nodes:
+        known |= {node.op, node.opdef.family}
+        for path in (f.module.split(".") for f in node.location.frames):
+            known |= {".".join(path[:i]) for i in range(1, len(path) + 1)}
+    unknown = [name for name in tolerance if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 3)
+        raise ArgumentValueError(
+            f"tolerance for {unknown[0]!r}, which is no output, module, op or family of ops of this model",
+            code="arguments",
+            hint=f"did you mean {', '.join(near)}?" if near else None,
+        )
 
 
 @contextmanager

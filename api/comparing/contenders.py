@@ -33,6 +33,7 @@ class Contender(ABC):
     it can show, None where it only has outputs."""
 
     name: str
+    folder: str = ""  # its name as that of a folder
     settings: Settings | None = None
     legal: Graph | None = None
     fallbacks: int = 0
@@ -118,7 +119,7 @@ class Fresh(Contender):
         step(f"{self.name}, {len(nodes)} nodes")
         every = list(values.graph.nodes)
         place = {n: i for i, n in enumerate(every)}
-        folder = values.store.folder.parent / f"nodes-{self.name}"
+        folder = values.store.folder.parent / f"nodes-{self.folder}"
         job = {
             "store": str(values.store.folder),
             "legal_for": values.legal_for,

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moec.ir import Graph, TensorType, Value
+from moec.ir import CompileError, Graph, TensorType, Value
 
 _KEY = "tensor"
 
@@ -26,7 +26,14 @@ class Store:
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         held = tensor.detach().cpu().contiguous()
-        save_file({_KEY: held}, self._path(name))
+        try:
+            save_file({_KEY: held}, self._path(name))
+        except (OSError, SafetensorError) as e:
+            raise CompileError(
+                f"cannot write {TensorType.of(held)} to {self.folder}: {e}",
+                code="compare",
+                hint="values inside go through files: save=folder or TMPDIR names another place for them",
+            ) from None
         self.types[name] = TensorType.of(held)
 
     def get(self, name: str) -> torch.Tensor:

@@ -460,3 +460,41 @@ def test_unusual_graphs(what, isolated, rows):
         moved = FaultyBackend(next(graph.nodes).op, lambda value, tensor: tensor + 1)
         passes = moec.passes.Pipeline(())
         assert not moec.compare(graph, (x,), backends=("reference", moved), isolated=isolated, passes=passes).ok
+
+
+def test_names_of_backends_are_no_paths(mlp, mlp_args, tmp_path):
+    names = ["..", "a/b", "a b", "inputs", "../../x", "pinned-y"]
+    backends = []
+    for name in names:
+        backend = FaultyBackend("math.silu", lambda value, tensor: tensor)
+        backend.name = name
+        backends.append(backend)
+    found = moec.compare(mlp, mlp_args, backends=("reference", *backends), save=tmp_path / "in" / "kept")
+    assert found.ok
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["kept"]
+    assert len(list((tmp_path / "in" / "kept").rglob("outputs.safetensors"))) == 1 + len(names)
+
+
+def test_tolerances_by_name(mlp, mlp_args):
+    faulty = FaultyBackend("math.silu", scaled(1.01))
+    named = {"math.silu": 0.05, "y": 0.05}
+    assert not moec.compare(mlp, mlp_args, backends=("reference", faulty), tolerance={"y": 0.05}).ok
+    assert moec.compare(mlp, mlp_args, backends=("reference", faulty), tolerance={"": 0.05}).ok
+    assert moec.compare(mlp, mlp_args, backends=("reference", faulty), tolerance=named, isolated=True).ok
+    with pytest.raises(ArgumentValueError, match=r"'math\.silo'") as e:
+        moec.compare(mlp, mlp_args, tolerance={"math.silo": 0.1})
+    assert "math.silu" in str(e.value)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(mlp, mlp_args, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moec.comparing.store.save_file", full)
+    with pytest.raises(moec.CompileError, match="No space left") as e:
+        moec.compare(mlp, mlp_args)
+    assert "TMPDIR" in str(e.value)
+    assert list(tmp_path.iterdir()) == []
