@@ -277,15 +277,17 @@ def test_loops_that_unroll_without_end(monkeypatch):
                  {"a": np.array(0), "b": np.array(2**40), "c": np.array(1)}),
         lambda: (helper.make_node("Pad", ["v", "s"], ["y"]),
                  {"v": np.zeros((1, 1)), "s": np.array([0, 0, 2**20, 2**20])}),
-        lambda: (helper.make_node("EyeLike", ["v"], ["y"]), {"v": np.zeros((1, 1))}),
     ],
 )  # fmt: skip
-def test_huge_constants_are_not_computed(make):
+def test_huge_constants_are_not_computed(make, monkeypatch):
     """While importing and in the passes: the types say how large they are."""
+    computed = []
+    monkeypatch.setattr("onnx.reference.ReferenceEvaluator", lambda *_: computed.append(1))
     node, weights = make()
     outs = [helper.make_value_info("y", onnx.TypeProto())]
     graph = import_onnx(model([node], [], outs, weights)).graph
     after, _ = moec.passes.default_pipeline().run(graph)
+    assert not computed
     assert all(not isinstance(s, int) or s <= 2**41 for s in after.outputs[0].shape)
 
 

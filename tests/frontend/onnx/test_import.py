@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moec
-from moec.frontend.onnx import import_onnx
+from moec.frontend.onnx import import_onnx, imports
 from moec.ir import CompileError, run
 
 from .builders import check, expected, helper, model, one_op, value
@@ -344,6 +344,16 @@ def test_sequences_inside_a_graph_are_resolved():
     stacked = [helper.make_node("SequenceConstruct", ["x", "x"], ["s"]),
                helper.make_node("ConcatFromSequence", ["s"], ["y"], axis=1, new_axis=1)]  # fmt: skip
     check(model(stacked, [value("x", [4, 3])], [value("y", [4, 2, 3])]), {"x": x}, native=True)
+
+
+def test_an_attribute_that_an_import_does_not_take_is_not_ignored():
+    @imports("Elu", since=22)
+    def elu(c, x):
+        return c.b.neg(x)
+
+    x = floats(3)
+    check(one_op("Elu", [x], alpha=0.5), {"x0": x}, native=False)
+    assert not import_onnx(one_op("Elu", [x])).extern  # without it the import is asked
 
 
 def test_triton_refuses_extern_by_name_and_falls_back():
