@@ -30,18 +30,24 @@ def read_model(path: str | Path) -> onnx.ModelProto:
     """A model file, without its external data. Raises CompileError for what is no readable model."""
     path = Path(path)
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise CompileError(f"{path} is no file", code="file")
-        if info.st_size > LARGEST:
-            raise CompileError(
-                f"{path} has {info.st_size} bytes, an ONNX file at most {LARGEST}",
-                code="file",
-                hint="save it with external data",
-            )
-        data = path.read_bytes()
-    except OSError as e:
-        raise CompileError(f"cannot read {path}: {e.strerror or e}", code="file") from None
+        # without blocking, and what is checked is what is read: it may be a FIFO, or become one
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise CompileError(f"{path} is no file", code="file")
+            if info.st_size > LARGEST:
+                raise CompileError(
+                    f"{path} has {info.st_size} bytes, an ONNX file at most {LARGEST}",
+                    code="file",
+                    hint="save it with external data",
+                )
+            with os.fdopen(os.dup(fd), "rb") as file:
+                data = file.read(info.st_size)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as e:
+        raise CompileError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}", code="file") from None
     if not data:
         raise CompileError(f"{path} is empty", code="file")
     try:

@@ -101,6 +101,8 @@ def sizes_of_result(
     if any(k is None for k in rest):
         return None
     others: list[tuple[Size, ...]] = [k for k in rest if k is not None]
+    if len(x) + sum(map(len, others)) > KNOWN_LIMIT:
+        return None
     try:
         match op_type:
             case "Identity" | "Squeeze" | "Unsqueeze" | "Reshape":
