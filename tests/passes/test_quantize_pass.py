@@ -284,6 +284,7 @@ def test_extreme_blocks(value):
 
 def test_functions_are_rewritten_too():
     inner, outer = linear_graph(torch.randn(16, 16)), Graph()
+    inner.name = "layer"
     outer.functions["layer"] = inner
     x = outer.add_input("x", inner.inputs[0].type)
     node = outer.create("call.graph", [x], {"callee": "layer", "dims": (("T", x.shape[0]),)})
