@@ -20,7 +20,7 @@ from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.promote import promote
 from moec.ir.runtime_sizes import introduces
-from moec.op_errors import reduction_length
+from moec.op_errors import largest, reduction_length, scale_of
 from moec.tolerance import unit
 
 RUNS = 8
@@ -103,11 +103,14 @@ def _around(
         return tensor
     u = unit(value.dtype)
     amount = 2 * off + u * exact.abs()
+    scale = scale_of(tensor, node, values)
+    if node.opdef.elementwise and scale > largest(tensor):  # right to u of what it is computed from
+        amount = amount + u * scale
     if not node.opdef.elementwise:
-        largest = torch.where(exact.isfinite(), exact.abs(), 0.0)
-        largest = largest.amax(-1, keepdim=True) if largest.dim() else largest
+        most = torch.where(exact.isfinite(), exact.abs(), 0.0)
+        most = most.amax(-1, keepdim=True) if most.dim() else most
         accumulated = u if value.dtype is DType.F64 else unit(DType.F32)
-        amount = amount + (u + 4 * accumulated * math.sqrt(reduction_length(node, binding))) * largest
+        amount = amount + (u + 4 * accumulated * math.sqrt(reduction_length(node, binding))) * most
     noise = 2 * torch.rand(t.shape, generator=r, dtype=torch.float64) - 1
     moved = torch.where(exact.isfinite(), exact + noise * amount.nan_to_num(0.0, 0.0), t)
     return moved.to(tensor.dtype)
