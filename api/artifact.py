@@ -52,9 +52,9 @@ def save(compiled: CompiledModel, folder: Path) -> None:
         raise ArtifactError(
             f"a model on the custom backend {compiled.backend!r} cannot be loaded again", code="artifact"
         )
-    _check_target(folder)
     programs = _programs(compiled)
     try:
+        _check_target(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except (OSError, ValueError) as e:

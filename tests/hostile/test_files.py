@@ -175,7 +175,7 @@ def test_names_of_folders(tmp_path):
             moec.load(tmp_path / name)
     compiled = moec.compile(model(), backend="reference")
     for name in ("a\0b", "a" * 5000, "file/x"):
-        with pytest.raises(ArtifactError, match="cannot write|is no folder|exists"):
+        with pytest.raises(ArtifactError, match=r"cannot write|is no folder|exists"):
             compiled.save(tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "file"]
     with refused("exists and is no folder", ArtifactError):
