@@ -57,7 +57,9 @@ def save(compiled: CompiledModel, folder: Path) -> None:
         _check_target(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    except (OSError, ValueError) as e:
+    except ArtifactError:
+        raise
+    except (OSError, ValueError) as e:  # a name that no file can have is a ValueError
         raise ArtifactError(f"cannot write beside {folder}: {e}", code="artifact") from e
     try:
         _write(compiled, programs, work)

@@ -99,6 +99,9 @@ def scale_of(reference: torch.Tensor, node: Node | None, operands: Mapping[Value
     if node.op in _BY_SIGMOID:  # which is right to u of 1, not of itself
         x = next((operands[v] for v in node.operands if v is not None and v in operands), None)
         return max(own, 1.0 if node.op == "math.sigmoid" or x is None else largest(x))
+    if node.op == "math.swiglu":  # silu(gate) · up: silu is right to u of its operand
+        gate, up = (operands.get(node.operand(name)) for name in ("gate", "up"))
+        return own if gate is None or up is None else max(own, largest(gate.to(torch.float64) * up.to(torch.float64)))
     if node.op in _SUMS:
         return max(own, _sum_scale(node, operands))
     given = [operands[v] for v in node.operands if v is not None and v in operands]

@@ -100,7 +100,7 @@ def _around(
     exact = t if found is None else found
     off = (t - exact).abs().nan_to_num(0.0, 0.0)
     if node.opdef.elementwise and not bool(off.any()):
-        return tensor
+        return _signed(tensor, r)
     u = unit(value.dtype)
     amount = 2 * off + u * exact.abs()
     scale = scale_of(tensor, node, values)
@@ -113,7 +113,13 @@ def _around(
         amount = amount + (u + 4 * accumulated * math.sqrt(reduction_length(node, binding))) * most
     noise = 2 * torch.rand(t.shape, generator=r, dtype=torch.float64) - 1
     moved = torch.where(exact.isfinite(), exact + noise * amount.nan_to_num(0.0, 0.0), t)
-    return moved.to(tensor.dtype)
+    return _signed(moved, r).to(tensor.dtype)
+
+
+def _signed(t: torch.Tensor, r: torch.Generator) -> torch.Tensor:
+    """With a sign drawn for every zero: backends take x + 0 and x · 1 for x, which is true of all but the sign of 0."""
+    drawn = torch.where(torch.rand(t.shape, generator=r) < 0.5, 0.0, -0.0).to(t.dtype)
+    return torch.where(t == 0, drawn, t)
 
 
 def _in_float64(
