@@ -79,7 +79,7 @@ def compare(
     if isinstance(backends, str | Path | Backend | CompiledModel) or len(backends) < 2:
         raise ArgumentValueError(f"backends={backends!r} must be at least two", code="arguments")
     check_tolerance(tolerance)
-    with progress("compare") as step, _workspace(save) as folder:
+    with progress("compare") as step:
         step("trace")
         held = _held(model)
         if held is not None:
@@ -93,8 +93,9 @@ def compare(
         base = Settings(get_backend("reference"), pipeline, fallback, threads)
         after, _ = run_passes(graph, base, step)
         _check_names(tolerance, after)
-        run = _Run(model, (args, kwargs or {}), signature, after, inputs, base, tolerance, processes, folder, step)
-        return run.compare(backends, _quantises(after) if isolated is None else isolated)
+        with _workspace(save) as folder:
+            run = _Run(model, (args, kwargs or {}), signature, after, inputs, base, tolerance, processes, folder, step)
+            return run.compare(backends, _quantises(after) if isolated is None else isolated)
 
 
 @dataclass(eq=False)
