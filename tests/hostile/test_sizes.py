@@ -157,9 +157,9 @@ def test_folding_stays_within_bounds():
         rows.append(f"  %c{i}: f32[1000, 256] = math.add(%b{i}, %{f'c{i - 1}' if i else 'x'})")
     source = "graph(%x: f32[1000, 256]) -> (%y: f32[1000, 256]) {\n" + "\n".join(rows) + "\n  return %c599\n}\n"
     graph = parse(source)
-    before = peak("VmHWM")  # resident: how much address space malloc takes for this varies
+    before = peak("VmHWM")
     folded = FoldConstants().run(graph)
-    assert peak("VmHWM") - before < GIB // 2
+    assert peak("VmHWM") - before < GIB  # twice 256 MiB where pages are huge; without a bound 1.2 GB at least
     weights = sum(v.type.nbytes for v in folded.weights.values())
     assert 0 < weights <= FoldConstants().total
     (want,) = moec.ir.run(graph, [torch.zeros(1000, 256)])
