@@ -94,7 +94,16 @@ def gather_elements(e: Emitter, node: Node) -> onnx.Value:
 
 @backend.lowers("tensor.scatter_elements")
 def scatter_elements(e: Emitter, node: Node) -> onnx.Value:
-    return e.op("ScatterElements", *e.operands(node), axis=node.attrs["axis"], reduction=node.attrs["reduce"])
+    x, index, source = e.operands(node)
+    axis, reduce = node.attrs["axis"], node.attrs["reduce"]
+    result = e.op("ScatterElements", x, index, source, axis=axis, reduction=reduce)
+    dtype = node.result.dtype
+    if reduce not in ("max", "min") or not dtype.is_float:
+        return result
+    # the kernel compares, which NaN does not survive: where one came in, it goes out
+    own, came = (e.cast(e.op("IsNaN", v), DType.BOOL, DType.I32) for v in (x, source))
+    nan = e.op("ScatterElements", own, index, came, axis=axis, reduction="max")
+    return e.op("Where", e.cast(nan, DType.I32, DType.BOOL), e.scalar(float("nan"), dtype), result)
 
 
 @backend.lowers("tensor.index_put")

@@ -112,3 +112,18 @@ def test_log_softmax_of_f64_knows_nan_and_infinity(bad, axis):
     x[0, 2] = bad
     (a,), (b,) = both(text, x)
     torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduce", ["max", "min"])
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+def test_scattered_extremes_keep_nan(reduce, dtype):
+    text = (
+        f"graph(%x: {dtype}[4], %i: i64[3], %s: {dtype}[3]) -> (%y: {dtype}[4]) {{\n"
+        f'  %0: {dtype}[4] = tensor.scatter_elements(%x, %i, %s) {{axis=0, reduce="{reduce}"}}\n  return %0\n}}'
+    )
+    nan = float("nan")
+    wide = moec.ir.DType.of(dtype).torch
+    x, s = torch.tensor([nan, 1.0, 2.0, -1.0], dtype=wide), torch.tensor([5.0, nan, 0.5], dtype=wide)
+    (a,), (b,) = both(text, x, torch.tensor([0, 1, 2]), s)
+    torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+    assert a.isnan().tolist() == [True, True, False, False]
