@@ -43,7 +43,7 @@ def _op(name: str) -> tuple[str, str]:
         return "ok", str(check_op(name, backends=("triton",))).replace("\n", ";")
     except AssertionError as e:
         return "differs", str(e)
-    except Exception:
+    except Exception:  # a crash is a finding of its own kind, and the other checks go on
         return "failed", traceback.format_exc(limit=-3)
 
 
@@ -60,7 +60,7 @@ def _graph(name: str, quantised: bool) -> tuple[str, str]:
         found = moec.compare(graph, case.inputs, backends=("reference", "triton"), **options)
     except moec.CompileError as e:
         return "refused" if e.code == "coverage" else "failed", str(e)
-    except Exception:
+    except Exception:  # a crash is a finding of its own kind, and the other checks go on
         return "failed", traceback.format_exc(limit=-3)
     flips = f"; {len(found.routing_flips)} near-tied flips" if found.routing_flips else ""
     if found.ok:

@@ -93,7 +93,7 @@ def _second(seed: int, number: int, look: object, phases: tuple[Phase, ...] = (P
     def test(case: Run) -> None:
         seen[0] += 1
         if seen[0] > 1 and (Phase.shrink in phases or seen[0] == 2):
-            look(case)  # type: ignore[operator]
+            look(case)  # type: ignore[operator]  # given wherever cases are looked at
 
     test()
 

@@ -55,7 +55,8 @@ class Pinned:
         self._chosen, self._logits, self._tolerance = chosen, logits, tolerance
         self._operands: dict[Value, torch.Tensor] = {}
         self._experts: dict[Node, torch.Tensor] = {}
-        self._wanted = {v for e in chosen for v in e.producer.operands if v is not None}  # type: ignore[union-attr]
+        nodes = [e.producer for e in chosen if e.producer is not None]
+        self._wanted = {v for node in nodes for v in node.operands if v is not None}
 
     def __call__(self, value: Value, tensor: torch.Tensor) -> torch.Tensor | None:
         if value in self._wanted:

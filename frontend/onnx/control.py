@@ -143,10 +143,10 @@ def declared(importer: Importer, node: onnx_ir.Node, operands: list[Value | None
 
 def _keeps_going(body: onnx_ir.Graph) -> bool:
     """Whether the body's condition is the one it was given, or always true."""
-    condition = body.outputs[0]
-    while condition.producer() is not None and condition.producer().op_type == "Identity":  # type: ignore[union-attr]
-        condition = condition.producer().inputs[0]  # type: ignore[union-attr,assignment]
+    condition: onnx_ir.Value | None = body.outputs[0]
+    while condition is not None and (maker := condition.producer()) is not None and maker.op_type == "Identity":
+        condition = maker.inputs[0]
     if condition is body.inputs[1]:
         return True
-    value = onnx_ir.convenience.get_const_tensor(condition)
+    value = None if condition is None else onnx_ir.convenience.get_const_tensor(condition)
     return value is not None and bool(value.numpy().reshape(-1)[0])

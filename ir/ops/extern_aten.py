@@ -76,7 +76,7 @@ NAMES = (*_VISION, *_LINALG, *_FFT, *_SPECIAL, *_OTHER)
 
 _IGNORED = ("layout", "device", "pin_memory", "memory_format", "generator", "out")  # of schemas: nothing about values
 _OPERANDS = {"Tensor": Operand, "Optional[Tensor]": OptionalOperand, "List[Tensor]": Operands}
-_ANY: Any = Attr[Any]  # type: ignore[misc]
+_ANY: Any = Attr[Any]  # type: ignore[misc]  # a type as a value
 
 
 def op_of(name: str) -> str:
@@ -115,7 +115,7 @@ def _declare(name: str) -> None:
         def decompose(self: Any, b: Any) -> Any:
             return FORMS[name](self, b)
 
-        Aten.decompose = decompose  # type: ignore[attr-defined]
+        Aten.decompose = decompose  # type: ignore[attr-defined]  # only ops that have a form get one
     Aten.__doc__ = f"torch's {target._schema}"
     op(op_of(name), results=None)(Aten)
 
