@@ -156,11 +156,15 @@ def _quiet() -> Iterator[None]:
     before = [(log, log.disabled) for log in loggers]
     for log in loggers:
         log.disabled = True
+    parent = logging.getLogger("torch.onnx")  # loggers made at the exporter's first use take its level
+    level = parent.level
+    parent.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        parent.setLevel(level)
         for log, disabled in before:
             log.disabled = disabled
 
