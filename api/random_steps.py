@@ -133,15 +133,15 @@ def sampled(g: Grower) -> Any:
         attrs[name] = Dim(next(f"R{i}" for i in range(99) if f"R{i}" not in known))
     kinds = _operand_kinds(opdef, len(types))
     operands: list[Value | None] = []
+    changed = _changed(g, opdef, dict(attrs), wide)
     for (name, kind), type, t in zip(kinds, types, tensors, strict=False):
         if type is None or (kind == "optional" and g.d.chance(15)):
             operands.append(None)
         elif type.dtype.is_integer:
-            operands.append(_index(g, name, type, t, may_store=not symbolic))
+            operands.append(_index(g, name, type, t, may_store=not symbolic, fits=changed == attrs))
         else:
             operands.append(g.fit(type, name))
-    results = g.b.op(opdef, operands, _changed(g, opdef, attrs, wide))
-    return results
+    return g.b.op(opdef, operands, changed)
 
 
 def _operand_kinds(opdef: OpDef, count: int) -> list[tuple[str, str]]:
@@ -151,9 +151,13 @@ def _operand_kinds(opdef: OpDef, count: int) -> list[tuple[str, str]]:
     return found
 
 
-def _index(g: Grower, name: str, type: TensorType, sample: torch.Tensor, may_store: bool) -> Value:
+def _index(g: Grower, name: str, type: TensorType, sample: torch.Tensor, *, may_store: bool, fits: bool) -> Value:
     """Integers in the range of the sample's: a value brought into it, an input that the maker of inputs fills by its
-    use, or the sample itself."""
+    use, or the sample itself. Where the sample no longer `fits` (another axis is indexed), an input."""
+    if not fits and g.inner:
+        raise CompileError("what a caller passes has no role", code="size")
+    if not fits and name != "count":
+        return g.fresh(type, name, weight=None if may_store else False)
     if type.is_static and may_store and (name == "count" or g.d.chance(40)):
         return g.stored(sample.clone(), name)
     if name == "count":
@@ -161,7 +165,7 @@ def _index(g: Grower, name: str, type: TensorType, sample: torch.Tensor, may_sto
     if g.inner and (name == "offsets" or not may_store):
         raise CompileError("what a caller passes has no role", code="size")
     if name == "offsets" or not sample.numel() or not may_store or g.d.chance(40):
-        return g.fresh(type, name, weight=None if may_store else False)
+        return g.fresh(type, name, weight=may_store if g.inner or not may_store else None)
     bound = int(sample.max()) + 1
     low = min(0, int(sample.min()))
     found = g.recent(lambda v: v.dtype == type.dtype and v.shape == type.shape) or g.fit(type)

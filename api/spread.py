@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.promote import promote
 from moec.ir.runtime_sizes import introduces
+from moec.monte_carlo import Rounding
 from moec.op_errors import largest, reduction_length, scale_of
 from moec.tolerance import unit
 
@@ -52,7 +54,8 @@ def spread(graph: Graph, inputs: Sequence[torch.Tensor], runs: int = RUNS) -> li
     try:
         wide = promote(graph)
         found.append(run(wide, [t.to(v.dtype.torch) for v, t in zip(wide.inputs, inputs, strict=True)]))
-        found += [_moved(graph, inputs, seed) for seed in range(runs)]
+        for seed in range(runs):
+            found.append(_moved(graph, inputs, torch.Generator().manual_seed(seed), graph.functions))
     except CompileError:
         return None
     return [_between(e, [f[i] for f in found]) for i, e in enumerate(expected)]
@@ -68,23 +71,35 @@ def _between(expected: torch.Tensor, others: Sequence[torch.Tensor]) -> Spread:
     return Spread(~finite & ~same, float(distance.max()) if distance.numel() else 0.0)
 
 
-def _moved(graph: Graph, inputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """One evaluation with every result of a node moved."""
+def _moved(
+    graph: Graph, inputs: Sequence[torch.Tensor], r: torch.Generator, functions: Mapping[str, Graph]
+) -> list[torch.Tensor]:
+    """One evaluation with every result of a node moved, those in called functions too."""
     binding = dict(bind_inputs(graph, inputs))
-    r = torch.Generator().manual_seed(seed)
     values: dict[Value, torch.Tensor] = {}
+    called: dict[Node, list[torch.Tensor]] = {}
 
     def move(value: Value, tensor: torch.Tensor) -> torch.Tensor | None:
         node = value.producer
+        if node is not None and node.op == "call.graph":
+            if node not in called:
+                given = [v.weight.load() if v.weight is not None else values[v] for v in node.operands if v is not None]
+                called[node] = _moved(functions[node.attrs["callee"]], given, r, functions)
+            tensor = called[node][value.index]
         for symbol, (result, axis) in ({} if node is None else introduces(node)).items():
             if result is value:
                 binding.setdefault(symbol, tensor.shape[axis])
-        if node is not None and value.dtype.is_wide_float and not node.op.startswith("tensor.") and tensor.numel():
+        if node is not None and _computes(node) and value.dtype.is_wide_float and tensor.numel():
             tensor = _around(node, value, tensor, values, binding, r)
         values[value] = tensor
         return tensor
 
-    return run(graph, inputs, tap=move)
+    return run(graph, inputs, tap=move, functions=functions)
+
+
+def _computes(node: Node) -> bool:
+    """Whether a node rounds by itself: it moves no data, and calls no graph."""
+    return node.opdef.family not in ("tensor", "call")
 
 
 def _around(
@@ -96,10 +111,14 @@ def _around(
     r: torch.Generator,
 ) -> torch.Tensor:
     t = tensor.to(torch.float64)
-    found = _in_float64(node, value, values, binding)
+    found = _evaluated(node, value, values, binding, torch.float64)
+    rounded = None
+    if not node.opdef.elementwise:  # one that knows other floats only is moved in those
+        own = torch.float64 if found is not None else value.dtype.torch
+        rounded = _evaluated(node, value, values, binding, own, Rounding(_accumulated(value), r))
     exact = t if found is None else found
     off = (t - exact).abs().nan_to_num(0.0, 0.0)
-    if node.opdef.elementwise and not bool(off.any()):
+    if node.opdef.elementwise and not bool(off.any()) and _is_exact(node, value, values, binding):
         return _signed(tensor, r)
     u = unit(value.dtype)
     amount = 2 * off + u * exact.abs()
@@ -109,11 +128,16 @@ def _around(
     if not node.opdef.elementwise:
         most = torch.where(exact.isfinite(), exact.abs(), 0.0)
         most = most.amax(-1, keepdim=True) if most.dim() else most
-        accumulated = u if value.dtype is DType.F64 else unit(DType.F32)
-        amount = amount + (u + 4 * accumulated * math.sqrt(reduction_length(node, binding))) * most
+        amount = amount + (u + 4 * _accumulated(value) * math.sqrt(reduction_length(node, binding))) * most
+    base = exact if rounded is None else rounded.double()
     noise = 2 * torch.rand(t.shape, generator=r, dtype=torch.float64) - 1
-    moved = torch.where(exact.isfinite(), exact + noise * amount.nan_to_num(0.0, 0.0), t)
+    moved = torch.where(exact.isfinite(), base + noise * amount.nan_to_num(0.0, 0.0), t if rounded is None else base)
     return _signed(moved, r).to(tensor.dtype)
+
+
+def _accumulated(value: Value) -> float:
+    """Unit roundoff of what a value is computed in."""
+    return unit(DType.F64 if value.dtype is DType.F64 else DType.F32)
 
 
 def _signed(t: torch.Tensor, r: torch.Generator) -> torch.Tensor:
@@ -122,26 +146,42 @@ def _signed(t: torch.Tensor, r: torch.Generator) -> torch.Tensor:
     return torch.where(t == 0, drawn, t)
 
 
-def _in_float64(
-    node: Node, value: Value, values: Mapping[Value, torch.Tensor], binding: Mapping[str, int]
+def _is_exact(node: Node, value: Value, values: Mapping[Value, torch.Tensor], binding: Mapping[str, int]) -> bool:
+    """Whether an elementwise node that shows no rounding has none: in float64 it shows none to float64, so what it
+    makes of the operands' f32 values decides."""
+    if value.dtype is not DType.F64:
+        return True
+    near = {v: t.float().double() if t.dtype == torch.float64 else t for v, t in values.items() if v in node.operands}
+    narrow = _evaluated(node, value, near, binding, torch.float32)
+    wide = _evaluated(node, value, near, binding, torch.float64)
+    if narrow is None or wide is None:
+        return False
+    a = narrow.double()
+    return bool(((a == wide) | (a.isnan() & wide.isnan())).all())
+
+
+def _evaluated(
+    node: Node,
+    value: Value,
+    values: Mapping[Value, torch.Tensor],
+    binding: Mapping[str, int],
+    dtype: torch.dtype,
+    within: AbstractContextManager[Any] | None = None,
 ) -> torch.Tensor | None:
-    """What the node gives for the same operands in float64, or None where it knows other floats only."""
-    if node.op == "call.graph":
-        return None
-    if node.op == "math.cast":  # a backend may carry narrow floats in wider ones
-        (v,) = node.operands
-        assert v is not None
-        x = v.weight.load() if v.weight is not None else values[v]
-        return x.to(torch.float64) if v.dtype.is_wide_float else None
+    """What the node gives for the same operands in `dtype` (computed `within` a context), or None where it knows other
+    floats only."""
     operands: list[Any] = []
     for v in node.operands:
         t = None if v is None else v.weight.load() if v.weight is not None else values[v]
-        operands.append(t.to(torch.float64) if t is not None and DType.of(t.dtype).is_wide_float else t)
+        operands.append(t.to(dtype) if t is not None and DType.of(t.dtype).is_wide_float else t)
+    if node.op == "math.cast":  # a backend may carry narrow floats in wider ones
+        return operands[0] if operands[0].dtype == dtype else None
     attrs = {k: evaluate_attr(a, binding) for k, a in node.attrs.items()}
     try:
-        found = node.opdef.instance(operands, attrs).reference()
+        with within or nullcontext():
+            found = node.opdef.instance(operands, attrs).reference()
     except (CompileError, RuntimeError, ValueError, TypeError, IndexError):
         return None
     result = found[value.index] if isinstance(found, list | tuple) else found
     wanted = tuple(evaluate(s, binding) for s in value.shape)
-    return result if tuple(result.shape) == wanted and result.dtype == torch.float64 else None
+    return result if tuple(result.shape) == wanted and result.dtype == dtype else None

@@ -22,6 +22,7 @@ import torch
 
 from moec.ir import ArgumentTypeError, ArgumentValueError, DType, Graph, Node, TensorType, Value
 from moec.ir.dims import evaluate
+from moec.ir.runtime_sizes import introduces
 from moec.op_errors import effective_length, largest, reduction_length, roundings, scale_of
 
 __all__ = [
@@ -118,13 +119,23 @@ def _work(node: Node, graph: Graph, binding: Mapping[str, int]) -> tuple[float, 
     """(K, sum of squared unit roundoffs of narrow dtypes) that a node adds."""
     if node.op == "call.graph":
         callee = graph.functions[node.attrs["callee"]]
-        inner = {name: evaluate(s, binding) for name, s in node.attrs["dims"]}
+        inner = _sizes(callee, {name: evaluate(s, binding) for name, s in node.attrs["dims"]})
         parts = [_work(n, callee, inner) for n in callee.nodes]
         return sum(p[0] for p in parts), sum(p[1] for p in parts)
     if node.op.startswith("tensor."):  # moves data
         return 0.0, 0.0
     narrow = max((_narrow(r.type) for r in node.results), default=0.0)
     return effective_length(node, binding), narrow**2 * roundings(node)
+
+
+def _sizes(callee: Graph, binding: dict[str, int]) -> dict[str, int]:
+    """`binding` and the sizes that a called graph's nodes bring in, which no value outside shows: taken as all the
+    elements that such a node sees."""
+    for node in callee.nodes:
+        for symbol in introduces(node):
+            seen = [math.prod(evaluate(s, binding) for s in v.shape) for v in node.operands if v is not None]
+            binding.setdefault(symbol, max([1, *seen]))
+    return binding
 
 
 def _narrow(type: TensorType) -> float:

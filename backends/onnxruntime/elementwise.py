@@ -41,7 +41,7 @@ def _simple(op: str, kind: str) -> None:
 
 for _op, _kind in {
     "neg": "Neg", "abs": "Abs", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal",
-    "sin": "Sin", "cos": "Cos", "tanh": "Tanh", "erf": "Erf", "sigmoid": "Sigmoid", "floor": "Floor", "ceil": "Ceil",
+    "sin": "Sin", "cos": "Cos", "tanh": "Tanh", "erf": "Erf", "floor": "Floor", "ceil": "Ceil",
     "round": "Round", "isnan": "IsNaN", "not": "Not", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div",
     "max": "Max", "min": "Min", "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
     "ge": "GreaterOrEqual", "and": "And", "or": "Or", "xor": "Xor", "pow": "Pow",
@@ -107,12 +107,25 @@ def softplus_of(e: Emitter, x: onnx.Value, dtype: DType) -> onnx.Value:
     return e.op("Add", e.op("Max", x, e.scalar(0, dtype)), tail)
 
 
+def sigmoid_of(e: Emitter, x: onnx.Value, dtype: DType, *, exact: bool = False) -> onnx.Value:
+    """1 / (1 + e⁻ˣ). ONNX Runtime's Sigmoid is right to a unit of 1, not of the result: in f32 nothing is below 2⁻²⁶,
+    in f64 all is 0 from −37 on. `exact`: not so in f32 either."""
+    if dtype is DType.F64 or (exact and carrier(dtype) is DType.F32):
+        return e.op("Reciprocal", e.op("Add", e.scalar(1, dtype), e.op("Exp", e.op("Neg", x))))
+    return e.op("Sigmoid", x)
+
+
+@backend.lowers("math.sigmoid")
+def sigmoid(e: Emitter, node: Node) -> onnx.Value:
+    return computed(e, node, lambda values, dtype: sigmoid_of(e, *values, dtype))
+
+
 def silu_of(e: Emitter, x: onnx.Value, dtype: DType, alpha: float = 1.0) -> onnx.Value:
     """x · sigmoid(alpha · x)."""
     if not e.options.portable and carrier(dtype) is DType.F32:
         return e.op("QuickGelu", x, domain=MICROSOFT, alpha=alpha)
     scaled = x if alpha == 1.0 else e.op("Mul", x, e.scalar(alpha, dtype))
-    return e.op("Mul", x, e.op("Sigmoid", scaled))
+    return e.op("Mul", x, sigmoid_of(e, scaled, dtype))
 
 
 @backend.lowers("math.swiglu")

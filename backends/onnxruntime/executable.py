@@ -28,6 +28,11 @@ from moec.ir.interpreter import bind_inputs
 IN_MEMORY = 128 * 2**20
 
 
+# onnxruntime 1.32: removes the node that computes the bias where others read it too, and takes any transpose of two
+# axes for a swap (issue 32228 there)
+_BROKEN = ["GemmTransposeFusion"]
+
+
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Full optimisation, quiet; FP8 weights are folded to f32 at load."""
     options = onnxruntime.SessionOptions()
@@ -186,6 +191,8 @@ def open_session(source: bytes | Path, threads: int | None, sources: dict[str, N
     """Raises CompileError naming the IR op that ONNX Runtime refuses."""
     model = source if isinstance(source, bytes) else str(source)
     try:
-        return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            model, session_options(threads), providers=["CPUExecutionProvider"], disabled_optimizers=_BROKEN
+        )
     except Exception as error:
         raise wrapped(error, sources, "loading") from error

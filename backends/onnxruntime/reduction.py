@@ -86,10 +86,14 @@ def softmax(e: Emitter, node: Node) -> onnx.Value:
 def log_softmax(e: Emitter, node: Node) -> onnx.Value:
     (x,), axis, given_x = e.operands(node), node.attrs["axis"], given(node)[0]
     size = given_x.shape[axis] if given_x.type.rank else 1
-    if given_x.dtype is DType.F64 and isinstance(size, int) and size > 0:  # that kernel gives numbers for NaN and ∞
-        below = e.op("Sub", x, reduce(e, "ReduceMax", x, (axis,), True))
-        return e.op("Sub", below, e.op("Log", reduce(e, "ReduceSum", e.op("Exp", below), (axis,), True)))
-    return e.op("LogSoftmax", x, axis=axis)
+    if given_x.dtype is not DType.F64 or size == 0:
+        return e.op("LogSoftmax", x, axis=axis)
+    # that kernel gives numbers for NaN and ∞. No maximum is taken of an empty axis
+    padded = (
+        x if isinstance(size, int) else e.op("Pad", x, np.array([0, 1]), e.scalar(-np.inf, DType.F64), np.array([axis]))
+    )
+    below = e.op("Sub", x, reduce(e, "ReduceMax", padded, (axis,), True))
+    return e.op("Sub", below, e.op("Log", reduce(e, "ReduceSum", e.op("Exp", below), (axis,), True)))
 
 
 @backend.lowers("math.cumsum")

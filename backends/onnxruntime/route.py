@@ -7,7 +7,7 @@ import onnx_ir as onnx
 import torch
 
 from moec.backends.onnxruntime.backend import backend
-from moec.backends.onnxruntime.elementwise import order_key, softplus_of
+from moec.backends.onnxruntime.elementwise import order_key, sigmoid_of, softplus_of
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.types import onnx_type
@@ -22,7 +22,7 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     if a["scoring"] == "softmax":
         scores = e.op("Softmax", logits, axis=-1)
     elif a["scoring"] == "sigmoid":
-        scores = e.op("Sigmoid", logits)
+        scores = sigmoid_of(e, logits, dtype, exact=True)  # normalising magnifies small ones
     elif a["scoring"] == "sqrt_softplus":
         scores = e.op("Sqrt", softplus_of(e, logits, dtype))
     choice = scores if bias is None else e.op("Add", scores, bias)
@@ -35,7 +35,7 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     if a["scoring"] == "topk_softmax":
         weights = e.op("Softmax", weights, axis=-1)
     elif a["scoring"] == "topk_sigmoid":
-        weights = e.op("Sigmoid", weights)
+        weights = sigmoid_of(e, weights, dtype, exact=True)
     if a["normalize"] and a["scoring"] != "topk_softmax":
         total = reduce(e, "ReduceSum", weights, (-1,), True)
         if a["normalize_eps"]:

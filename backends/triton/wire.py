@@ -69,7 +69,9 @@ def _unpack(value: Any, tensors: list[torch.Tensor], resolve: Callable[[int], An
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    # a row of one element is contiguous whatever its stride, and cannot be viewed as bytes then
+    rows = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    return rows.view(torch.uint8).numpy().data
 
 
 def _read_exactly(stream: BinaryIO, buffer: memoryview) -> None:

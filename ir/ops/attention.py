@@ -53,11 +53,11 @@ class ScaledDotProductAttention:
         require(cap is None or (isinstance(cap, float) and cap > 0), f"softcap must be a positive float, got {cap!r}")
         return q.with_shape((*q.shape[:3], v.shape[3]))
 
-    def reference(self) -> torch.Tensor:
-        q, k, v = self.q, self.k, self.v
+    def _scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores without the mask, which of them a causal or boolean mask lets through)."""
+        q, k = self.q, self.k
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
@@ -67,18 +67,33 @@ class ScaledDotProductAttention:
             allowed = torch.arange(t) <= torch.arange(s)[:, None] + (t - s)
         if self.mask is not None and self.mask.dtype == torch.bool:
             allowed = allowed & self.mask
-        elif self.mask is not None:
-            scores = scores + self.mask.to(wide)
+        return scores, allowed
+
+    def reference(self) -> torch.Tensor:
+        q, (scores, allowed) = self.q, self._scores()
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            scores = scores + self.mask.to(scores.dtype)
         scores = scores.masked_fill(~allowed, float("-inf"))
+        v = self.v.repeat_interleave(q.shape[1] // self.v.shape[1], dim=1).to(scores.dtype)
         if self.sinks is not None:
-            column = self.sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-            return (torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1] @ v.to(wide)).to(q.dtype)
+            column = self.sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            return (torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1] @ v).to(q.dtype)
         dead = (scores == float("-inf")).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
-        return (weights @ v.to(wide)).to(q.dtype)
+        return (weights @ v).to(q.dtype)
 
     def undefined(self) -> bool:
-        return overflows(self.q, self.k, self.v, self.mask, self.sinks)
+        if overflows(self.q, self.k, self.v, self.mask, self.sinks):
+            return True
+        if self.sinks is not None:
+            return False
+        # a row that may attend, but to scores of −∞ only, is 0 / 0
+        scores, allowed = self._scores()
+        shut = ~allowed
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            shut = shut | (self.mask == float("-inf"))
+        hopeless = (shut | (scores == float("-inf"))).all(-1) & ~shut.expand_as(scores).all(-1)
+        return bool(hopeless.any())
 
     @staticmethod
     def samples(r: Any) -> Any:

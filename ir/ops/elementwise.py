@@ -243,6 +243,11 @@ class SwiGLU:
         yield [r.floats(r.n, r.m), r.floats(r.n, r.m)], {}
 
 
+def check_limit(limit: float | None) -> None:
+    """Of a clamped SwiGLU: below 0 a clamp to ±limit would have no range."""
+    require(limit is None or limit >= 0.0, f"limit {limit!r} is no number of at least 0")
+
+
 @op("math.glu")
 class GLU:
     """activation(gate) · up: the gated units of Shazeer 2020 beside `math.swiglu`.
@@ -264,7 +269,7 @@ class GLU:
         require(self.gate == self.up and self.gate.dtype.is_wide_float, f"gate is {self.gate}, up is {self.up}")
         known = ("silu", "gelu", "gelu_tanh", "relu")
         require(self.activation in known, f"activation {self.activation!r} is none of {known}")
-        require(self.limit is None or isinstance(self.limit, float), f"limit {self.limit!r} is not a float")
+        check_limit(self.limit)
         require(self.limit is None or self.activation == "silu", f"limit with {self.activation!r}: silu only")
         require(self.limit is not None or self.activation != "silu", "silu without a limit is math.swiglu")
         return self.gate

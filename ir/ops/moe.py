@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from moec.ir.errors import require
 from moec.ir.literals import literal
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
-from moec.ir.ops.elementwise import gelu
+from moec.ir.ops.elementwise import check_limit, gelu
 from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType
 
@@ -206,7 +206,7 @@ class Experts:
                 bias is None or bias == TensorType(x.dtype, (gu.shape[0], size)), f"bias {bias}, expected [E, {size}]"
             )
         require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {ACTIVATIONS}")
-        require(self.limit is None or isinstance(self.limit, float), f"limit {self.limit!r} is not a float")
+        check_limit(self.limit)
         return x
 
     def reference(self) -> torch.Tensor:

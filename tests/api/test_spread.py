@@ -31,3 +31,39 @@ def test_silu_of_a_large_negative_number_is_right_to_the_unit_of_its_operand():
     assert 0 < float(y) < 1e-7
     assert found.explains(y, torch.zeros(1), 0.0)
     assert not found.explains(y, y + 1e-3, 0.0)
+
+
+def test_units_inside_of_an_op_round_too():
+    """Where what glu multiplies is next to nothing (up near -up_offset, sigmoid of a large negative number)."""
+    text = (
+        "graph(%g: f32[T], %u: f32[T]) -> (%y: f32[T]) {\n"
+        "  %0: f32[T] = math.glu(%g, %u) {limit=7.0, alpha=1.702, up_offset=1.0}\n  return %0\n}"
+    )
+    found, y = of(text, torch.tensor([-10.0]), torch.tensor([2.0]))
+    assert abs(float(y)) < 2e-6
+    assert found.explains(y, y * 1.1, 0.0)
+    assert not found.explains(y, y + 1e-4, 0.0)
+
+
+TWO = "graph(%x: f64[T]) -> (%y: f64[T]) {{\n  %0: f64[T] = {}\n  %1: f64[T] = {}\n  return %1\n}}"
+
+
+def test_float64_is_moved_where_an_op_rounds_and_only_there():
+    found, y = of(TWO.format("math.silu(%x)", "math.pow(%0, %x)"), torch.tensor([30.0], dtype=torch.float64))
+    assert found.explains(y, y * (1 + 1e-15), 0.0)  # 30 roundings of silu
+    assert not found.explains(y, y * (1 + 1e-12), 0.0)
+    found, y = of(TWO.format("math.neg(%x)", "math.exp(%0)"), torch.tensor([700.0], dtype=torch.float64))
+    assert not found.explains(y, y * (1 + 1e-13), 0.0)  # a neg that rounds would open 700 roundings
+
+
+def test_called_functions_are_moved_inside():
+    """bf16 that cancels in a function: the cast may be carried wider."""
+    text = (
+        'graph(%x: f32[2]) -> (%y: bf16[1]) {\n  %0: bf16[1] = call.graph(%x) {callee="f"}\n  return %0\n}\n\n'
+        "function @f(%a: f32[2]) -> (%out: bf16[1]) {\n  %0: bf16[2] = math.cast(%a) {dtype=bf16}\n"
+        "  %1: bf16[1] = math.sum(%0) {axes=[0], keepdim=true}\n  return %1\n}"
+    )
+    x = torch.tensor([1.003, -0.998])
+    found, y = of(text, x)
+    assert found.explains(y, x.sum().bfloat16().reshape(1), 0.0)
+    assert not found.explains(y, y + 0.5, 0.0)

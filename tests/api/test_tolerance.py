@@ -330,3 +330,15 @@ def test_coarse_sums_of_quantised_experts_still_show_one_percent():
     flipped[::7] += 0.01 * torch.randn(58, 64)  # one inner code of every seventh row
     assert difference(y, flipped, bound, scale_of(y, None, {})).ok
     assert not difference(y, y * 1.01, bound, scale_of(y, None, {})).ok
+
+
+def test_sizes_that_only_a_called_function_knows_are_bounded_by_what_it_counts():
+    graph = moec.parse(
+        "graph(%x: f32[T, 4]) -> (%y: f32[]) {\n"
+        '  %0: f32[] = call.graph(%x) {callee="f", dims=[["F", T]]}\n  return %0\n}\n\n'
+        "function @f(%a: f32[F, 4]) -> (%out: f32[]) {\n  %0: i64[R0, 2] = tensor.nonzero(%a) {count=R0}\n"
+        "  %1: f32[R0, 2] = math.cast(%0) {dtype=f32}\n  %2: f32[] = math.sum(%1) {axes=[0, 1]}\n  return %2\n}"
+    )
+    (y,) = graph.outputs
+    assert end_to_end(graph, {"T": 5})[y].why.endswith("ΣK = 42")  # 20 rows of two, a cast
+    assert end_to_end(graph, {"T": 0})[y].relative > 0

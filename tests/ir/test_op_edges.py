@@ -229,3 +229,22 @@ def test_what_overflows_f16_and_what_attends_to_nothing_is_open():
     assert undefined("math.softmax", [dead], {})
     assert not undefined("math.softmax", [dead[:1]], {})
     assert not undefined("math.softmax", [torch.zeros(0, 3)], {})
+
+
+def test_attention_to_scores_of_minus_infinity_only_is_undefined_and_a_masked_row_is_not():
+    q, k = torch.tensor([[[[1.0, 1.0]]]]), torch.tensor([[[[-torch.inf, 1.0], [0.5, 0.5]]]])
+    attrs = {"scale": 1.0}
+    assert not undefined("attention.sdpa", [q, k, k, None, None], attrs)
+    assert undefined("attention.sdpa", [q, k[:, :, :1], k[:, :, :1], None, None], attrs)
+    for mask in (torch.tensor([[[[True, False]]]]), torch.tensor([[[[0.0, -torch.inf]]]])):
+        assert undefined("attention.sdpa", [q, k, k, mask, None], attrs)
+    for mask in (torch.tensor([[[[False, False]]]]), torch.full((1, 1, 1, 2), -torch.inf)):
+        assert not undefined("attention.sdpa", [q, k, k, mask, None], attrs)
+    assert not undefined("attention.sdpa", [q, k[:, :, :1], k[:, :, :1], None, torch.zeros(1)], attrs)
+
+
+@pytest.mark.parametrize("limit", [-1.0, float("nan")])
+def test_a_clamped_unit_has_a_limit_of_at_least_0(limit):
+    x = torch.ones(2, 2)
+    with pytest.raises(CompileError, match="is no number of at least 0"):
+        node("math.glu", [x, x], {"limit": limit})

@@ -74,6 +74,7 @@ def test_awkward_floats(dtype: str):
         compare = (b.eq(x, y), b.ne(x, y), b.lt(x, y), b.ge(x, y), b.isnan(x))
         unary = (b.relu(x), b.sign(x), b.round(x), b.floor(x), b.abs(x), b.silu(x), b.log1p(x), b.clamp(x, low=-1.0))
         more = (b.softplus(x), b.sigmoid(x), b.tanh(x), b.argmax(x), b.amax(x, axes=(0,)), b.amin(y, axes=(0,)))
+        more += (b.softmax(x), b.log_softmax(x), b.log_softmax(b.where(b.isnan(x), y, x)))
         z = b.min(x, 1e38)  # NaN ties with +∞ in ONNX Runtime's orders
         order = (*b.sort(z), *b.sort(z, descending=True), *b.topk(z, k=4), b.cast(x, dtype="bool"))
         return (*binary, *compare, *unary, *more, *order)
@@ -84,15 +85,34 @@ def test_awkward_floats(dtype: str):
         torch.testing.assert_close(g, w, rtol=2e-6, atol=1e-7, equal_nan=True, msg=lambda m, v=v: f"{v}: {m}")
 
 
-def test_reducing_an_empty_axis():
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_reducing_an_empty_axis(dtype: str):
     def build(b: Any, x: Any) -> Any:
         y = b.gt(x, 0.0)
         sums = (b.sum(x, axes=(0,)), b.mean(x, axes=(0,)), b.all(y, axes=(0,)), b.any(y, axes=(0,)))
-        return (*sums, b.softmax(x, axis=0), b.cumsum(x, axis=0))
+        return (*sums, b.softmax(x, axis=0), b.log_softmax(x, axis=0), b.cumsum(x, axis=0))
 
-    exe = compiled(graph_of({"x": typed("f32", "N", 3)}, build))
+    exe = compiled(graph_of({"x": typed(dtype, "N", 3)}, build))
     for n in (0, 1, 4):
-        agrees(exe, [torch.randn(n, 3)])
+        agrees(exe, [torch.randn(n, 3).to(typed(dtype).dtype.torch)])
+
+
+def test_float64_sigmoid_has_small_values():
+    exe = compiled(graph_of({"x": typed("f64", "N")}, lambda b, x: (b.sigmoid(x), b.silu(x), b.swiglu(x, x))))
+    x = torch.tensor([-800.0, -300.0, -40.0, -1.0, 0.0, 40.0, 800.0, torch.inf, torch.nan], dtype=torch.float64)
+    for got, want in zip(exe.run([x]), run(exe.graph, [x]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=0.0, equal_nan=True)
+
+
+def test_a_computed_bias_that_is_read_elsewhere_too(rng: torch.Generator):
+    """A fusion of ONNX Runtime removes what computes it."""
+
+    def build(b: Any, x: Any, w: Any, c: Any) -> Any:
+        bias = b.slice(c, axis=0, end=2)
+        return b.op("linear.linear", [x, w, bias]), bias
+
+    exe = compiled(graph_of({"x": typed("f32", 2, 3, 4), "w": typed("f32", 2, 4), "c": typed("f32", 4)}, build))
+    agrees(exe, [torch.randn(s, generator=rng) for s in ((2, 3, 4), (2, 4), (4,))])
 
 
 def test_inputs_that_are_not_plain(rng: torch.Generator):

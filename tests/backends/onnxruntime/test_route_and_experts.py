@@ -38,6 +38,17 @@ def test_route(scoring: str, biased: bool, attrs: dict[str, Any], rng: torch.Gen
         agrees(exe, [torch.randn(t, 16, generator=rng)])
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_small_scores_keep_their_proportions(dtype: str):
+    """ONNX Runtime's Sigmoid ends at 2⁻²⁶ in f32 and at 0 in f64."""
+    exe = compiled(graph_of({"x": typed(dtype, "T", 4)}, lambda b, x: b.route(x, scoring="sigmoid", k=2)))
+    x = torch.tensor([[-20.0, -25.0, -40.0, -50.0], [-60.0, -61.0, -70.0, -80.0]]).to(typed(dtype).dtype.torch)
+    weights, _ = agrees(exe, [x])
+    torch.testing.assert_close(
+        weights[:, 0], torch.tensor([1 / (1 + 2.718281828**-5), 1 / (1 + 2.718281828**-1)]).to(x.dtype)
+    )
+
+
 @pytest.mark.parametrize("attrs", [{"k": 5}, {"k": 3, **GROUPS}, {"k": 3, **GROUPS, "group_score": "max"}])
 def test_ties_go_to_the_lower_index(attrs: dict[str, Any], rng: torch.Generator):
     exe = compiled(graph_of({"x": typed("f32", "T", 16)}, lambda b, x: b.route(x, scoring="sigmoid", **attrs)))

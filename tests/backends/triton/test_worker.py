@@ -1,6 +1,7 @@
 """The interpreter worker: isolation, errors, crashes, threads, large tensors, and its end."""
 
 import gc
+import io
 import os
 import signal
 import subprocess
@@ -154,3 +155,13 @@ def test_wire_keeps_every_dtype_and_shape():
     with os.fdopen((pipe := os.pipe())[0], "rb") as reader, os.fdopen(pipe[1], "wb") as writer:
         wire.send(writer, [strided])
         assert torch.equal(wire.receive(reader)[0], strided)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_of_any_stride_arrive(dtype):
+    x = torch.arange(12, dtype=torch.float32).to(dtype).reshape(3, 4)
+    for t in (x[:1, 0], x[::3, 1], x.T, x[1:, ::2], x[:0], x[2, 3], x[:1, :1].expand(2, 3)):
+        stream = io.BytesIO()
+        wire.send(stream, t)
+        stream.seek(0)
+        assert torch.equal(wire.receive(stream), t)
