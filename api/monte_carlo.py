@@ -11,7 +11,9 @@ from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
 _OF_ONE = {_aten.sigmoid, _aten.tanh, _aten.erf}  # backends have them right to a unit of 1, not of the result,
-_OF_OPERAND = {_aten.silu, _aten.gelu, _aten.mish}  # and so these to one of their operand
+# these to one of their first operand
+_OF_OPERAND = {_aten.silu, _aten.gelu, _aten.sin, _aten.cos, _aten.remainder, _aten.fmod}
+_VANISHES = 0.25  # how often 0 comes of what is less than its error
 
 
 class Rounding(TorchDispatchMode):
@@ -35,6 +37,8 @@ class Rounding(TorchDispatchMode):
         if t.dtype not in (torch.float32, torch.float64) or not t.numel():
             return t
         x = t.double()
-        noise = 2 * torch.rand(t.shape, generator=self.generator, dtype=torch.float64) - 1
         amount = self.u * torch.maximum(x.abs(), torch.as_tensor(floor, dtype=torch.float64))
-        return torch.where(amount.isfinite(), x + noise * amount, x).to(t.dtype)
+        noise = 2 * torch.rand(t.shape, generator=self.generator, dtype=torch.float64) - 1
+        vanishes = (x.abs() < amount) & (torch.rand(t.shape, generator=self.generator) < _VANISHES)
+        moved = torch.where(vanishes, 0.0, x + noise * amount)
+        return torch.where(amount.isfinite(), moved, x).to(t.dtype)

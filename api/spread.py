@@ -22,7 +22,7 @@ from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.promote import promote
 from moec.ir.runtime_sizes import introduces
 from moec.monte_carlo import Rounding
-from moec.op_errors import largest, reduction_length, scale_of
+from moec.op_errors import reduction_length
 from moec.tolerance import unit
 
 RUNS = 8
@@ -112,26 +112,22 @@ def _around(
 ) -> torch.Tensor:
     t = tensor.to(torch.float64)
     found = _evaluated(node, value, values, binding, torch.float64)
-    rounded = None
-    if not node.opdef.elementwise:  # one that knows other floats only is moved in those
-        own = torch.float64 if found is not None else value.dtype.torch
-        rounded = _evaluated(node, value, values, binding, own, Rounding(_accumulated(value), r))
     exact = t if found is None else found
     off = (t - exact).abs().nan_to_num(0.0, 0.0)
     if node.opdef.elementwise and not bool(off.any()) and _is_exact(node, value, values, binding):
         return _signed(tensor, r)
+    own = torch.float64 if found is not None else value.dtype.torch  # one that knows other floats is moved in those
+    rounded = _evaluated(node, value, values, binding, own, Rounding(_accumulated(value), r))
+    base = t if rounded is None else rounded.to(torch.float64)
     u = unit(value.dtype)
     amount = 2 * off + u * exact.abs()
-    scale = scale_of(tensor, node, values)
-    if node.opdef.elementwise and scale > largest(tensor):  # right to u of what it is computed from
-        amount = amount + u * scale
     if not node.opdef.elementwise:
         most = torch.where(exact.isfinite(), exact.abs(), 0.0)
         most = most.amax(-1, keepdim=True) if most.dim() else most
         amount = amount + (u + 4 * _accumulated(value) * math.sqrt(reduction_length(node, binding))) * most
-    base = exact if rounded is None else rounded.double()
     noise = 2 * torch.rand(t.shape, generator=r, dtype=torch.float64) - 1
-    moved = torch.where(exact.isfinite(), base + noise * amount.nan_to_num(0.0, 0.0), t if rounded is None else base)
+    stays = ~exact.isfinite() | ((base == 0) & (exact != 0))
+    moved = torch.where(stays, base, base + noise * amount.nan_to_num(0.0, 0.0))
     return _signed(moved, r).to(tensor.dtype)
 
 

@@ -35,6 +35,9 @@ TYPICAL, NARROW_TYPICAL = 2.0, 1.0
 CODE_FLIPS = 0.01  # share of FP8 codes that may sit at a rounding midpoint
 _UNIT = {DType.F64: 2.0**-53, DType.F32: 2.0**-24, DType.F16: 2.0**-11, DType.BF16: 2.0**-8}
 
+# below these a backend may flush to zero, or has no digits left to be right in
+_SMALLEST = {DType.F64: 2.0**-1022, DType.F32: 2.0**-126, DType.BF16: 2.0**-126, DType.F16: 2.0**-24}
+
 Tolerance = float | Mapping[str, float] | None
 """What may be given in place of the derived tolerances: see `given_bound`."""
 
@@ -65,7 +68,10 @@ def limits(bound: Bound, reference: torch.Tensor, scale: float) -> tuple[float, 
     own = min(largest(reference), scale)
     carried = bound.relative if bound.carried is None else bound.carried
     most = bound.relative * own + carried * (scale - own)
-    if not own or not bound.relative:
+    if not bound.relative:
+        return most, math.inf
+    most += _SMALLEST.get(DType.of(reference.dtype), 0.0)
+    if not own:
         return most, math.inf
     # of a few elements, one decides; and what cancels counts as in the scale
     few = 1 + 2 / math.sqrt(reference.numel())

@@ -154,22 +154,32 @@ class Pipeline:
         pass's name. Raises CompileError naming the pass that failed; the dump holds what came before."""
         out = Dump(Path(dump), graph) if isinstance(dump, str | Path) else dump
         records: list[Record] = []
-        met: list[tuple[str, Graph]] = []  # by each pass
-        for phase, p in self._flat():
+        met: list[tuple[str, Graph]] = []  # by each pass, for as long as somebody may ask
+        flat = list(self._flat())
+        asking = [i for i, (phase, p) in enumerate(flat) if _explains_itself(p, phase)]
+        for i, (phase, p) in enumerate(flat):
             if progress:
                 progress(p.name)
             after, record = run_pass(p, graph)
             record.phase = phase
-            ours = phase and type(p).__module__.startswith("moec.")  # of the default pipeline, where most find nothing
             again = any(r.name == p.name and r.fired for r in records)
-            if isinstance(p, Rewrite) and not (record.fired or again or ours or p.max == 0):
+            if _explains_itself(p, phase) and not (record.fired or again):
+                assert isinstance(p, Rewrite)
                 record.unfired = explain(p, graph) + _earlier(p, met)
             records.append(record)
             if out is not None:
                 out.add(record, graph, after)
-            met.append((f"{phase}.{p.name}" if phase else p.name, graph))
+            if asking and i < asking[-1]:
+                met.append((f"{phase}.{p.name}" if phase else p.name, graph))
             graph = after
         return graph, records
+
+
+def _explains_itself(p: Pass | Analysis, phase: str | None) -> bool:
+    """Whether the report says why it fired nowhere: a rule, but none of the default pipeline, where most find
+    nothing."""
+    ours = phase and type(p).__module__.startswith("moec.")
+    return isinstance(p, Rewrite) and not ours and p.max != 0
 
 
 def _earlier(rule: Rewrite, met: Sequence[tuple[str, Graph]]) -> str:

@@ -117,7 +117,7 @@ def sigmoid_of(e: Emitter, x: onnx.Value, dtype: DType, *, exact: bool = False) 
 
 @backend.lowers("math.sigmoid")
 def sigmoid(e: Emitter, node: Node) -> onnx.Value:
-    return computed(e, node, lambda values, dtype: sigmoid_of(e, *values, dtype))
+    return computed(e, node, lambda values, dtype: sigmoid_of(e, values[0], dtype))
 
 
 def silu_of(e: Emitter, x: onnx.Value, dtype: DType, alpha: float = 1.0) -> onnx.Value:

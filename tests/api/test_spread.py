@@ -67,3 +67,15 @@ def test_called_functions_are_moved_inside():
     found, y = of(text, x)
     assert found.explains(y, x.sum().bfloat16().reshape(1), 0.0)
     assert not found.explains(y, y + 0.5, 0.0)
+
+
+def test_what_is_less_than_its_error_may_be_0():
+    graph = moec.parse(
+        "graph(%x: f32[T]) -> (%y: bool[T]) {\n  weight @zero: f32[1]\n  %0: f32[T] = math.sigmoid(%x)\n"
+        "  %1: bool[T] = math.gt(%0, @zero)\n  return %1\n}"
+    )
+    graph.bind_weights({"zero": torch.zeros(1)})
+    (found,) = spread(graph, [torch.tensor([-20.0])])
+    assert bool(found.free)
+    (found,) = spread(graph, [torch.tensor([-2.0])])
+    assert not bool(found.free)

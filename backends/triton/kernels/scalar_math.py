@@ -148,8 +148,11 @@ def modulo(a, b):
 
 @triton.jit
 def floor_divide(a, b):
-    """⌊a / b⌋ of the exact quotient, as Python and torch define it: (a − a mod b) / b, then to the nearest integer."""
-    q = divide(a - modulo(a, b), b)
+    """⌊a / b⌋ of the exact quotient, as Python and torch define it: (a − a mod b) / b, then to the nearest integer.
+    The remainder that has the sign of a is taken off, so that ±∞ as b gives 0 or −1."""
+    r = a % b
+    q = divide(a - r, b)
+    q = tl.where((r != 0.0) & ((r < 0.0) != (b < 0.0)), q - 1.0, q)
     low = tl.floor(q)
     return tl.where(b == 0.0, divide(a, b), tl.where(q - low > 0.5, low + 1.0, low))
 
