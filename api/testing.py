@@ -15,7 +15,7 @@ from moec.tolerance import Tolerance
 
 if TYPE_CHECKING:
     from moec.fuzzing import check_random
-    from moec.random_graphs import graphs
+    from moec.fuzzing.graphs import graphs
 
 __all__ = [
     "BackendsDisagree",
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
     except ImportError:
         raise ImportError(f"moec.testing.{name} needs hypothesis: pip install hypothesis") from None
     if name == "graphs":
-        from moec.random_graphs import graphs
+        from moec.fuzzing.graphs import graphs
 
         return graphs
     from moec.fuzzing import check_random

@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
+from hypothesis import Phase
 from judges import Tally, record
 from safetensors.torch import save_file
 
 from moec.fuzzing import Broken, Outcome, check_all
-from moec.random_graphs import Run, runs
+from moec.fuzzing.graphs import Run, of_seed
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "fuzz"
 JUDGES = ("reference", "onnxruntime", "triton")
@@ -50,6 +49,10 @@ class Result:
     kind: str = ""
     error: str = ""  # making the graph failed
     seconds: float = 0.0
+
+
+def _seed(seed: int, number: int) -> int:
+    return seed * _STEP + number
 
 
 def judged(number: int, case: Run) -> Iterator[tuple[str, Outcome]]:
@@ -72,30 +75,11 @@ def examine(seed: int, number: int) -> Result:
         found.outcomes.update(judged(number, case))
 
     try:
-        _second(seed, number, look)
+        of_seed(_seed(seed, number), look)
     except Exception:  # the maker of graphs is under test too
         found.error = traceback.format_exc(limit=-6)
     found.seconds = time.perf_counter() - start
     return found
-
-
-def _second(seed: int, number: int, look: object, phases: tuple[Phase, ...] = (Phase.generate,)) -> None:
-    """Hypothesis tries the simplest graph first, the same for all; the second depends on the seed. With shrinking,
-    all that follow are looked at too."""
-    seen = [0]
-
-    @seeded(seed * _STEP + number)
-    @settings(
-        max_examples=2, database=None, deadline=None, derandomize=False, phases=phases, print_blob=False,
-        report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(runs())
-    def test(case: Run) -> None:
-        seen[0] += 1
-        if seen[0] > 1 and (Phase.shrink in phases or seen[0] == 2):
-            look(case)  # type: ignore[operator]  # given wherever cases are looked at
-
-    test()
 
 
 def shrink(seed: int, number: int, judge: str, law: str) -> tuple[Run, Broken] | None:
@@ -109,7 +93,7 @@ def shrink(seed: int, number: int, judge: str, law: str) -> tuple[Run, Broken] |
                 raise AssertionError(str(outcome.broken))
 
     try:
-        _second(seed, number, look, (Phase.generate, Phase.shrink))
+        of_seed(_seed(seed, number), look, (Phase.generate, Phase.shrink))
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
@@ -189,7 +173,7 @@ def main() -> int:
     _start()
     if args.only is not None:
         results = [examine(args.seed, args.only)]
-        _second(args.seed, args.only, lambda case: print(case.kind, dict(case.binding), case.graph, sep="\n"))
+        of_seed(_seed(args.seed, args.only), lambda case: print(case.kind, dict(case.binding), case.graph, sep="\n"))
         print(
             results[0].error,
             *(f"{j}: {o.broken or o.skipped or 'holds'}" for j, o in results[0].outcomes.items()),

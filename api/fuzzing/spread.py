@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from moec.fuzzing.monte_carlo import Rounding
 from moec.ir import CompileError, DType, Graph, Node, Value, run
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs, evaluate_attr
 from moec.ir.promote import promote
 from moec.ir.runtime_sizes import introduces
-from moec.monte_carlo import Rounding
 from moec.op_errors import reduction_length
 from moec.tolerance import unit
 

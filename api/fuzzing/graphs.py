@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from hypothesis import assume
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from moec.ir import Builder, CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight, run
@@ -253,8 +254,8 @@ def _small(v: Value) -> bool:
 
 def grown(draws: Draws, max_nodes: int = 25, *, functions: bool = True, plain: bool = False) -> Graph:
     """One verified graph, with data in its weights."""
-    from moec.random_chains import chain
-    from moec.random_steps import STEPS, call
+    from moec.fuzzing.chains import chain
+    from moec.fuzzing.steps import STEPS, call
 
     count = draws.pick((0, 1, 2, 3))
     symbols = [Dim(n) for n in draws.pick((("B", "S", "T"), ("T", "N", "k")))[:count]]
@@ -307,6 +308,26 @@ def runs(draw: Any, max_nodes: int = 25, *, functions: bool = True) -> Run:
         raise error  # else a size may be 0, whatever the inputs' are
     assume(False)
     raise AssertionError
+
+
+def of_seed(seed: int, look: Callable[[Run], None], phases: tuple[Phase, ...] = (Phase.generate,)) -> None:
+    """`look` at the run that a seed makes. Hypothesis tries the simplest first, the same for all; the second depends on
+    the seed. With `Phase.shrink`, all that follow are looked at too, for as long as `look` raises."""
+    count = 0
+
+    @seeded(seed)
+    @settings(
+        max_examples=2, database=None, deadline=None, derandomize=False, phases=phases, print_blob=False,
+        report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(runs())
+    def made(case: Run) -> None:
+        nonlocal count
+        count += 1
+        if count > 1 and (Phase.shrink in phases or count == 2):
+            look(case)
+
+    made()
 
 
 def inputs_of(graph: Graph, binding: Mapping[str, int], seed: int, kind: str) -> tuple[torch.Tensor, ...]:

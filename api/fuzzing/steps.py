@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from moec.ir import CompileError, Dim, DType, OpDef, TensorType, Value, all_ops
+from moec.fuzzing.graphs import FLOATS, INTEGERS, NUMBERS, Grower
+from moec.ir import CompileError, Dim, DType, Node, OpDef, TensorType, Value, all_ops
 from moec.ir.dims import product
 from moec.ir.opdef import REQUIRED
 from moec.ir.sampling import Sampler, cases
-from moec.random_graphs import FLOATS, INTEGERS, NUMBERS, Grower
 
 _NAMED = 11  # a size of the samples that stands for a symbol
 _LEFT_OUT = ("call", "dist", "extern")  # made by `call`; run by several processes; not our own
@@ -312,6 +312,24 @@ def product_of(g: Grower) -> Any:
     return g.b.linear(x, weight, bias)
 
 
+def twin(g: Grower) -> Any:
+    """A node once more: the same, with its two operands the other way round, or with another attribute."""
+
+    def can(node: Node | None, swapped: bool) -> bool:
+        return node is not None and node.opdef.family != "call" and not (swapped and len(node.operands) != 2)
+
+    how = g.d.pick(("swapped", "same", "changed"))
+    x = g.recent(lambda v: can(v.producer, how == "swapped"))
+    if x is None or x.producer is None or x.producer.opdef.binds:
+        return None
+    node, attrs, operands = x.producer, dict(x.producer.attrs), list(x.producer.operands)
+    if how == "swapped":
+        operands.reverse()
+    elif how == "changed":
+        attrs = _changed(g, node.opdef, attrs, x.dtype)
+    return g.b.op(node.opdef, operands, attrs)
+
+
 def _axis(g: Grower, x: Value) -> int:
     axis = g.d.number(0, x.type.rank - 1)
     return axis - x.type.rank if g.d.chance(40) else axis
@@ -319,7 +337,7 @@ def _axis(g: Grower, x: Value) -> int:
 
 STEPS: list[Callable[[Grower], Any]] = [
     *[elementwise] * 7, *[sampled] * 5, reshape, transpose, expand, cut, join, split, pad, reduce, reduce,
-    made, product_of,
+    made, product_of, twin, twin,
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import torch
 
 import moec
-from moec.spread import spread
+from moec.fuzzing.spread import spread
 
 
 def of(text, *inputs):

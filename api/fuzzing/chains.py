@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moec.fuzzing.graphs import Grower
 from moec.ir import Dim, DType, TensorType, Value
-from moec.random_graphs import Grower
 
 _WIDE = (DType.F32, DType.F32, DType.F32, DType.BF16, DType.F16, DType.F64)
 

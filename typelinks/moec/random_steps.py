@@ -1,1 +1,0 @@
-../../api/random_steps.py
