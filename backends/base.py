@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
 
 F = TypeVar("F", bound=Callable[..., Any])
+Item = TypeVar("Item")
 Check = Callable[[Node], "str | None"]
 
 
@@ -56,19 +58,30 @@ class Executable(ABC):
         return {}
 
 
-def chunked(values: Sequence[Value], binding: Mapping[str, int], budget: int) -> Iterator[list[Value]]:
-    """Consecutive parts of `values`, each of at most `budget` bytes (or of one value)."""
-    part: list[Value] = []
+def by_size(
+    items: Iterable[Item], size: Callable[[Item], int], budget: int, most: int = sys.maxsize
+) -> Iterator[list[Item]]:
+    """Consecutive parts of `items`, each of `most` items and of `budget` in total size at most (or of one item)."""
+    part: list[Item] = []
     held = 0
-    for v in values:
-        size = math.prod(evaluate(s, binding) for s in v.shape if known(s, binding)) * v.dtype.bits // 8
-        if part and held + size > budget:
+    for item in items:
+        more = size(item)
+        if part and (len(part) == most or held + more > budget):
             yield part
             part, held = [], 0
-        part.append(v)
-        held += size
+        part.append(item)
+        held += more
     if part:
         yield part
+
+
+def chunked(values: Sequence[Value], binding: Mapping[str, int], budget: int) -> Iterator[list[Value]]:
+    """Consecutive parts of `values`, each of at most `budget` bytes (or of one value)."""
+
+    def size(v: Value) -> int:
+        return math.prod(evaluate(s, binding) for s in v.shape if known(s, binding)) * v.dtype.bits // 8
+
+    return by_size(values, size, budget)
 
 
 def known(size: int | Dim, binding: Mapping[str, int]) -> bool:

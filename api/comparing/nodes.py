@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moec.backends import Backend
+from moec.backends.base import by_size
 from moec.comparing.routing import meet
 from moec.comparing.store import Values
 from moec.difference import Difference, difference
@@ -67,17 +68,10 @@ def compare_nodes(
 
 
 def _parts(nodes: Sequence[Node], values: Values) -> Iterator[list[Node]]:
-    part: list[Node] = []
-    held = 0
-    for node in nodes:
-        size = sum(_bytes(values.type(v)) for v in (*node.operands, *node.results) if v is not None)
-        if part and (len(part) == TOGETHER or held + size > BUDGET):
-            yield part
-            part, held = [], 0
-        part.append(node)
-        held += size
-    if part:
-        yield part
+    def size(node: Node) -> int:
+        return sum(_bytes(values.type(v)) for v in (*node.operands, *node.results) if v is not None)
+
+    return by_size(nodes, size, BUDGET, TOGETHER)
 
 
 def _bytes(type: TensorType) -> int:
