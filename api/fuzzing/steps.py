@@ -325,6 +325,8 @@ def twin(g: Grower) -> Any:
     node, attrs, operands = x.producer, dict(x.producer.attrs), list(x.producer.operands)
     if how == "swapped":
         operands.reverse()
+        if node.op in ("math.floordiv", "math.mod") and x.dtype.is_integer:
+            operands[1] = g.b.max(operands[1], 1)
     elif how == "changed":
         attrs = _changed(g, node.opdef, attrs, x.dtype)
     return g.b.op(node.opdef, operands, attrs)

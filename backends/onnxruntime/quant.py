@@ -69,7 +69,9 @@ def stored_blocks(
     axis = len(shape) - (2 if transpose else 1)
     stored = e.stored(codes, key, shape, pick_codes)
     blocks = [-(-s // block[1]) if i == axis else s for i, s in enumerate(shape)]
-    scales = e.stored(scale, f"{key}.rows", blocks, lambda t: pick(t.repeat_interleave(block[0], dim=-2)[..., :out, :]))
+    # one scale may serve weights of other heights, in other blocks
+    by = f"{key}.{out}by{block[0]}x{block[1]}"
+    scales = e.stored(scale, by, blocks, lambda t: pick(t.repeat_interleave(block[0], dim=-2)[..., :out, :]))
     memo = ("dequantized", stored.name, scales.name)
     if memo not in e.memo:
         if 0 in shape:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moec.backends.onnxruntime.executable import session_options
-from moec.ir import Dim
+from moec.ir import Dim, run
 from moec.ir.ops.quant import quantize_blocks
 
 from .conftest import agrees, compiled, graph_of, typed, weight
@@ -162,3 +162,17 @@ def test_symbolic_rows_in_blocks_of_several(rng: torch.Generator):
     assert exe.graph.outputs[0].shape == (r, 6)
     for n in (0, 1, 4, 9):
         agrees(exe, [torch.randn(n, 6, generator=rng)])
+
+
+def test_one_scale_serves_weights_of_other_heights_and_blocks(rng: torch.Generator):
+    codes = torch.randn(4, 6, generator=rng).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 2, generator=rng) + 0.5
+
+    def build(b: Any, x: Any) -> Any:
+        s, whole, low = weight(b, "s", scale), weight(b, "w", codes), weight(b, "low", codes[:3])
+        found = [(whole, (2, 4)), (low, (2, 4)), (whole, (2, 5)), (whole, (3, 4)), (whole, (2, 4))]
+        return [b.dequantize(w, s, block=block) for w, block in found]
+
+    exe = compiled(graph_of({"x": typed("f32", "T")}, build))
+    for got, want in zip(exe.run([torch.ones(1)]), run(exe.graph, [torch.ones(1)]), strict=True):
+        assert torch.equal(got, want)
