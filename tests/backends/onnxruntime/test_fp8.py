@@ -171,7 +171,7 @@ def test_one_scale_serves_weights_of_other_heights_and_blocks(rng: torch.Generat
     def build(b: Any, x: Any) -> Any:
         s, whole, low = weight(b, "s", scale), weight(b, "w", codes), weight(b, "low", codes[:3])
         found = [(whole, (2, 4)), (low, (2, 4)), (whole, (2, 5)), (whole, (3, 4)), (whole, (2, 4))]
-        return [b.dequantize(w, s, block=block) for w, block in found]
+        return tuple(b.dequantize(w, s, block=block) for w, block in found)
 
     exe = compiled(graph_of({"x": typed("f32", "T")}, build))
     for got, want in zip(exe.run([torch.ones(1)]), run(exe.graph, [torch.ones(1)]), strict=True):
