@@ -15,7 +15,7 @@ import torch
 
 from moec.ir.errors import require
 from moec.ir.opdef import Attr, Operand, Operands, OptionalOperand, op
-from moec.ir.ops import bessel_forms, polynomial_forms  # noqa: F401  (they add to SPECIAL_FORMS)
+from moec.ir.ops import bessel_forms, lu_forms, polynomial_forms, reflection_forms  # noqa: F401  (they add forms)
 from moec.ir.ops.linalg_forms import MATRIX_FORMS
 from moec.ir.ops.spatial_forms import SPATIAL_FORMS
 from moec.ir.ops.special_forms import FORMS as SPECIAL_FORMS

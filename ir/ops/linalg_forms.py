@@ -1,8 +1,8 @@
-"""Factorisations and solvers of small matrices in terms of `linear`, `math` and `tensor` ops (see extern_aten).
+"""Small matrices in terms of `linear`, `math` and `tensor` ops: triangular systems, Cholesky, the exponential.
 
-The algorithms are LAPACK's unblocked ones (Golub and Van Loan, Matrix Computations, ch. 3–5), unrolled over the columns
-of a size that is known. Where torch raises (a singular matrix, one that is not positive definite) they give infinities
-or NaN.
+LU is in lu_forms, QR in reflection_forms; all are forms of `extern.aten_*` ops (see extern_aten). The algorithms are
+LAPACK's unblocked ones (Golub and Van Loan, Matrix Computations, ch. 3–5), unrolled over the columns of a size that is
+known. Where torch raises (a singular matrix, one that is not positive definite) they give infinities or NaN.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def cholesky_lower(m: Matrices, a: Any) -> tuple[Any, list[Any]]:
     return (a if factor is None else factor), pivots
 
 
-def _info(m: Matrices, like: Any, bad: Sequence[Any]) -> Any:
+def info_of(m: Matrices, like: Any, bad: Sequence[Any]) -> Any:
     """i32: 1 + the first of the conditions [..., 1, 1] that holds, else 0."""
     b = m.b
     out = b.full(shape=(*like.shape[:-2], 1, 1), value=0, dtype=DType.I32)
@@ -190,7 +190,7 @@ def _cholesky_ex(op: Any, b: Any) -> Any:
     a = op.self
     m = Matrices(b, a)
     factor, pivots = cholesky_lower(m, m.t(a) if op.upper else a)
-    info = _info(m, a, [b.not_(b.gt(p, 0.0)) for p in pivots])
+    info = info_of(m, a, [b.not_(b.gt(p, 0.0)) for p in pivots])
     return (m.t(factor) if op.upper else factor), info
 
 
@@ -211,296 +211,7 @@ def _cholesky_inverse(op: Any, b: Any) -> Any:
     return solve_upper(m, m.t(lower), solve_lower(m, lower, m.eye(a, n, n)))
 
 
-# -- LU -----------------------------------------------------------------------------------------------
-
-
-def _swapped(m: Matrices, x: Any, k: int, p: Any) -> Any:
-    """x with rows k and p (i64[..., 1, 1]) exchanged."""
-    b, rows = m.b, x.shape[-2]
-    r = b.reshape(b.arange(end=rows), shape=(rows, 1))
-    here = b.constant_like(k, r)
-    order = b.where(b.eq(r, here), p, b.where(b.eq(r, p), here, r))
-    return b.gather_elements(x, b.expand(order, shape=x.shape), axis=x.type.rank - 2)
-
-
-def lu(m: Matrices, a: Any) -> tuple[Any, list[Any]]:
-    """L and U in one matrix, and the row exchanged with each, i64[..., 1, 1]: partial pivoting."""
-    b, (rows, columns) = m.b, a.shape[-2:]
-    exchanged = []
-    for k in range(min(rows, columns)):
-        if k < rows - 1:
-            column = b.abs(m.columns(m.rows(a, k, rows), k, k + 1))
-            p = b.add(b.argmax(column, axis=a.type.rank - 2, keepdim=True), k)
-            a = _swapped(m, a, k, p)
-        else:
-            p = b.full(shape=(*a.shape[:-2], 1, 1), value=k, dtype=DType.I64)
-        exchanged.append(p)
-        if k == rows - 1:
-            break
-        low = m.rows(a, k + 1, rows)
-        pivot = m.columns(m.rows(a, k, k + 1), k, k + 1)
-        pivot = b.where(b.eq(pivot, 0.0), b.constant_like(1.0, pivot), pivot)  # a column of zeros stays
-        factor = b.div(m.columns(low, k, k + 1), pivot)
-        rest = m.columns(low, k + 1, columns)
-        if k + 1 < columns:
-            rest = b.sub(rest, b.matmul(factor, m.columns(m.rows(a, k, k + 1), k + 1, columns)))
-        a = m.below(m.rows(a, 0, k + 1), m.beside(m.columns(low, 0, k), factor, rest))
-    return a, exchanged
-
-
-def _pivots(m: Matrices, a: Any, exchanged: Sequence[Any]) -> Any:
-    """i32[..., k], counted from 1."""
-    b, shape = m.b, (*a.shape[:-2], len(exchanged))
-    if not exchanged:
-        return b.full(shape=shape, value=0, dtype=DType.I32)
-    return b.cast(b.add(m.flat(m.beside(*exchanged), shape), 1), dtype=DType.I32)
-
-
-def _permuted(m: Matrices, x: Any, exchanged: Sequence[Any], back: bool = False) -> Any:
-    steps = list(enumerate(exchanged))
-    for k, p in reversed(steps) if back else steps:
-        x = _swapped(m, x, k, p)
-    return x
-
-
-def _zero_pivots(m: Matrices, packed: Any) -> list[Any]:
-    return [m.b.eq(d, 0.0) for d in m.diagonal(packed)]
-
-
-def _unpacked(m: Matrices, packed: Any) -> tuple[Any, Any]:
-    rows, columns = packed.shape[-2:]
-    k = min(rows, columns)
-    lower = m.triangle(m.columns(packed, 0, k), "le", -1)
-    return m.b.add(lower, m.eye(packed, rows, k)), m.triangle(m.rows(packed, 0, k), "ge")
-
-
-def _solve_packed(m: Matrices, packed: Any, exchanged: Sequence[Any], rhs: Any) -> Any:
-    rhs = m.with_batch(rhs, broadcast_batch(packed, rhs))
-    y = solve_lower(m, packed, _permuted(m, rhs, exchanged), unit=True)
-    return solve_upper(m, packed, y)
-
-
-@form("linalg_lu_factor")
-def _lu_factor(op: Any, b: Any) -> Any:
-    return _lu_factor_ex(op, b)[:2]
-
-
-@form("linalg_lu_factor_ex")
-def _lu_factor_ex(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.A)
-    packed, exchanged = lu(m, op.A)
-    return packed, _pivots(m, op.A, exchanged), _info(m, op.A, _zero_pivots(m, packed))
-
-
-@form("linalg_lu")
-def _lu(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.A)
-    packed, exchanged = lu(m, op.A)
-    n = op.A.shape[-2]
-    return (_permuted(m, m.eye(op.A, n, n), exchanged, back=True), *_unpacked(m, packed))
-
-
-def _exchanges(m: Matrices, pivots: Any) -> list[Any]:
-    """i64[..., 1, 1] each, from 0, of torch's i32[..., k]."""
-    b, k = m.b, pivots.shape[-1]
-    wide = b.sub(b.cast(pivots, dtype=DType.I64), 1)
-    row = m.flat(wide, (*pivots.shape[:-1], 1, k))
-    return [m.columns(row, i, i + 1) for i in range(k)]
-
-
-@form("lu_unpack")
-def _lu_unpack(op: Any, b: Any) -> Any:
-    if not (op.unpack_data and op.unpack_pivots):
-        raise CompileError("lu_unpack of a part only", code="type")
-    m = Matrices(b, op.LU_data)
-    n = op.LU_data.shape[-2]
-    p = _permuted(m, m.eye(op.LU_data, n, n), _exchanges(m, op.LU_pivots), back=True)
-    return (p, *_unpacked(m, op.LU_data))
-
-
-@form("linalg_lu_solve")
-def _lu_solve(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.LU)
-    exchanged = _exchanges(m, op.pivots)
-    rhs = op.B if op.left else m.t(op.B)
-    rhs = m.with_batch(rhs, broadcast_batch(op.LU, rhs))
-    if op.left != op.adjoint:
-        x = _solve_packed(m, op.LU, exchanged, rhs)
-    else:  # Aᵀ = Uᵀ Lᵀ Pᵀ
-        y = solve_upper(m, m.t(op.LU), solve_lower(m, m.t(op.LU), rhs), unit=True)
-        x = _permuted(m, y, exchanged, back=True)
-    return x if op.left else m.t(x)
-
-
-@form("linalg_inv_ex")
-def _inv_ex(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.A)
-    n = op.A.shape[-1]
-    packed, exchanged = lu(m, op.A)
-    inverse = _solve_packed(m, packed, exchanged, m.eye(op.A, n, n)) if n else op.A
-    return inverse, _info(m, op.A, _zero_pivots(m, packed))
-
-
-@form("linalg_inv")
-def _inv(op: Any, b: Any) -> Any:
-    return _inv_ex(op, b)[0]
-
-
-@form("linalg_tensorinv")
-def _tensorinv(op: Any, b: Any) -> Any:
-    a = op.self
-    n = 1
-    for size in a.shape[: op.ind]:
-        n *= size
-    square = b.reshape(a, shape=(n, n))
-    m = Matrices(b, square)
-    packed, exchanged = lu(m, square)
-    inverse = _solve_packed(m, packed, exchanged, m.eye(square, n, n)) if n else square
-    return b.reshape(inverse, shape=op.types[0].shape)
-
-
-@form("linalg_solve_ex")
-def _solve_ex(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.A)
-    n = op.A.shape[-1]
-    vector = op.B.type.rank == 1 or (op.A.type.rank - 1 == op.B.type.rank and op.B.shape == op.A.shape[:-1])
-    packed, exchanged = lu(m, op.A if op.left else m.t(op.A))
-    rhs = b.reshape(op.B, shape=(*op.B.shape, 1)) if vector else op.B if op.left else m.t(op.B)
-    x = _solve_packed(m, packed, exchanged, rhs) if n else rhs
-    out = m.flat(x, op.types[0].shape) if vector else x if op.left else m.t(x)
-    return out, _info(m, op.A, _zero_pivots(m, packed))
-
-
-@form("linalg_solve")
-def _solve(op: Any, b: Any) -> Any:
-    return _solve_ex(op, b)[0]
-
-
-def _determinant_parts(m: Matrices, a: Any) -> tuple[list[Any], Any]:
-    """The diagonal of U, and the sign of the permutation as a number [..., 1, 1]."""
-    b = m.b
-    packed, exchanged = lu(m, a)
-    sign = m.zeros(a, 1, 1, 1.0)
-    for k, p in enumerate(exchanged):
-        sign = b.where(b.eq(p, k), sign, b.neg(sign))
-    return m.diagonal(packed), sign
-
-
-@form("linalg_det")
-def _det(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.A)
-    diagonal, out = _determinant_parts(m, op.A)
-    for d in diagonal:
-        out = b.mul(out, d)
-    return m.flat(out, op.A.shape[:-2])
-
-
-@form("linalg_slogdet")
-def _slogdet(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.A)
-    diagonal, sign = _determinant_parts(m, op.A)
-    log = m.zeros(op.A, 1, 1)
-    for d in diagonal:
-        sign, log = b.mul(sign, b.sign(d)), b.add(log, b.log(b.abs(d)))
-    return m.flat(sign, op.A.shape[:-2]), m.flat(log, op.A.shape[:-2])
-
-
-# -- reflections --------------------------------------------------------------------------------------
-
-
-def _reflector(m: Matrices, x: Any) -> tuple[Any, Any, Any]:
-    """(v, tau, beta) with (I − tau v vᵀ) x = beta e₁ and v₁ = 1, for a column [..., n, 1]."""
-    b, n = m.b, x.shape[-2]
-    alpha, rest = m.rows(x, 0, 1), m.rows(x, 1, n)
-    one = m.zeros(x, 1, 1, 1.0)
-    if n == 1:
-        return one, m.zeros(x, 1, 1), alpha
-    axis = x.type.rank - 2
-    norm = b.sqrt(b.sum(b.mul(x, x), axes=(axis,), keepdim=True))
-    nothing = b.eq(b.sum(b.abs(rest), axes=(axis,), keepdim=True), 0.0)
-    beta = b.where(b.lt(alpha, 0.0), norm, b.neg(norm))
-    beta = b.where(nothing, alpha, beta)
-    safe = b.where(nothing, one, beta)
-    tau = b.where(nothing, b.constant_like(0.0, alpha), b.div(b.sub(safe, alpha), safe))
-    scale = b.where(nothing, one, b.sub(alpha, safe))
-    return m.below(one, b.div(rest, scale)), tau, beta
-
-
-def _reflected(m: Matrices, x: Any, v: Any, tau: Any) -> Any:
-    """(I − tau v vᵀ) x"""
-    b = m.b
-    return b.sub(x, b.mul(b.matmul(v, b.matmul(m.t(v), x)), tau))
-
-
-def qr_packed(m: Matrices, a: Any) -> tuple[Any, list[Any]]:
-    """R above, the reflectors below the diagonal; their factors [..., 1, 1]."""
-    rows, columns = a.shape[-2:]
-    factors = []
-    for j in range(min(rows, columns)):
-        active = m.rows(a, j, rows)
-        v, tau, beta = _reflector(m, m.columns(active, j, j + 1))
-        factors.append(tau)
-        packed = m.below(beta, m.rows(v, 1, rows - j))
-        parts = [m.columns(active, 0, j), packed]
-        if j + 1 < columns:
-            parts.append(_reflected(m, m.columns(active, j + 1, columns), v, tau))
-        a = m.below(m.rows(a, 0, j), m.beside(*parts))
-    return a, factors
-
-
-def _vector(m: Matrices, packed: Any, j: int) -> Any:
-    rows = packed.shape[-2]
-    below = m.rows(m.columns(packed, j, j + 1), j + 1, rows)
-    return m.below(m.zeros(packed, j, 1), m.zeros(packed, 1, 1, 1.0), below)
-
-
-def _times_q(m: Matrices, packed: Any, factors: Sequence[Any], x: Any, transposed: bool = False) -> Any:
-    """Q x, or Qᵀ x, of Q = H₁ H₂ …"""
-    order = range(len(factors)) if transposed else reversed(range(len(factors)))
-    for j in order:
-        x = _reflected(m, x, _vector(m, packed, j), factors[j])
-    return x
-
-
-def _factors(m: Matrices, tau: Any) -> list[Any]:
-    row = m.flat(tau, (*tau.shape[:-1], 1, tau.shape[-1]))
-    return [m.columns(row, i, i + 1) for i in range(tau.shape[-1])]
-
-
-@form("geqrf")
-def _geqrf(op: Any, b: Any) -> Any:
-    a = op.self
-    m = Matrices(b, a)
-    packed, factors = qr_packed(m, a)
-    tau = m.beside(*factors) if factors else m.zeros(a, 1, 0)
-    return packed, m.flat(tau, op.types[1].shape)
-
-
-@form("linalg_qr")
-def _qr(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.A)
-    packed, factors = qr_packed(m, op.A)
-    rows, columns = op.A.shape[-2:]
-    width = rows if op.mode == "complete" else min(rows, columns)
-    r = m.triangle(m.rows(packed, 0, width), "ge")
-    if op.mode == "r":
-        return b.full(shape=op.types[0].shape, value=0.0, dtype=op.A.dtype), r
-    return _times_q(m, packed, factors, m.eye(op.A, rows, width)), r
-
-
-@form("linalg_householder_product")
-def _householder_product(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.input)
-    return _times_q(m, op.input, _factors(m, op.tau), m.eye(op.input, *op.input.shape[-2:]))
-
-
-@form("ormqr")
-def _ormqr(op: Any, b: Any) -> Any:
-    m = Matrices(b, op.self)
-    packed, factors = op.self, _factors(m, op.input2)
-    if op.left:
-        return _times_q(m, packed, factors, op.input3, op.transpose)
-    return m.t(_times_q(m, packed, factors, m.t(op.input3), not op.transpose))
+# -- the exponential ----------------------------------------------------------------------------------
 
 
 @form("linalg_matrix_exp")
