@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import sys
-
 import pytest
 import torch
 
 import moec
-from moec.ir import CompileError, Dim, Graph, TensorType, Weight, parse
+from moec.ir import Dim, Graph, TensorType, Weight, parse
 from moec.ir.interpreter import run
 from moec.ir.verify import DEEPEST_CALLS
-from moec.passes import Pipeline, build_pipeline
+from moec.passes import build_pipeline
 
 from .effects import refused
 from .limits import limited
+from .texts import SILU, function, text
 
 TYPE = TensorType("f32", (Dim("T"), 4))
-
-
-def text(*rows: str, inputs: str = "%x: f32[T, 4]", outputs: str = "%y: f32[T, 4]", result: str = "%0") -> str:
-    body = "".join(f"  {row}\n" for row in rows)
-    return f"graph({inputs}) -> ({outputs}) {{\n{body}  return {result}\n}}\n"
-
-
-def chain(n: int, *ops: str) -> str:
-    """`n` nodes, each on the one before."""
-    rows = [f"%{i}: f32[T, 4] = {ops[i % len(ops)].format(f'%{i - 1}' if i else '%x')}" for i in range(n)]
-    return text("weight @w: f32[4]", *rows, result=f"%{n - 1}")
-
-
-SILU = "%0: f32[T, 4] = math.silu(%x)"
 
 
 # -- cycles ---------------------------------------------------------------------------------------
@@ -96,10 +79,6 @@ def test_cycles_in_text():
 
 def calling(callee: str, operand: str = "%x") -> str:
     return f'%0: f32[T, 4] = call.graph({operand}) {{callee="{callee}", dims=[["T", T]]}}'
-
-
-def function(name: str, *rows: str) -> str:
-    return text(*rows).replace("graph(", f"function @{name}(", 1)
 
 
 @limited()
@@ -417,148 +396,3 @@ def test_dimensions_that_grow_without_end():
         for _ in range(1000):
             end = (value.shape[0] + 1) // 3
             value = graph.create("tensor.slice", [value], {"axis": 0, "end": end}).result
-
-
-# -- text -----------------------------------------------------------------------------------------
-
-
-@limited()
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ("%0: i64[3] = tensor.arange() {end=\"__import__('os').system('true')\"}", "'end' must be int or Dim, got str"),
-        ("%0: i64[] = tensor.dim() {value=\"open('x', 'w')\"}", "'value' must be int or Dim, got str"),
-        ("%0: i64[3] = tensor.arange() {end=1.5}", "must be int or Dim"),
-        ("%0: i64[3] = tensor.arange() {end=true}", "must be int or Dim"),
-        ("%0: i64[3] = tensor.arange() {end=3, step=0}", "step 0 is not positive"),
-        ("%0: f32[3] = tensor.full() {shape=[3], value=" + "9" * 400 + ", dtype=f32}", "digits|hold"),
-        ("%0: f32[3] = tensor.full() {shape=[3], value=" + "9" * 5000 + ", dtype=f32}", "a number of 5000 digits"),
-        ("%0: f32[3] = tensor.full() {shape=[3], value=1e999, dtype=f32}", "beyond 64-bit floats"),
-        ("%0: f32[3] = tensor.full() {shape=[3], value=-1e400, dtype=f32}", "beyond 64-bit floats"),
-        ("%0: i64[3] = tensor.full() {shape=[3], value=9223372036854775808, dtype=i64}", "cannot hold|does not hold"),
-        ("%0: u8[3] = tensor.full() {shape=[3], value=256, dtype=u8}", "u8 does not hold value 256"),
-        ("%0: i64[3] = tensor.full() {shape=[3], value=nan, dtype=i64}", "i64 does not hold value nan"),
-        ("%0: i64[1] = tensor.constant() {value=[1.5], type=i64[1]}", "i64 does not hold"),
-        ('%0: i64[1] = tensor.constant() {value=["1"], type=i64[1]}', "'value' must hold bool or int or float"),
-        ("%0: i64[1] = tensor.constant() {value=" + "[" * 5000 + "]" * 5000 + ", type=i64[1]}", "nested more than"),
-        ("%0: i64[1] = tensor.constant() {value=" + "[" * 100_000, "nested more than"),
-        ("%0: f32[T, 4] = norm.rms(%x) {eps=1" + "0" * 500 + "}", "digits"),
-        ('%0: f32[T, 4] = math.silu(%x) loc("m" "f.py":' + "1" * 5000 + ")", "a number of 5000 digits"),
-        ('%0: f32[T, 4] = math.silu(%x) loc("m" "f.py":x)', "expected a line number"),
-        ('%0: f32[T, 4] = math.silu(%x) loc("m', "expected a quoted string"),
-        ('%0: f32[T, 4] = math.silu(%x) origin("a" | "b")', "2 origin groups for 1 results"),
-        ('%0: f32[T, 4] = math.silu(%x) origin("\\q")', "bad string"),
-        ('%0: f32[T, 4] = math.silu(%"x', "expected a quoted string"),
-        ("%0: f32[T, 4] = math.silu(%x) {", "expected '=', got '%0'"),
-        ("%0: f32[T, 4] = math.silu(\0)", "expected"),
-        ("%0: f32[T\0, 4] = math.silu(%x)", "bad dimension"),
-        ("%0: f32[" + "1, " * 400_000 + "1] = math.silu(%x)", "400001 axes, more than 64"),
-        ("%" + "a" * 1_000_000 + ": f32[T, 4] = math.silu(%b)", "%b is used before"),
-        ("%0: f32[T, 4] = math.silu(%" + "a" * 1_000_000 + ")", "used before it is defined"),
-        ("%0: f32[T, 4] = " + "a" * 1_000_000 + "(%x)", "unknown op"),
-        ("%0: f32[T, 4] = math.silu(%x) {" + "a" * 1_000_000 + "=1}", "no attribute"),
-        ("%0: f32[T, 4] = math.silu(%x) {a=" + "b" * 1_000_000 + "}", "dimension of 1000000 characters"),
-        ("x" * 1_000_000, "expected '%'"),
-        (" " * 1_000_000 + "%0", "expected ':'"),
-        ("(" * 1_000_000, "expected '%'"),
-    ],
-    ids=lambda v: v[:40].replace("\0", "NUL") if v.startswith(("%", "x", " ", "(")) else "",
-)  # fmt: skip
-def test_hostile_text(row, said):
-    declared = re.match(r"%0: (\w+\[\w*\]) = ", row)
-    with refused(said):
-        parse(text(row, outputs=f"%y: {declared[1]}") if declared else text(row))
-
-
-@limited()
-def test_a_truncated_text_is_refused_wherever_it_ends():
-    whole = text("weight @w: f32[4]", '%0: f32[T, 4] = math.add(%x, @w) loc("a.b" "f.py":3) origin("o")') + function(
-        "f", "%0: f32[T, 4] = norm.rms(%x) {eps=1e-06}"
-    )
-    parse(whole)
-    ends = {len(whole[:end].rstrip()) for end in (len(whole), whole.index("function"))}
-    for end in range(len(whole)):
-        if len(whole[:end].rstrip()) not in ends:
-            with pytest.raises(CompileError, match=r"line \d+, column"):
-                parse(whole[:end])
-
-
-@limited()
-def test_a_damaged_text_is_refused_or_another_graph():
-    """Every character replaced by others, in turn: a graph that verifies, or an error; never another exception."""
-    whole = text("weight @w: f32[4]", '%0: f32[T, 4] = math.add(%x, @w) loc("a" "f":3)', "%1: f32[T, 4] = norm.rms(%0)")
-    for i in range(len(whole)):
-        for c in '\0"%@[]{}()\\,9-\n\ud800\u0660²':
-            with contextlib.suppress(CompileError):
-                parse(whole[:i] + c + whole[i + 1 :]).verify()
-
-
-@limited()
-def test_what_is_no_text():
-    for what in (b"graph() -> () {}", None, 3, ["graph"], bytearray(4)):
-        with refused(f"is a str, got {type(what).__name__}"):
-            parse(what)  # type: ignore[arg-type]
-
-
-@limited()
-def test_one_line_of_a_megabyte_works():
-    """Line breaks are spaces like others."""
-    graph = parse(chain(20_000, "math.silu({})").replace("\n", " "))
-    assert len(graph) == 20_000
-
-
-# -- large graphs ---------------------------------------------------------------------------------
-
-MIXED = ("math.silu({})", "math.add({}, @w)", "math.sigmoid({})", "norm.rms({}, @w)", "math.mul({0}, {0})")
-
-
-@limited(seconds=90)
-def test_a_chain_of_ten_thousand_nodes(tmp_path):
-    """Everywhere: parsing, printing, verifying, every pass, both backends, comparing, saving and loading."""
-    limit = sys.getrecursionlimit()
-    graph = parse(chain(10_000, *MIXED))
-    graph.bind_weights({"w": torch.linspace(0.5, 1.5, 4)})
-    assert parse(str(graph)) == graph == graph.clone()
-    assert graph.to_networkx().number_of_nodes() == 10_003
-    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    (want,) = run(graph, [x])
-    compiled = moec.compile(graph, backend="onnxruntime", threads=1)
-    compiled.save(tmp_path / "saved")
-    for model in (compiled, moec.load(tmp_path / "saved"), moec.compile(graph, backend="reference", passes=Pipeline())):
-        torch.testing.assert_close(model(x)[0], want, rtol=1e-3, atol=1e-5)
-    assert sys.getrecursionlimit() == limit
-
-
-@limited(seconds=90)
-@pytest.mark.parametrize("n", [100_000])
-def test_a_hundred_thousand_nodes(n):
-    graph = parse(chain(n, *MIXED))
-    graph.bind_weights({"w": torch.linspace(0.5, 1.5, 4)})
-    assert len(graph.clone()) == n == str(graph).count(" = ")
-    assert torch.isfinite(run(graph, [torch.randn(1, 4)])[0]).all()
-
-
-@limited(seconds=60)
-def test_many_of_everything_else():
-    """Inputs, outputs, weights, operands of one node, uses of one value, results of one node: none is quadratic."""
-    n = 20_000
-    inputs = ", ".join(f"%x{i}: f32[1]" for i in range(n))
-    outputs = ", ".join(f"%y{i}: f32[1]" for i in range(n))
-    results = ", ".join(f"%r{i}: f32[1]" for i in range(n))
-    weights = [f"weight @w{i}: f32[1]" for i in range(n)]
-    joined = ", ".join(f"%x{i}" for i in range(n))
-    same = ", ".join(["%x0"] * n)
-    parse(text(inputs=inputs, outputs=outputs, result=joined))
-    parse(text(*weights, inputs="%x0: f32[1]", outputs="%y: f32[1]", result="%x0"))
-    for operands in (joined, same):
-        graph = parse(
-            text(
-                f"%0: f32[{n}] = tensor.concat({operands}) {{axis=0}}",
-                f"{results} = tensor.split(%0) {{axis=0, sizes=[{', '.join(['1'] * n)}]}}",
-                inputs=inputs, outputs=outputs, result=", ".join(f"%r{i}" for i in range(n)),
-            )
-        )  # fmt: skip
-        graph.replace_value(graph.inputs[0], graph.inputs[1])
-        graph.verify()
-        compiled = moec.compile(graph, backend="reference", passes=Pipeline())
-        assert len(compiled.graph.outputs) == n
