@@ -44,6 +44,16 @@ def test_a_hundred_thousand_nodes(n):
     assert torch.isfinite(run(graph, [torch.randn(1, 4)])[0]).all()
 
 
+@limited(seconds=120)
+def test_forty_thousand_nodes_through_every_pass():
+    graph = parse(chain(40_000, *MIXED))
+    graph.bind_weights({"w": torch.linspace(0.5, 1.5, 4)})
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    (want,) = run(graph, [x])
+    compiled = moec.compile(graph, backend="reference")
+    torch.testing.assert_close(compiled(x)[0], want, rtol=1e-3, atol=1e-5)
+
+
 @limited(seconds=60)
 def test_many_of_everything_else():
     """Inputs, outputs, weights, operands of one node, uses of one value, results of one node: none is quadratic."""
