@@ -13,7 +13,6 @@ from moec.ir.dims import evaluate
 # operands of these are larger than what is left of them
 _ADDITIVE = {"math.add", "math.sub", "math.sin", "math.cos", "math.mod"}
 _SUMS = {"math.sum", "math.mean", "math.cumsum"}
-_BY_SIGMOID = {"math.sigmoid", "math.silu"}
 _NORMALISED = {"norm.rms", "norm.add_rms", "norm.layer", "math.softmax", "math.log_softmax"}
 _ONE_SIGN = 16  # see `effective_length`
 # f32 operations of a composed function one after the other, where there are more than two
@@ -96,9 +95,9 @@ def scale_of(reference: torch.Tensor, node: Node | None, operands: Mapping[Value
         return own
     if node.op == "attention.sdpa":
         return _attention_scale(node, own, operands)
-    if node.op in _BY_SIGMOID:  # which is right to u of 1, not of itself
-        x = next((operands[v] for v in node.operands if v is not None and v in operands), None)
-        return max(own, 1.0 if node.op == "math.sigmoid" or x is None else largest(x))
+    if node.op == "math.silu":  # backends have it right to u of its operand, not of itself
+        x = operands.get(node.operand("x"))
+        return own if x is None else max(own, largest(x))
     if node.op == "math.swiglu":  # silu(gate) · up: silu is right to u of its operand
         gate, up = (operands.get(node.operand(name)) for name in ("gate", "up"))
         return own if gate is None or up is None else max(own, largest(gate.to(torch.float64) * up.to(torch.float64)))

@@ -107,12 +107,10 @@ def softplus_of(e: Emitter, x: onnx.Value, dtype: DType) -> onnx.Value:
     return e.op("Add", e.op("Max", x, e.scalar(0, dtype)), tail)
 
 
-def sigmoid_of(e: Emitter, x: onnx.Value, dtype: DType, *, exact: bool = False) -> onnx.Value:
-    """1 / (1 + e⁻ˣ). ONNX Runtime's Sigmoid is right to a unit of 1, not of the result: in f32 nothing is below 2⁻²⁶,
-    in f64 all is 0 from −37 on. `exact`: not so in f32 either."""
-    if dtype is DType.F64 or (exact and carrier(dtype) is DType.F32):
-        return e.op("Reciprocal", e.op("Add", e.scalar(1, dtype), e.op("Exp", e.op("Neg", x))))
-    return e.op("Sigmoid", x)
+def sigmoid_of(e: Emitter, x: onnx.Value, dtype: DType) -> onnx.Value:
+    """1 / (1 + e⁻ˣ). ONNX Runtime's Sigmoid is right to a unit of 1, not of the result: from −18 on in f32 and from −37
+    on in f64 nothing of it is left, which shows where results are normalised."""
+    return e.op("Reciprocal", e.op("Add", e.scalar(1, dtype), e.op("Exp", e.op("Neg", x))))
 
 
 @backend.lowers("math.sigmoid")
@@ -125,7 +123,7 @@ def silu_of(e: Emitter, x: onnx.Value, dtype: DType, alpha: float = 1.0) -> onnx
     if not e.options.portable and carrier(dtype) is DType.F32:
         return e.op("QuickGelu", x, domain=MICROSOFT, alpha=alpha)
     scaled = x if alpha == 1.0 else e.op("Mul", x, e.scalar(alpha, dtype))
-    return e.op("Mul", x, sigmoid_of(e, scaled, dtype))
+    return e.op("Mul", x, sigmoid_of(e, scaled, dtype) if dtype is DType.F64 else e.op("Sigmoid", scaled))
 
 
 @backend.lowers("math.swiglu")

@@ -151,11 +151,11 @@ def sorted_experts(e: Emitter, spec: Spec, x: onnx.Value, *, unroll: bool) -> on
     if spec.group is not None:
         x = rounded(e, x, (tokens, width), spec.group)
     x = e.op("Gather", x, e.op("Div", order, np.int64(k)), axis=0)
-    h = _biased(e, grouped_product(e, x, counts, gate_up, unroll), spec.biases[0], ids, spec)
+    h = _biased(e, grouped_product(e, x, counts, gate_up, unroll), 0, ids, spec)
     h = activation(e, spec, h)
     if spec.group is not None:
         h = rounded(e, h, (rows, spec.hidden), spec.group)
-    y = _biased(e, grouped_product(e, h, counts, down, unroll), spec.biases[1], ids, spec)
+    y = _biased(e, grouped_product(e, h, counts, down, unroll), 1, ids, spec)
     positions = e.op("Range", np.int64(0), e.sizes.scalar(rows), np.int64(1))
     y = e.op("Gather", y, e.op("ScatterElements", order, order, positions, axis=0), axis=0)
     y = e.reshape(y, (rows, width), (tokens, k, width))
@@ -164,16 +164,18 @@ def sorted_experts(e: Emitter, spec: Spec, x: onnx.Value, *, unroll: bool) -> on
     return reduce(e, "ReduceSum", y, (1,), False)
 
 
-def _biased(e: Emitter, y: onnx.Value, bias: Value | None, ids: onnx.Value, spec: Spec) -> onnx.Value:
-    """Adds each row's expert's bias."""
-    if bias is None:
-        return y
-    return e.op("Add", y, e.op("Gather", _bias(e, spec, bias, interleave=False), ids, axis=0))
+def _biased(e: Emitter, y: onnx.Value, which: int, ids: onnx.Value, spec: Spec) -> onnx.Value:
+    """Adds each row's expert's bias, that of gate_up (0) or of down (1)."""
+    bias = _bias(e, spec, which, interleave=False)
+    return y if bias is None else e.op("Add", y, e.op("Gather", bias, ids, axis=0))
 
 
-def _bias(e: Emitter, spec: Spec, bias: Value, interleave: bool) -> onnx.Value:
+def _bias(e: Emitter, spec: Spec, which: int, interleave: bool) -> onnx.Value | None:
     """A bias [E, …]; that of gate_up in the order of `Spec.matrices`."""
-    if bias is spec.biases[1] or spec.interleaved == interleave:
+    bias = spec.biases[which]
+    if bias is None:
+        return None
+    if which == 1 or spec.interleaved == interleave:
         return e.value(bias)
     order = torch.arange(2 * spec.hidden).reshape((2, -1) if interleave else (-1, 2)).T.reshape(-1)
     return e.op("Gather", e.value(bias), order.numpy(), axis=1)
@@ -209,7 +211,7 @@ def moe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
     none = e.op("Expand", e.scalar(NOT_CHOSEN, DType.F32), e.sizes.vector((tokens, spec.num)))
     logits = e.op("ScatterElements", none, e.value(spec.experts), logs, axis=1)
     limit = spec.limit
-    biases = [None if b is None else _bias(e, spec, b, interleave=True) for b in spec.biases]
+    biases = [_bias(e, spec, which, interleave=True) for which in (0, 1)]
     extra: dict[str, Any] = {} if limit is None else {"swiglu_limit": limit}
     y = e.op(
         "MoE",

@@ -22,7 +22,7 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     if a["scoring"] == "softmax":
         scores = e.op("Softmax", logits, axis=-1)
     elif a["scoring"] == "sigmoid":
-        scores = sigmoid_of(e, logits, dtype, exact=True)  # normalising magnifies small ones
+        scores = sigmoid_of(e, logits, dtype)
     elif a["scoring"] == "sqrt_softplus":
         scores = e.op("Sqrt", softplus_of(e, logits, dtype))
     choice = scores if bias is None else e.op("Add", scores, bias)
@@ -35,7 +35,7 @@ def route(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
     if a["scoring"] == "topk_softmax":
         weights = e.op("Softmax", weights, axis=-1)
     elif a["scoring"] == "topk_sigmoid":
-        weights = sigmoid_of(e, weights, dtype, exact=True)
+        weights = sigmoid_of(e, weights, dtype)
     if a["normalize"] and a["scoring"] != "topk_softmax":
         total = reduce(e, "ReduceSum", weights, (-1,), True)
         if a["normalize_eps"]:

@@ -97,8 +97,19 @@ def test_reducing_an_empty_axis(dtype: str):
         agrees(exe, [torch.randn(n, 3).to(typed(dtype).dtype.torch)])
 
 
-def test_float64_sigmoid_has_small_values():
-    exe = compiled(graph_of({"x": typed("f64", "N")}, lambda b, x: (b.sigmoid(x), b.silu(x), b.swiglu(x, x))))
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_small_values_of_sigmoid(dtype: str):
+    exe = compiled(graph_of({"x": typed(dtype, "N")}, lambda b, x: b.sigmoid(x)))
+    x = torch.tensor(
+        [-800.0, -300.0, -80.0, -40.0, -18.0, -1.0, -0.0, 0.0, 40.0, 800.0, torch.inf, -torch.inf, torch.nan]
+    )
+    x = x.to(typed(dtype).dtype.torch)
+    (got,), (want,) = exe.run([x]), run(exe.graph, [x])
+    torch.testing.assert_close(got, want, rtol=1e-6 if dtype == "f32" else 1e-14, atol=0.0, equal_nan=True)
+
+
+def test_small_values_of_float64_silu():
+    exe = compiled(graph_of({"x": typed("f64", "N")}, lambda b, x: (b.silu(x), b.swiglu(x, x))))
     x = torch.tensor([-800.0, -300.0, -40.0, -1.0, 0.0, 40.0, 800.0, torch.inf, torch.nan], dtype=torch.float64)
     for got, want in zip(exe.run([x]), run(exe.graph, [x]), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=0.0, equal_nan=True)

@@ -205,3 +205,21 @@ def test_remap_then_experts(rng: torch.Generator):
     for t in (0, 1, 20):
         once, replicated = agrees(exe, [torch.randn(t, D, generator=rng), torch.randn(t, E, generator=rng)])
         torch.testing.assert_close(once, replicated)
+
+
+@pytest.mark.parametrize("form", ["unrolled", "loop"])
+def test_one_bias_for_both_products(form: str, rng: torch.Generator):
+    """Interleaved, so that it is reordered for the first and left for the second."""
+    f, d, e = 3, 6, 4
+    gate_up, down = torch.randn(e, 2 * f, d, generator=rng), torch.randn(e, d, f, generator=rng)
+    bias = torch.randn(e, d, generator=rng)
+
+    def build(b: Any, x: Any, w: Any, i: Any) -> Any:
+        shared = weight(b, "bias", bias)
+        given = [x, w, i, weight(b, "gate_up", gate_up), weight(b, "down", down), shared, shared]
+        return b.op("moe.experts", given, {"interleaved": True})
+
+    types = {"x": typed("f32", "T", d), "w": typed("f32", "T", 2), "i": typed("i64", "T", 2)}
+    exe = compiled(graph_of(types, build), experts=form)
+    ids = torch.tensor([[0, 1], [2, 3], [3, 0]])
+    agrees(exe, [torch.randn(3, d, generator=rng), torch.rand(3, 2, generator=rng), ids])
