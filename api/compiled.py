@@ -15,6 +15,7 @@ from moec.ir import CompileError, Graph
 from moec.ir.interpreter import bind_inputs
 from moec.program import Program, Settings
 from moec.report import Report
+from moec.sampling import Sampling
 
 
 class CompiledModel:
@@ -112,19 +113,30 @@ class CompiledModel:
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 32,
         eos_token_id: Any = UNSET,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        on_token: Callable[[torch.Tensor], Any] | None = None,
     ) -> torch.Tensor:
-        """Greedy decoding. input_ids i64[B, S]; attention_mask i64[B, S], 0 for padding on the left, None for none.
+        """Continue prompts. input_ids i64[B, S]; attention_mask i64[B, S], 0 for padding on the left, None for none.
 
         Returns the prompt and up to `max_new_tokens` new ids, i64[B, S + n]. A row ends with an end-of-sequence
         token (`eos_token_id`: an id, a list of ids, None to never stop; by default the model's own) and is filled
         with the model's pad token, else the first end-of-sequence id; n is smaller where all rows ended. The cached
         program is traced and compiled at the first call.
 
+        Greedy unless one of these is given: `temperature` (0: greedy), `top_k`, `top_p` (see
+        `moec.sampling.Sampling`), `seed` (the same batch gives the same tokens again). `on_token` is called with the
+        new tokens i64[B] after each step; what it raises ends the generation.
+
         Raises ArgumentTypeError/ArgumentValueError for arguments that do not fit, ids beyond the vocabulary and more
-        positions than the model's config has among them, CompileError for a model without a KV cache.
+        positions than the model's config has among them, CompileError for a model without a cache.
         """
+        sampling = Sampling.of(temperature, top_k, top_p, seed)
         with torch.no_grad():
-            return self.generator.generate(input_ids, attention_mask, max_new_tokens, eos_token_id)
+            return self.generator.generate(input_ids, attention_mask, max_new_tokens, eos_token_id, sampling, on_token)
 
     def save(self, folder: str | Path) -> None:
         """Write text IR, safetensors weights, a manifest and the backend's files to `folder`, whole or not at all.

@@ -3,7 +3,6 @@ tensors out."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moec.generation import no_generation
+from moec.transformers_cache import CacheLayout
 
 Past = list[Tensor]
 
@@ -76,46 +76,26 @@ def _own_cache(model: Any) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
 
 
 def _transformers_cache(model: Any, takes_positions: bool) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
-    def own_run(batch: int, length: int) -> Any:
-        with torch.no_grad():
-            cache = getattr(model(input_ids=_ids(batch, length), use_cache=True), "past_key_values", None)
-        layers = getattr(cache, "layers", None)
-        if not layers or not all(isinstance(getattr(x, n, None), Tensor) for x in layers for n in ("keys", "values")):
-            raise no_generation(f"{type(model).__name__} returned {type(cache).__name__}, no cache of keys and values")
-        for layer in layers:
-            if getattr(layer, "is_sliding", False):
-                raise no_generation("its cache has sliding-window layers, which count positions in Python")
-        return cache
-
-    template = own_run(2, 3)
-
-    def cache_of(past: Past) -> Any:
-        cache = copy.copy(template)
-        cache.layers = [copy.copy(layer) for layer in template.layers]
-        for i, layer in enumerate(cache.layers):
-            layer.keys, layer.values = past[2 * i], past[2 * i + 1]
-        return cache
-
-    def flat(cache: Any) -> Past:
-        return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    layout = CacheLayout(model, _ids)
 
     def step(input_ids: Tensor, attention_mask: Tensor, past: Past) -> tuple[Tensor, Past]:
         named = {}
         if takes_positions:  # positions count the tokens of a row, so that padding shifts nothing
             positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-            # export has to know: else the new positions may get a length of their own, and dense models are refused
-            torch._check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
-            named["position_ids"] = positions[:, past[0].shape[2] :]
+            for length in layout.lengths(past):
+                # export has to know: else the new positions may get a length of their own, and dense models are refused
+                torch._check(attention_mask.shape[1] == length + input_ids.shape[1])
+            named["position_ids"] = positions[:, attention_mask.shape[1] - input_ids.shape[1] :]
         out = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache_of(past),
+            past_key_values=layout.cache(past),
             use_cache=True,
             **named,
         )
-        return out.logits[:, -1], flat(out.past_key_values)
+        return out.logits[:, -1], layout.flat(out.past_key_values)
 
-    return CachedDecoder(model, step), lambda batch, length: flat(own_run(batch, length))
+    return CachedDecoder(model, step), layout.run
 
 
 def _ids(batch: int, length: int) -> Tensor:
@@ -124,22 +104,26 @@ def _ids(batch: int, length: int) -> Tensor:
 
 def example(past_of: Callable[[int, int], Past]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments to trace a decoder at, and its dynamic shapes: batch, sequence, and past, which the caches' own
-    sizes at different batches and lengths tell apart. Raises CompileError where they do not grow with the past."""
+    sizes at different batches and lengths tell apart. A tensor of one size at every length is a state. Raises
+    CompileError where one grows otherwise."""
     batch, past, length = 2, 5, 3
     cache = past_of(batch, past)
     b = torch.export.Dim("B")
     s = torch.export.Dim("S")
     p = torch.export.Dim("P")
     axes = []
-    for t, wider, longer in zip(cache, past_of(batch + 1, past), past_of(batch, past + 1), strict=True):
+    others = (past_of(batch + 1, past), past_of(batch, past + 1), past_of(batch, 1))
+    for t, wider, longer, least in zip(cache, *others, strict=True):
         grows_b = [i for i, (x, y) in enumerate(zip(t.shape, wider.shape, strict=True)) if x != y]
         grows_p = [i for i, (x, y) in enumerate(zip(t.shape, longer.shape, strict=True)) if x != y]
-        if len(grows_b) != 1 or len(grows_p) != 1 or t.shape[grows_b[0]] != batch or t.shape[grows_p[0]] != past:
+        is_state = t.shape == longer.shape == least.shape
+        if len(grows_b) != 1 or t.shape[grows_b[0]] != batch or not (is_state or _grows(t, longer, least, grows_p)):
             raise no_generation(
-                f"a cache tensor of shape {list(t.shape)} for batch {batch} and {past} tokens does not grow by one "
-                f"per row and token ({list(wider.shape)} for {batch + 1} rows, {list(longer.shape)} for {past + 1})"
+                f"a cache tensor of shape {list(t.shape)} for batch {batch} and {past} tokens neither stays as it is nor"
+                f" grows by one per row and token ({list(wider.shape)} for {batch + 1} rows, {list(longer.shape)} for"
+                f" {past + 1} tokens, {list(least.shape)} for one)"
             )
-        axes.append({grows_b[0]: b, grows_p[0]: p})
+        axes.append({grows_b[0]: b} | ({} if is_state else {grows_p[0]: p}))
     args = (_ids(batch, length), torch.ones(batch, past + length, dtype=torch.int64), cache)
     shapes = {
         "input_ids": {0: b, 1: s},
@@ -147,3 +131,9 @@ def example(past_of: Callable[[int, int], Past]) -> tuple[tuple[Any, ...], dict[
         "past": axes,
     }
     return args, shapes
+
+
+def _grows(t: Tensor, longer: Tensor, least: Tensor, axes: list[int]) -> bool:
+    """Whether one axis counts the tokens: as `t` has it, with one more, and with one alone."""
+    sizes = [x.shape[axes[0]] for x in (t, longer, least)] if len(axes) == 1 else []
+    return bool(sizes) and sizes[1] == sizes[0] + 1 and sizes[2] == 1

@@ -1,8 +1,8 @@
-"""Greedy decoding with a KV cache that is an input and an output of the compiled program."""
+"""Decoding with a cache that is an input and an output of the compiled program."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,6 +12,10 @@ from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Dim
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import plain_tensor
 from moec.program import Program
+from moec.sampling import Sampling
+
+GREEDY: Final = Sampling(0.0)
+OnToken = Callable[[torch.Tensor], Any]
 
 
 class _Unset:
@@ -82,19 +86,20 @@ class Generator:
     """The cached program with what decoding needs.
 
     Program inputs: input_ids i64[B, S], attention_mask i64[B, P + S], then the cache's tensors, each with a batch
-    axis B and a time axis P. Outputs: the last position's logits [B, V], then the tensors extended to P + S.
+    axis B, and a time axis P unless it is a state of one size (of a recurrence or a convolution; zeros at first).
+    Outputs: the last position's logits [B, V], then the tensors extended to P + S, the states after the S tokens.
     """
 
     program: Program
     stops: Stops = field(default_factory=Stops)
 
     def empty_cache(self, batch: int) -> list[torch.Tensor]:
-        """The cache of no past tokens; its shapes come from the traced program."""
+        """The cache of no past tokens, states of zeros; its shapes come from the traced program."""
         ids, _, *past = self.program.legal.inputs
         b = ids.shape[0]
         assert isinstance(b, Dim)
         sizes = dict.fromkeys(self.program.legal.symbols, 0) | {str(b): batch}
-        return [torch.empty([evaluate(n, sizes) for n in v.shape], dtype=v.dtype.torch) for v in past]
+        return [torch.zeros([evaluate(n, sizes) for n in v.shape], dtype=v.dtype.torch) for v in past]
 
     def check_ids(self, input_ids: torch.Tensor) -> None:
         """Raise ArgumentValueError for an id that has no row in the table the ids are looked up in."""
@@ -114,25 +119,32 @@ class Generator:
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 32,
         eos_token_id: Any = UNSET,
+        sampling: Sampling = GREEDY,
+        on_token: OnToken | None = None,
     ) -> torch.Tensor:
         """See `CompiledModel.generate`."""
         mask = check_prompt(input_ids, attention_mask, max_new_tokens)
+        if on_token is not None and not callable(on_token):
+            raise ArgumentTypeError(
+                f"argument 'on_token' must be callable, got {type(on_token).__name__}", code="arguments"
+            )
         self.check_ids(input_ids)
         self.stops.check_room(mask, max_new_tokens)
         eos, pad = self.stops.resolve(eos_token_id)
         ids, step = input_ids, input_ids
         past = self.empty_cache(len(input_ids))
         ended = torch.zeros(len(ids), dtype=torch.bool)
-        ends = torch.tensor(eos, dtype=torch.int64)
+        ends, random = torch.tensor(eos, dtype=torch.int64), sampling.generator()
         for _ in range(max_new_tokens):
             if ended.all():
                 break
             logits, *past = self.program.executable.run([step, mask, *past])
-            token = logits.argmax(dim=-1)
-            token = torch.where(ended, pad, token)
+            token = torch.where(ended, pad, sampling.choose(logits, random))
             ids = torch.cat((ids, token[:, None]), dim=1)
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
             step = token[:, None]
+            if on_token is not None:
+                on_token(token.clone())
             ended = ended | torch.isin(token, ends)
         return ids
 
