@@ -11,11 +11,12 @@ import torch
 
 from moec.frontend import Signature
 from moec.generation import UNSET, Generator, no_generation
-from moec.ir import CompileError, Graph
+from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Graph
 from moec.ir.interpreter import bind_inputs
 from moec.program import Program, Settings
 from moec.report import Report
 from moec.sampling import Sampling
+from moec.speculation import Speculation, Speculator
 
 
 class CompiledModel:
@@ -33,6 +34,7 @@ class CompiledModel:
         *,
         generator: Generator | None = None,
         make_generator: Callable[[], Generator] | None = None,
+        make_speculator: Callable[[], Speculator] | None = None,
         seconds: dict[str, float] | None = None,
     ):
         self.name = name
@@ -41,6 +43,8 @@ class CompiledModel:
         self._signature = signature
         self._generator = generator
         self._make_generator = make_generator
+        self._speculator: Speculator | None = None
+        self._make_speculator = make_speculator
         self._lock = threading.Lock()
         self._seconds = seconds or {}
 
@@ -90,6 +94,8 @@ class CompiledModel:
             programs["forward"] = self._program
         if self._generator is not None:
             programs["cached"] = self._generator.program
+        if self._speculator is not None:
+            programs["speculative"] = self._speculator.program
         return Report(self.name, self.backend, programs, dict(self._seconds))
 
     @property
@@ -107,6 +113,21 @@ class CompiledModel:
                 self._generator = self._make_generator()
             return self._generator
 
+    @property
+    def speculator(self) -> Speculator:
+        """The program that drafts tokens, compiled when first asked for. Raises CompileError where the model has no
+        head that does."""
+        with self._lock:
+            if self._speculator is None:
+                if self._make_speculator is None:
+                    raise CompileError(
+                        f"{self.name} cannot decode speculatively: it has no multi-token prediction head",
+                        code="generate",
+                        hint="models of moec.models with num_mtp_layers ≥ 1 have one; a saved model lost it",
+                    )
+                self._speculator = self._make_speculator()
+            return self._speculator
+
     def generate(
         self,
         input_ids: torch.Tensor,
@@ -119,6 +140,7 @@ class CompiledModel:
         top_p: float | None = None,
         seed: int | None = None,
         on_token: Callable[[torch.Tensor], Any] | None = None,
+        speculative: bool | Speculation = False,
     ) -> torch.Tensor:
         """Continue prompts. input_ids i64[B, S]; attention_mask i64[B, S], 0 for padding on the left, None for none.
 
@@ -129,12 +151,27 @@ class CompiledModel:
 
         Greedy unless one of these is given: `temperature` (0: greedy), `top_k`, `top_p` (see
         `moec.sampling.Sampling`), `seed` (the same batch gives the same tokens again). `on_token` is called with the
-        new tokens i64[B] after each step; what it raises ends the generation.
+        new tokens i64[B] after each step; what it raises ends the generation. `speculative`: greedy decoding with the
+        drafts of the model's multi-token prediction head, which gives the same tokens in fewer steps; a
+        `moec.speculation.Speculation` counts them.
 
         Raises ArgumentTypeError/ArgumentValueError for arguments that do not fit, ids beyond the vocabulary and more
         positions than the model's config has among them, CompileError for a model without a cache.
         """
         sampling = Sampling.of(temperature, top_k, top_p, seed)
+        if not isinstance(speculative, bool | Speculation):
+            raise ArgumentTypeError(
+                f"argument 'speculative' must be a bool or a Speculation, got {type(speculative).__name__}",
+                code="arguments",
+            )
+        if speculative is not False:
+            if not sampling.greedy:
+                raise ArgumentValueError("speculative decoding is greedy, it does not sample", code="value")
+            counts = speculative if isinstance(speculative, Speculation) else None
+            with torch.no_grad():
+                return self.speculator.speculate(
+                    input_ids, attention_mask, max_new_tokens, eos_token_id, on_token, counts
+                )
         with torch.no_grad():
             return self.generator.generate(input_ids, attention_mask, max_new_tokens, eos_token_id, sampling, on_token)
 

@@ -11,7 +11,7 @@ import torch
 
 from moec.backends import Backend, get_backend
 from moec.compiled import CompiledModel
-from moec.decoder import cached_decoder, example, generates
+from moec.decoder import cached_decoder, draft_decoder, example, generates, speculates
 from moec.frontend import Signature
 from moec.generation import Generator, Stops
 from moec.ir import Graph, Placement, Quantization
@@ -20,6 +20,7 @@ from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Program, Settings, build
 from moec.progress import progress
 from moec.sources import acquire, describe
+from moec.speculation import Speculator
 
 
 def compile(
@@ -70,11 +71,15 @@ def compile(
     def make_generator() -> Generator:
         return _generator(model, settings.under("cached"), seconds)
 
+    def make_speculator() -> Speculator:
+        return _speculator(model, settings.under("speculative"), seconds)
+
+    drafts = make_speculator if speculates(model) else None
     program: Program | None = None
     signature: Signature | None = None
     if can_generate and not args and not kwargs:
         generator = make_generator()
-        return CompiledModel(name, settings, None, None, generator=generator, seconds=seconds)
+        return CompiledModel(name, settings, None, None, generator=generator, make_speculator=drafts, seconds=seconds)
     with progress(f"compile {name}") as step:
         step("trace")
         start = time.perf_counter()
@@ -82,7 +87,13 @@ def compile(
         seconds["trace"] = time.perf_counter() - start
         program = build(graph, settings, step)
     return CompiledModel(
-        name, settings, program, signature, make_generator=make_generator if can_generate else None, seconds=seconds
+        name,
+        settings,
+        program,
+        signature,
+        make_generator=make_generator if can_generate else None,
+        make_speculator=drafts,
+        seconds=seconds,
     )
 
 
@@ -95,6 +106,16 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
         graph, _ = acquire(decoder, args, None, shapes)
         seconds["trace cached"] = time.perf_counter() - start
         return Generator(build(graph, settings, step), Stops.of(model))
+
+
+def _speculator(model: Any, settings: Settings, seconds: dict[str, float]) -> Speculator:
+    with progress(f"compile {describe(model)} with its drafts") as step:
+        step("trace")
+        start = time.perf_counter()
+        decoder, args, shapes = draft_decoder(model)
+        graph, _ = acquire(decoder, args, None, shapes)
+        seconds["trace speculative"] = time.perf_counter() - start
+        return Speculator(build(graph, settings, step), Stops.of(model))
 
 
 def trace(

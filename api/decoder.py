@@ -25,7 +25,7 @@ class CachedDecoder(nn.Module):
     plain forward.
     """
 
-    def __init__(self, model: nn.Module, step: Callable[[Tensor, Tensor, Past], tuple[Tensor, Past]]):
+    def __init__(self, model: nn.Module, step: Callable[..., Any]):
         super().__init__()
         self.training = model.training
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
@@ -34,6 +34,47 @@ class CachedDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: Past) -> tuple[Tensor, Past]:
         return self.__dict__["step"](input_ids, attention_mask, past)
+
+
+class DraftDecoder(CachedDecoder):
+    """One step of speculative decoding, see `moec.speculation.Speculator`."""
+
+    def forward(  # type: ignore[override]  # what is known of the last id too
+        self, input_ids: Tensor, attention_mask: Tensor, known: Tensor, past: Past
+    ) -> tuple[Tensor, Tensor, Past]:
+        return self.__dict__["step"](input_ids, attention_mask, known, past)
+
+
+def speculates(model: Any) -> bool:
+    """Whether a model has a head that drafts the token after the next."""
+    return callable(getattr(model, "draft_step", None)) and getattr(model.config, "num_mtp_layers", 0) > 0
+
+
+def draft_decoder(model: Any) -> tuple[DraftDecoder, tuple[Any, ...], dict[str, Any]]:
+    """The decoder of a model with a `draft_step`, arguments to trace it at, and its dynamic shapes."""
+    structure = pytree.tree_structure(model.empty_cache(1, mtp=True))
+
+    def step(input_ids: Tensor, attention_mask: Tensor, known: Tensor, past: Past) -> tuple[Tensor, Tensor, Past]:
+        caches = pytree.tree_unflatten(past, structure)
+        tokens, drafts, caches = model.draft_step(input_ids, attention_mask, caches, known)
+        return tokens, drafts, pytree.tree_leaves(caches)
+
+    def run(batch: int, length: int) -> Past:
+        if length == 1:  # a step takes two at least
+            return [t[:, :, :1] for t in run(batch, 2)]
+        ids, past = _ids(batch, length), pytree.tree_leaves(model.empty_cache(batch, mtp=True))
+        with torch.no_grad():
+            return step(ids, torch.ones_like(ids), torch.ones(batch, 1, dtype=torch.int64), past)[2]
+
+    (ids, mask, past), shapes = example(run)
+    b, length = shapes["input_ids"][0], torch.export.Dim("S", min=2)
+    shapes = {
+        "input_ids": {0: b, 1: length},
+        "attention_mask": shapes["attention_mask"],
+        "known": {0: b},
+        "past": shapes["past"],
+    }
+    return DraftDecoder(model, step), (ids, mask, torch.ones(len(ids), 1, dtype=torch.int64), past), shapes
 
 
 def cached_decoder(model: nn.Module) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
@@ -119,9 +160,9 @@ def example(past_of: Callable[[int, int], Past]) -> tuple[tuple[Any, ...], dict[
         is_state = t.shape == longer.shape == least.shape
         if len(grows_b) != 1 or t.shape[grows_b[0]] != batch or not (is_state or _grows(t, longer, least, grows_p)):
             raise no_generation(
-                f"a cache tensor of shape {list(t.shape)} for batch {batch} and {past} tokens neither stays as it is nor"
-                f" grows by one per row and token ({list(wider.shape)} for {batch + 1} rows, {list(longer.shape)} for"
-                f" {past + 1} tokens, {list(least.shape)} for one)"
+                f"a cache tensor of shape {list(t.shape)} for batch {batch} and {past} tokens neither stays as it is"
+                f" nor grows by one per row and token ({list(wider.shape)} for {batch + 1} rows,"
+                f" {list(longer.shape)} for {past + 1} tokens, {list(least.shape)} for one)"
             )
         axes.append({grows_b[0]: b} | ({} if is_state else {grows_p[0]: p}))
     args = (_ids(batch, length), torch.ones(batch, past + length, dtype=torch.int64), cache)

@@ -134,6 +134,30 @@ class MoETransformer(nn.Module):
         y = self.mtp_hidden(hidden, next_ids, attention_mask, depth)
         return self.lm_head(self._mtp_layer(depth).shared_head.norm(y))
 
+    def draft_step(
+        self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[Cache], known: Tensor
+    ) -> tuple[Tensor, Tensor, list[Cache]]:
+        """One step of greedy speculative decoding (DeepSeek-V3, arXiv:2412.19437 §5.4.3) by the first MTP layer.
+
+        input_ids i64[B, S], S ≥ 2; attention_mask i64[B, P+S], 0 for padding and for refused drafts; past: a cache per
+        layer and one of the MTP layer (`empty_cache(batch, mtp=True)`); known i64[B, 1]: 1 where the last id is known
+        to follow the one before it (a prompt), 0 where it is a draft. Returns (tokens i64[B, 2]: the likeliest after
+        each of the last two positions, drafts i64[B, 2]: the MTP layer's guess of what follows each of these, caches of
+        P+S positions). Raises ValueError if the model has no MTP layer.
+        """
+        layer, count = self._mtp_layer(0), self.config.num_layers
+        hidden, caches = self._decode(input_ids, attention_mask, past[:count])
+        first = input_ids.shape[1] - 2  # of the last two; narrow, as negative indices hide S ≥ 2 from export
+        tokens = self.logits(hidden.narrow(1, first, 2)).argmax(dim=-1)
+        before_last = torch.where(known.bool(), input_ids.narrow(1, first + 1, 1), tokens[:, :1])
+        next_ids = torch.cat((input_ids.narrow(1, 1, first), before_last, tokens[:, 1:]), dim=1)
+        joined = layer.join(hidden, self.model.embed_tokens(next_ids))
+        length = past[count][0].shape[2]
+        tables, mask = self._positions(input_ids, attention_mask, length, True, joined.dtype)
+        y, cache = layer(joined, tables, mask, past[count])
+        drafts = self.lm_head(layer.shared_head.norm(y.narrow(1, first, 2))).argmax(dim=-1)
+        return tokens, drafts, [*caches, cache]
+
     def _mtp_layer(self, depth: int) -> MTPLayer:
         if not 0 <= depth < self.config.num_mtp_layers:
             raise ValueError(f"depth is {depth}, but the model has {self.config.num_mtp_layers} MTP layers")
@@ -141,8 +165,9 @@ class MoETransformer(nn.Module):
         assert isinstance(layer, MTPLayer)
         return layer
 
-    def empty_cache(self, batch: int, dtype: torch.dtype | None = None) -> list[Cache]:
-        """Zero-length `past` for `batch` rows in `dtype` (default: the model's), one pair per layer.
+    def empty_cache(self, batch: int, dtype: torch.dtype | None = None, *, mtp: bool = False) -> list[Cache]:
+        """Zero-length `past` for `batch` rows in `dtype` (default: the model's), one pair per layer; with `mtp` one
+        more, of the first MTP layer.
 
         MHA/GQA: k, v [B, num_kv_heads, 0, head_dim]. MLA: [B, 1, 0, kv_lora_rank], [B, 1, 0, qk_rope_head_dim].
         """
@@ -153,7 +178,8 @@ class MoETransformer(nn.Module):
             first = second = (batch, c.num_kv_heads, 0, c.head_dim)
         like = self.lm_head.weight
         dtype = dtype or like.dtype
-        return [(like.new_empty(first, dtype=dtype), like.new_empty(second, dtype=dtype)) for _ in range(c.num_layers)]
+        count = c.num_layers + mtp
+        return [(like.new_empty(first, dtype=dtype), like.new_empty(second, dtype=dtype)) for _ in range(count)]
 
     def _decode(
         self, input_ids: Tensor, attention_mask: Tensor | None, past: Sequence[Cache] | None

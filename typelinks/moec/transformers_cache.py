@@ -1,0 +1,1 @@
+../../api/transformers_cache.py
