@@ -219,8 +219,8 @@ class Entry:
         return ".".join(p for p in [*parts, "" if self.dtype == "f32" else self.dtype] if p)
 
 
-def build(entry: Entry) -> torch.nn.Module:
-    """The model of an entry, with random weights."""
+def build(entry: Entry, positions: int | None = None) -> torch.nn.Module:
+    """The model of an entry, with random weights; `positions`: how many it is made for, if not those of COMMON."""
     torch.manual_seed(0)
     if entry.family in OWN:
         config = moec.models.config(OWN[entry.family])
@@ -230,7 +230,9 @@ def build(entry: Entry) -> torch.nn.Module:
     family = FAMILIES[entry.family]
     config_class = getattr(transformers, family.config)
     known = inspect.signature(config_class.__init__).parameters
-    config = config_class(**({k: v for k, v in COMMON.items() if k in known} | family.values))
+    longer = {} if positions is None else {"max_position_embeddings": positions, "n_positions": positions}
+    values = COMMON | family.values | longer
+    config = config_class(**{k: v for k, v in values.items() if k in known or k in family.values})
     extra = {"experts_implementation": entry.experts} if entry.experts else {}
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation=entry.attention, dtype=_DTYPES[entry.dtype], **extra
