@@ -5,9 +5,9 @@
 
 Models are small, with random weights (tests/model_matrix.py). `trace`, `reference` and `onnxruntime` are held against
 PyTorch's eager run at four shapes that were not traced: the largest error relative to the largest logit, 1e-4 at most.
-`generate` is greedy, three rows with padding on the left, 64 new tokens, past the window where a model has one, and must
-give the tokens of transformers' own `generate`. `fp8`: W8A8 where the structure allows it, on the reference; how far its
-logits are from those of f32 (‖error‖ / ‖logits‖, 0.2 at most) and which share of the linear and expert weights it covers.
+`generate` is greedy, three rows with padding on the left, 64 new tokens, past the window where a model has one, and
+must give the tokens of transformers' own `generate`. `fp8`: W8A8 on the reference; how far its logits are from those of
+f32 (‖error‖ / ‖logits‖, 0.2 at most) and which share of the linear and expert weights it covers.
 """
 
 from __future__ import annotations
