@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix bench-passes bench-attention bench-memory check-gpu judges judges-full fuzz fuzz-mutants tolerances clean
+.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory check-gpu judges judges-full fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -56,8 +56,12 @@ fuzz: $(STAMP)
 fuzz-mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz_mutants.py
 
-# every pass on every stored graph
+# every family of models: traced, run, generated with, quantised; writes docs/models.md
 matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/families.py --workers $(WORKERS)
+
+# every pass on every stored graph
+matrix-passes: $(STAMP)
 	MOEC_MATRIX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/passes/test_matrix.py
 
 # the stored graphs of tests/model_matrix.py, traced again
