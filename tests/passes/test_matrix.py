@@ -1,7 +1,7 @@
 """Every pass of the default pipeline on every stored graph, and what the pipeline makes of each family.
 
-`make matrix-passes` (MOEC_MATRIX=all) takes every graph through every pass; without it a selection is, and the others only
-through the whole pipeline. The stored graphs come from tests/model_matrix.py.
+`make matrix-passes` (MOEC_MATRIX=all) takes every graph through every pass; without it a selection is, and the others
+only through the whole pipeline. The stored graphs come from tests/model_matrix.py.
 """
 
 from __future__ import annotations
