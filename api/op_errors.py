@@ -46,6 +46,10 @@ def reduction_length(node: Node, binding: Mapping[str, int]) -> int:
             return max(1, shape(0)[-1])
         case "attention.sdpa":
             return max(1, shape(0)[3] + shape(1)[2])
+        case "attention.linear_attention":
+            return max(1, shape(0)[3] + shape(0)[1])
+        case "linear.conv":
+            return max(1, math.prod(shape(1)[1:]))
         case "moe.experts" | "quant.scaled_experts":
             down = node.operand("down")
             return max(1, sum(evaluate(s, binding) for s in down.shape[1:]))

@@ -17,6 +17,7 @@ from moec.backends.onnxruntime import (  # noqa: F401  (each registers its lower
     extern,
     extern_aten,
     linear,
+    linear_attention,
     norm,
     quant,
     reduction,

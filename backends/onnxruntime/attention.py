@@ -8,6 +8,7 @@ import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
+from moec.backends.onnxruntime.sizes import at_least
 from moec.backends.onnxruntime.types import onnx_type
 from moec.ir import Dim, DType, Node
 
@@ -74,17 +75,9 @@ def _allowed(e: Emitter, node: Node) -> tuple[onnx.Value | None, onnx.Value | No
         allowed = _causal(e, s, t) if causal else None
         if permitted is not None:
             allowed = permitted if allowed is None else e.op("And", allowed, permitted)
-        closed = allowed if masked or not _covers(t, s) else None
+        closed = allowed if masked or not at_least(t, s) else None
         e.memo[memo] = allowed, None if closed is None else e.op("Not", _any(e, closed))
     return e.memo[memo]
-
-
-def _covers(t: int | Dim, s: int | Dim) -> bool:
-    """Whether t ≥ s for sure, so that every query sees a key."""
-    past = t - s
-    if isinstance(past, int):
-        return past >= 0
-    return all(c.is_nonnegative for c in past.expr.as_coefficients_dict().values()) and past.expr.is_polynomial()
 
 
 def _causal(e: Emitter, s: int | Dim, t: int | Dim) -> onnx.Value:

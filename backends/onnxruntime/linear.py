@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as onnx
 
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
-from moec.ir import Node, Value
+from moec.backends.onnxruntime.sizes import at_least
+from moec.ir import DType, Node, Value
 
 
 @backend.lowers("linear.matmul")
@@ -27,3 +29,24 @@ def linear(e: Emitter, node: Node) -> onnx.Value:
     x, weight, bias = given(node)
     y = e.op("MatMul", e.value(x), transposed(e, weight))
     return y if bias is None else e.op("Add", y, e.value(bias))
+
+
+def _conv_check(node: Node) -> str | None:
+    return "ONNX Runtime has no f64 kernel for Conv" if given(node)[0].dtype is DType.F64 else None
+
+
+@backend.lowers("linear.conv", check=_conv_check)
+def conv(e: Emitter, node: Node) -> onnx.Value:
+    """Where there may be no result along an axis, which Conv refuses, it makes one more, which is cut off."""
+    a, sizes = node.attrs, node.result.shape[2:]
+    short = [not at_least(e.sizes.resolve(n), 1) for n in sizes]
+    after = [p + s if more else p for p, s, more in zip(a["after"], a["stride"], short, strict=True)]
+    y = e.op(
+        "Conv", *e.operands(node), strides=list(a["stride"]), pads=[*a["before"], *after],
+        dilations=list(a["dilation"]), group=a["groups"],
+    )  # fmt: skip
+    axes = [i + 2 for i, more in enumerate(short) if more]
+    if not axes:
+        return y
+    ends = e.sizes.vector([sizes[i - 2] for i in axes])
+    return e.op("Slice", y, np.zeros(len(axes), np.int64), ends, np.array(axes))

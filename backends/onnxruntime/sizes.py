@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from moec.backends.onnxruntime.emit import Emitter
 
 
+def at_least(size: int | Dim, least: int | Dim) -> bool:
+    """Whether size ≥ least for sure."""
+    more = size - least
+    if isinstance(more, int):
+        return more >= 0
+    return all(c.is_nonnegative for c in more.expr.as_coefficients_dict().values()) and more.expr.is_polynomial()
+
+
 class Sizes:
     """Every size is an i64[1] value, so that shapes are Concats of them."""
 

@@ -45,6 +45,7 @@ TORCH_OPS: dict[str, str] = {
     "math.any": _REDUCES, "math.all": _REDUCES, "math.argmax": _REDUCES, "math.cumsum": _REDUCES,
     "math.softmax": _REDUCES, "math.log_softmax": _REDUCES, "math.sort": _SORTS, "math.topk": _SORTS,
     "linear.matmul": _PRODUCT, "linear.grouped_matmul": "grouped product outside moe.experts",
+    "linear.conv": "convolution: torch's own", "attention.linear_attention": "recurrence over tokens, one by one",
     "quant.dequantize": "a weight that no FP8 kernel takes, expanded",
 }  # fmt: skip
 """Ops that run through their own reference in torch, on the device of their operands, and why."""

@@ -2,6 +2,7 @@
 
 from moec.frontend.aten import (
     attention,
+    convolution,
     create,
     elementwise,
     index,
@@ -17,6 +18,6 @@ from moec.frontend.aten import (
 from moec.frontend.aten.registry import LOWERINGS, lowers
 
 __all__ = [
-    "LOWERINGS", "attention", "create", "elementwise", "index", "linear", "lowers", "memory", "moe", "norm",
-    "ranking", "reduction", "scan", "shape",
+    "LOWERINGS", "attention", "convolution", "create", "elementwise", "index", "linear", "lowers", "memory", "moe",
+    "norm", "ranking", "reduction", "scan", "shape",
 ]  # fmt: skip

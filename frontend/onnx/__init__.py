@@ -11,6 +11,7 @@ from onnx_ir.passes.common import InlinePass
 
 from moec.frontend.onnx import (  # noqa: F401  (each registers its imports)
     attention,
+    convolution,
     elementwise,
     index,
     linear,

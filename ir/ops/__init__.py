@@ -1,7 +1,22 @@
 """The op families. Importing this package declares every op."""
 
-from moec.ir.ops import attention, call, elementwise, extern_aten, linear, moe, norm, quant, reduction, rope, tensor
+from moec.ir.ops import (
+    attention,
+    call,
+    convolution,
+    elementwise,
+    extern_aten,
+    linear,
+    linear_attention,
+    moe,
+    norm,
+    quant,
+    reduction,
+    rope,
+    tensor,
+)
 
 __all__ = [
-    "attention", "call", "elementwise", "extern_aten", "linear", "moe", "norm", "quant", "reduction", "rope", "tensor",
+    "attention", "call", "convolution", "elementwise", "extern_aten", "linear", "linear_attention", "moe", "norm",
+    "quant", "reduction", "rope", "tensor",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moec.frontend import trace
-from moec.ir import run
+from moec.ir import Dim, run
 
 
 class Fn(torch.nn.Module):
@@ -234,3 +234,23 @@ def test_sample_of_torch_op_database(name):
         if done == 2:
             break
     assert done
+
+
+def test_convolutions():
+    x, w, b = torch.randn(2, 4, 9), torch.randn(6, 2, 3), torch.randn(6)
+    graph = check(lambda x: F.conv1d(x, w, b, stride=2, padding=2, dilation=2, groups=2), x, tol=1e-5)
+    assert graph.count_ops().keys() == {"tensor.constant", "linear.conv"}
+    check(lambda x: F.conv1d(x, w, padding="same", groups=2), x, tol=1e-5)
+    check(lambda x: F.conv1d(x, w, groups=2), x[0], tol=1e-5)  # without a batch
+    check(lambda x: F.conv2d(x[..., None], w[..., None], b, padding=(1, 0), groups=2), x, tol=1e-5)
+    graph = check(lambda x: F.conv_transpose1d(x, torch.ones(4, 2, 3), stride=2), x, tol=1e-5)
+    assert graph.find("extern.aten_convolution")
+
+
+def test_convolution_of_dynamic_length():
+    conv = torch.nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2).eval()
+    traced = trace(conv, (torch.randn(2, 4, 9),), dynamic_shapes={"input": {0: "B", 2: "S"}})
+    assert traced.graph.outputs[0].shape == (Dim("B"), 6, (Dim("S") - 1) // 2 + 1)
+    for batch, length in ((1, 1), (3, 2), (2, 30)):
+        x = torch.randn(batch, 4, length)
+        torch.testing.assert_close(run(traced.graph, [x])[0], conv(x))

@@ -58,6 +58,11 @@ NATIVE = {
     "ArgMin": ([floats(3, 4).round()], {"axis": 1}),
     "GlobalAveragePool": ([floats(2, 3, 4, 5)], {}),
     "GlobalMaxPool": ([floats(2, 3, 4, 5)], {}),
+    "Conv": ([floats(2, 4, 7, 8), floats(6, 4, 3, 2), floats(6)], {"pads": [1, 0, 2, 1], "strides": [2, 1]}),
+    "Conv of groups": ([floats(2, 4, 9), floats(6, 2, 3)], {"group": 2, "dilations": [2]}),
+    "Conv padded to the same size": ([floats(2, 4, 7, 8), floats(6, 4, 3, 2)], {"auto_pad": "SAME_UPPER"}),
+    "Conv padded in front": ([floats(2, 4, 7), floats(6, 4, 2)], {"auto_pad": "SAME_LOWER", "strides": [3]}),
+    "Conv without padding": ([floats(1, 2, 4, 5, 3), floats(3, 2, 3, 2, 1)], {"auto_pad": "VALID"}),
     "Div of integers": ([ints(7, -7, 7, -8), ints(2, 2, -2, -4)], {}),
     "ScatterND": ([floats(4, 3), ints(-1, 0).reshape(2, 1), floats(2, 3)], {}),
     "ScatterND adds": ([floats(4, 3), ints(1, 2, 1, 2, -4, 0).reshape(3, 2), floats(3)], {"reduction": "add"}),
@@ -101,7 +106,7 @@ def test_shapes_known_only_at_run_time(name):
 
 
 EXTERN = {
-    "Conv": ([floats(1, 2, 5, 5), floats(3, 2, 3, 3)], {"pads": [1, 1, 1, 1]}),
+    "ConvTranspose": ([floats(1, 2, 5, 5), floats(2, 3, 3, 3)], {"pads": [1, 1, 1, 1]}),
     "MaxPool": ([floats(1, 2, 6, 6)], {"kernel_shape": [2, 2], "strides": [2, 2]}),
     "Einsum": ([floats(3, 3), floats(3, 4), floats(4, 2)], {"equation": "ij,jk,kl->il"}),
     "Unique": ([ints(3, 1, 3, 2)], {}),
@@ -358,9 +363,9 @@ def test_an_attribute_that_an_import_does_not_take_is_not_ignored():
 
 def test_triton_refuses_extern_by_name_and_falls_back():
     x, w = floats(1, 1, 5, 5), floats(1, 1, 3, 3)
-    proto = one_op("Conv", [x, w])
-    with pytest.raises(CompileError, match=r"extern.Conv cannot run on triton: no kernels for ONNX operators"):
+    proto = one_op("ConvTranspose", [x, w])
+    with pytest.raises(CompileError, match=r"extern.ConvTranspose cannot run on triton: no kernels for ONNX operators"):
         moec.compile(proto, backend="triton")
     compiled = moec.compile(proto, backend="triton", fallback="reference")
     got = compiled(torch.from_numpy(x), torch.from_numpy(w))[0]
-    torch.testing.assert_close(got, torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(w)))
+    torch.testing.assert_close(got, torch.nn.functional.conv_transpose2d(torch.from_numpy(x), torch.from_numpy(w)))
