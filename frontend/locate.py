@@ -17,6 +17,7 @@ from moec.ir import Location
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 _OURS = str(Path(__file__).resolve().parent)
+_CALLED = {str(Path(__file__).resolve().with_name(name)) for name in ("stand_ins.py", "recurrences.py")}  # by the model
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _STDLIB = sysconfig.get_paths()["stdlib"]
 
@@ -83,8 +84,9 @@ def _innermost(tb: TracebackType | None, names: Mapping[int, str]) -> tuple[str,
     while tb is not None:
         frames.append((tb.tb_frame, tb.tb_lineno))
         tb = tb.tb_next
-    # GroupedMMMode sees every torch call of the model and so stands below it
-    ours = [f.f_code.co_filename.startswith(_OURS) and f.f_code.co_name != "__torch_function__" for f, _ in frames]
+    # GroupedMMMode sees every torch call of the model, and what stands in for a function of it is called by it
+    between = [f.f_code.co_name == "__torch_function__" or f.f_code.co_filename in _CALLED for f, _ in frames]
+    ours = [f.f_code.co_filename.startswith(_OURS) and not b for (f, _), b in zip(frames, between, strict=True)]
     start = max((i for i, mine in enumerate(ours) if mine), default=-1)
     module, best = "", None
     for frame, line in frames[start + 1 :]:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from moec.frontend.guards import Guard
 from moec.frontend.signature import Signature
-from moec.ir import CompileError, Graph, Location, run
+from moec.ir import CompileError, Dim, Graph, Location, run
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
 
@@ -18,6 +18,7 @@ Bounds = dict[str, tuple[int, int | None]]
 
 # a wrong branch or a frozen size shows everywhere; a flipped near-tie of the routing in few rows
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+_TRACED = "traced"
 _CHEAP = 256  # upper bounds up to this size are tried beyond
 _MAY_DIFFER = {torch.float64: 0.0, torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.25}
 
@@ -29,29 +30,38 @@ def recheck(
     example: Sequence[torch.Tensor],
     declared: Bounds,
     guards: Sequence[Guard],
+    replaced: Mapping[str, int] | None = None,
 ) -> tuple[Bounds, tuple[str, ...]]:
     """Run model and graph with small odd sizes, 1, 0, and just above upper bounds.
 
-    Sizes that the model itself refuses, or that are outside the ranges the user `declared`, are left out. Returns
-    the bounds that remain (one beyond which the two agree is dropped: a branch that made no difference) and the
-    sizes checked. Raises CompileError where the two disagree within the bounds.
+    `replaced` names what something else stood in for while tracing, with lengths past which the two may part (see
+    stand_ins): then the traced sizes are run too, and sequences of more than those lengths. Sizes that the model
+    itself refuses, or that are outside the ranges the user `declared`, are left out. Returns the bounds that remain
+    (one beyond which the two agree is dropped: a branch that made no difference) and the sizes checked. Raises
+    CompileError where the two disagree within the bounds.
     """
     bounds = dict(signature.bounds)
     traced = bind_inputs(graph, example)
     checked = []
-    for name, sizes in _size_sets(traced, bounds, declared).items():
+    replaced = replaced or {}
+    sets = _size_sets(traced, bounds, declared)
+    if replaced:
+        sets = {_TRACED: traced} | (sets if traced else {}) | _long(graph, traced, max(replaced.values()))
+    for name, sizes in sets.items():
         outside = [s for s, n in sizes.items() if s in bounds and not _inside(n, bounds[s])]
         shapes = [[evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
         inputs = [_resized(t, shape) for t, shape in zip(example, shapes, strict=True)]
         with torch.no_grad():
             try:
                 want = _eager(model, signature, inputs)
-            except Exception:  # the model does not take these sizes either, whatever it raises
+            except Exception as e:  # the model does not take these sizes either, whatever it raises
+                if name == _TRACED:
+                    raise _not_compared(e, replaced) from e
                 continue
         problem = _disagreement(graph, signature, inputs, want)
         shown = ", ".join(f"{k}={v}" for k, v in sizes.items())
         if problem is None:
-            checked.append(shown)
+            checked += [shown] if shown else []
             for s in outside:
                 least, greatest = bounds[s]
                 above = greatest is not None and sizes[s] > greatest
@@ -59,8 +69,11 @@ def recheck(
         elif not outside and name != "zero":
             broken = [g for g in guards if not g.holds(sizes)]
             why = f"; tracing assumed {' and '.join(dict.fromkeys(map(str, broken)))}" if broken else ""
+            if replaced:
+                why += f"; an op of ours stood in for {', '.join(replaced)}"
+            what = "other sizes" if name != _TRACED else "the sizes it was traced at"
             raise CompileError(
-                f"the traced program does not hold for other sizes: at {shown} {problem}{why}",
+                f"the traced program does not hold for {what}: at {shown} {problem}{why}",
                 code="dynamic-shape",
                 location=Location.merge(*(g.location for g in broken)),
                 hint="the model fixed a size of the example arguments while tracing (a Python number taken from a "
@@ -69,6 +82,22 @@ def recheck(
         elif name == "zero":
             bounds |= {s: (max(1, bounds.get(s, (0, None))[0]), bounds.get(s, (0, None))[1]) for s in sizes}
     return {s: b for s, b in bounds.items() if b != (0, None)}, tuple(checked)
+
+
+def _not_compared(error: Exception, replaced: Mapping[str, int]) -> CompileError:
+    return CompileError(
+        f"an op of ours stood in for {', '.join(replaced)}, but the model itself does not run here, so that the two "
+        f"cannot be compared: {type(error).__name__}: {error}",
+        code="trace",
+        hint="run it where its kernels run, or trace with check=False",
+    )
+
+
+def _long(graph: Graph, traced: Mapping[str, int], length: int) -> dict[str, dict[str, int]]:
+    """Sizes with which a sequence that goes through a state is longer than `length`, the others 1."""
+    sequences = [q.shape[1] for n in graph.find("attention.linear_attention") if (q := n.operand("q")) is not None]
+    symbols = sorted({s for n in sequences if isinstance(n, Dim) for s in n.symbols})
+    return {f"long {s}": dict.fromkeys(traced, 1) | {s: length + 3} for s in symbols if s in traced}
 
 
 def _size_sets(traced: Mapping[str, int], bounds: Bounds, declared: Bounds) -> dict[str, dict[str, int]]:

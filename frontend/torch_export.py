@@ -29,6 +29,7 @@ from moec.frontend.guards import fixed_axes, guards
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
 from moec.frontend.recheck import recheck
 from moec.frontend.signature import Signature, as_constant
+from moec.frontend.stand_ins import standing_in
 from moec.ir import ArgumentTypeError, CompileError, Graph, Location
 from moec.ir.interpreter import bind_inputs
 
@@ -153,7 +154,8 @@ def _from_module(
     tensor_names = [n for i, n in enumerate(names) if i not in constants]
     if any(p.is_meta for p in model.parameters()):
         tensors = [t.to("meta") for t in tensors]
-    program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
+    with standing_in(model) as replaced:
+        program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
     user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
     lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims)
     try:
@@ -167,9 +169,9 @@ def _from_module(
         in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds
     )
     checked: tuple[str, ...] = ()
-    if check and graph.symbols and not any(t.is_meta for t in tensors):
+    if check and (graph.symbols or replaced) and not any(t.is_meta for t in tensors):
         assumptions = guards(program, lowerer.symbols.names)
-        bounds, checked = recheck(model, graph, signature, tensors, declared, assumptions)
+        bounds, checked = recheck(model, graph, signature, tensors, declared, assumptions, replaced)
         signature = replace(signature, bounds=_narrowed(bounds, declared))
     return Traced(graph, signature, specialised, checked)
 

@@ -49,6 +49,7 @@ LINEAR_THEN_FULL = WIDE_HEADS | TWO_LAYERS | {
     "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 20, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,33 @@ FAMILIES: dict[str, Family] = {
         "NemotronHConfig",
         WIDE_HEADS | {"layers_block_type": ["moe", "attention"], "moe_shared_expert_intermediate_size": 28},
     ),
+    "granitemoehybrid_mamba": Family(
+        "GraniteMoeHybridConfig",
+        TWO_LAYERS | MAMBA2 | {"layer_types": ["mamba", "attention"], "attention_multiplier": 0.3},
+    ),
+    "nemotron_h_mamba": Family(
+        "NemotronHConfig",
+        WIDE_HEADS
+        | {
+            "layers_block_type": ["mamba", "moe"],
+            "moe_shared_expert_intermediate_size": 28,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 20,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
     "mellum": Family("MellumConfig", WIDE_HEADS | {"sliding_window": 8}),
     "aria_text": Family("AriaTextConfig"),
+    "bamba": Family("BambaConfig", TWO_LAYERS | MAMBA2 | {"attn_layer_indices": [1]}, experts=False),
+    "mamba": Family("MambaConfig", {"state_size": 8, "time_step_rank": 4}, EAGER, experts=False),
+    "mamba2": Family(
+        "Mamba2Config",
+        {"state_size": 8, "num_heads": 4, "head_dim": 20, "n_groups": 2, "chunk_size": 8},
+        EAGER,
+        experts=False,
+    ),
     "llama": Family("LlamaConfig", TWO_LAYERS, experts=False),
     "llama_yarn": Family(
         "LlamaConfig",
@@ -194,11 +220,6 @@ REFUSED = {
     "jetmoe": "it splits the tokens by lists of counts read from a tensor (data-dependent sizes)",
     "dbrx": _LOOP,
     "longcat_flash": _LOOP,
-    "minimax": "lightning attention counts blocks in Python: export fixes S to (8, 16]",
-    "qwen3_next": "aten::convolution (causal 1-D convolution of the linear attention) has no lowering",
-    "qwen3_5_moe": "aten::slice_scatter with a step (interleaved multi-axis rotary table) has no lowering",
-    "jamba": "aten::convolution (Mamba's causal convolution) has no lowering",
-    "lfm2_moe": "aten::convolution (short convolution) has no lowering",
 }
 
 

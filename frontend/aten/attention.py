@@ -59,3 +59,13 @@ def _first_key_causal(c: Context, queries: Any, keys: Any, mask: Value | None) -
     if mask.dtype is DType.BOOL:
         return c.b.and_(mask, allowed)
     return c.b.where(allowed, mask, c.value(-math.inf, mask.dtype))
+
+
+@lowers("moec_frontend::linear_attention")
+def linear_attention(
+    c: Context, q: Value, k: Value, v: Value, decay: Value | None, beta: Value | None, state: Value | None,
+    scale: float,
+) -> list[Value]:  # fmt: skip
+    if not isinstance(scale, int | float):
+        raise c.refuse("the scale must be a constant")
+    return list(c.b.linear_attention(q, k, v, decay, beta, state, scale=float(scale)))
