@@ -79,13 +79,15 @@ def test_passes_of_choice_keep_the_meaning(name):
 
 class Parts(NamedTuple):
     """What a family consists of: attention layers, RMSNorms (with or without residual), LayerNorms, rotated tensors,
-    layers of experts."""
+    layers of experts, layers of linear attention, convolutions."""
 
     attention: int
     rms: int = 0
     layer: int = 0
     rope: int = 0
     experts: int = 0
+    linear: int = 0
+    conv: int = 0
 
 
 # two RMSNorms a layer and one at the end, two more a layer where queries and keys are normalised (or the latents of
@@ -112,7 +114,17 @@ PARTS = {
     "ernie4_5_moe": Parts(2, 5, rope=4, experts=1),
     "hunyuan_v1_moe": Parts(1, 5, rope=2, experts=1),
     "dots1": Parts(2, 9, rope=4, experts=1),
+    "minimax": Parts(1, 6, rope=2, experts=2, linear=1),  # one more norm after linear attention, here and below
     "minimax_m2": Parts(1, 5, rope=2, experts=1),
+    "qwen3_next": Parts(1, 8, rope=2, experts=2, linear=1, conv=1),
+    "qwen3_5_moe": Parts(1, 8, rope=2, experts=2, linear=1, conv=1),
+    "jamba": Parts(1, 8, experts=1, linear=1, conv=1),  # no positions; norms of the step and of both projections
+    "lfm2_moe": Parts(1, 7, rope=2, experts=1, conv=1),
+    "granitemoehybrid_mamba": Parts(1, 6, experts=2, linear=1, conv=1),
+    "nemotron_h_mamba": Parts(0, 4, experts=1, linear=1, conv=1),  # one layer of Mamba-2, then one of experts
+    "bamba": Parts(1, 6, rope=2, linear=1, conv=1),
+    "mamba": Parts(0, 2, linear=1, conv=1),
+    "mamba2": Parts(0, 3, linear=1, conv=1),
     "flex_olmo": Parts(1, 5, rope=2, experts=1),
     "afmoe": Parts(2, 13, rope=2, experts=1),  # four norms a layer; no positions in its full layer
     "cohere2_moe": Parts(2, layer=3, rope=2, experts=2),  # parallel residual; no positions in its full layer
@@ -142,6 +154,8 @@ PARTS = {
 GAPS: dict[str, tuple[dict[str, int], str]] = {
     "nemotron_h.sdpa.grouped.prefill": ({"experts": 0}, "experts without a gate (squared ReLU)"),
     "nemotron_h.eager.batched.masked": ({"experts": 0}, "experts without a gate (squared ReLU)"),
+    "nemotron_h_mamba.sdpa.grouped.prefill": ({"experts": 0}, "experts without a gate (squared ReLU)"),
+    "nemotron_h_mamba.eager.batched.masked": ({"experts": 0}, "experts without a gate (squared ReLU)"),
     "phimoe.sdpa.grouped.prefill": ({"routers": 0}, "SparseMixer chooses one expert at a time"),
     "phimoe.eager.batched.masked": ({"routers": 0}, "SparseMixer chooses one expert at a time"),
 }
@@ -155,6 +169,8 @@ def parts_of(graph) -> dict[str, int]:
         "layer": ops.get("norm.layer", 0),
         "rope": ops.get("rope.apply", 0),
         "experts": ops.get("moe.experts", 0),
+        "linear": ops.get("attention.linear_attention", 0),
+        "conv": ops.get("linear.conv", 0),
         "routers": ops.get("moe.route", 0),
     }
 
