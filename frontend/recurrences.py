@@ -141,6 +141,7 @@ class Lightning:
     the rate that they come from; its query, key and value lie side by side for each head.
     """
 
+    label = "lightning attention"
     BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
     PARTS = ("qkv_proj", "out_proj", "output_gate", "norm", "act_fn")
     NUMBERS = ("block_size", "num_attention_heads", "head_dim", "layer_idx")

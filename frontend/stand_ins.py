@@ -1,7 +1,8 @@
 """While a model is traced: what computes the same for any length stands in the place of Python loops over it.
 
 Functions are recognised by the kernel contract that they declare or are named by (`recurrences.CONTRACTS`), in the
-modules that define the classes of a model and in the attributes of its modules; lightning attention by its structure.
+modules that define the classes of a model and in the attributes of its modules; forwards by the structure of their
+module (lightning attention, loops over experts).
 That they mean the same is not taken for granted: the program is compared with the model as it is (see recheck).
 """
 
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 
+from moec.frontend.expert_loops import CountingGate, ExpertsWithIdentity, ParallelLinear, SplitGatedExperts
 from moec.frontend.recurrences import CONTRACTS, Lightning
 
+_STRUCTURES: tuple[Any, ...] = (Lightning, SplitGatedExperts, ExpertsWithIdentity, CountingGate, ParallelLinear)
 Namespace = MutableMapping[str, Any]
 _ABSENT: Any = object()
 _PACKED = ("cu_seqlens", "seq_idx")  # several sequences in one row
@@ -67,10 +70,11 @@ def _find(model: torch.nn.Module) -> Iterator[tuple[Namespace, str, _Dispatch]]:
             if defined is not None:
                 namespaces[id(vars(defined))] = vars(defined)
         namespaces[id(vars(module))] = vars(module)
-        if Lightning.fits(module):
-            replacement = Lightning(module)
-            forward = _Dispatch(module.forward, replacement, "lightning attention", replacement.block)
-            yield vars(module), "forward", forward
+        for structure in _STRUCTURES:
+            if structure.fits(module):
+                replacement = structure(module)
+                forward = _Dispatch(module.forward, replacement, structure.label, replacement.block)
+                yield vars(module), "forward", forward
     for namespace in namespaces.values():
         for name, value in list(namespace.items()):
             contract = _contract(value)

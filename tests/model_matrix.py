@@ -214,13 +214,8 @@ OWN = {
     "own_qwen3": "qwen3-30b-a3b-mini",
 }
 
-# families that the front end refuses today, with the reason
-_LOOP = "its experts run in a Python loop over how many tokens each one got (data-dependent sizes)"
-REFUSED = {
-    "jetmoe": "it splits the tokens by lists of counts read from a tensor (data-dependent sizes)",
-    "dbrx": _LOOP,
-    "longcat_flash": _LOOP,
-}
+# families that the front end refuses, with the reason
+REFUSED: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,9 @@ PARTS = {
     "qwen3_next": Parts(1, 8, rope=2, experts=2, linear=1, conv=1),
     "qwen3_5_moe": Parts(1, 8, rope=2, experts=2, linear=1, conv=1),
     "jamba": Parts(1, 8, experts=1, linear=1, conv=1),  # no positions; norms of the step and of both projections
+    "jetmoe": Parts(1, 3, rope=2, experts=1),
+    "dbrx": Parts(1, layer=3, rope=2, experts=1),
+    "longcat_flash": Parts(2, 9, rope=4, experts=1),
     "lfm2_moe": Parts(1, 7, rope=2, experts=1, conv=1),
     "granitemoehybrid_mamba": Parts(1, 6, experts=2, linear=1, conv=1),
     "nemotron_h_mamba": Parts(0, 4, experts=1, linear=1, conv=1),  # one layer of Mamba-2, then one of experts
@@ -156,6 +159,14 @@ GAPS: dict[str, tuple[dict[str, int], str]] = {
     "nemotron_h.eager.batched.masked": ({"experts": 0}, "experts without a gate (squared ReLU)"),
     "nemotron_h_mamba.sdpa.grouped.prefill": ({"experts": 0}, "experts without a gate (squared ReLU)"),
     "nemotron_h_mamba.eager.batched.masked": ({"experts": 0}, "experts without a gate (squared ReLU)"),
+    "jetmoe.sdpa.prefill": (
+        {"experts": 0, "routers": 2},
+        "attention has experts too; results are added at their token",
+    ),
+    "jetmoe.eager.masked": (
+        {"experts": 0, "routers": 2},
+        "attention has experts too; results are added at their token",
+    ),
     "phimoe.sdpa.grouped.prefill": ({"routers": 0}, "SparseMixer chooses one expert at a time"),
     "phimoe.eager.batched.masked": ({"routers": 0}, "SparseMixer chooses one expert at a time"),
 }
