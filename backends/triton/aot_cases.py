@@ -13,6 +13,7 @@ from moec.backends.triton.kernels.experts import experts
 from moec.backends.triton.kernels.fp8_experts import fp8_experts
 from moec.backends.triton.kernels.fp8_linear import fp8_linear
 from moec.backends.triton.kernels.linear import linear
+from moec.backends.triton.kernels.linear_attention import linear_attention
 from moec.backends.triton.kernels.quantize import quantize
 from moec.backends.triton.kernels.rms_norm import rms_norm
 from moec.backends.triton.kernels.route import route
@@ -85,6 +86,18 @@ def _attention(
     return attention(q, k, _meta(1, kv_heads, t, value_head, dtype=dtype), scale=head**-0.5, causal=True)
 
 
+def _gated_delta_rule() -> object:
+    """Qwen3-Next: 16 heads of keys, 32 of values."""
+    q, v, gate = _meta(1, 4096, 16, 128), _meta(1, 4096, 32, 128), _meta(1, 4096, 32)
+    return linear_attention(q, q, v, gate, gate, _meta(1, 32, 128, 128), scale=128**-0.5)
+
+
+def _mamba() -> object:
+    """Jamba: one query and key for all channels, a state of 16 in each."""
+    q = _meta(1, 4096, 1, 16, dtype=F32)
+    return linear_attention(q, q, _meta(1, 4096, 8192, 1, dtype=F32), _meta(1, 4096, 8192, 16, dtype=F32))
+
+
 def production_cases() -> list[Case]:
     """Every kernel at the block sizes of decode, medium and prefill batches, mostly of DeepSeek-V3.
 
@@ -103,6 +116,8 @@ def production_cases() -> list[Case]:
         Case("route deepseek-v3", _route_deepseek, {}),
         Case("linear f32", partial(_linear, 4096, F32), {}),
         Case("experts f32", partial(_experts, 2048, F32), {}),
+        Case("linear_attention gated delta rule", _gated_delta_rule, {}),
+        Case("linear_attention mamba", _mamba, {}),
         Case("attention f32", partial(_attention, 1024, 1024, 32, 8, 128, 128, F32), {}),
         Case("attention gqa prefill", partial(_attention, 4096, 4096, 32, 8, 128, 128), attend),
         Case("attention gqa decode", partial(_attention, 1, 4096, 32, 8, 128, 128), {"attention_kernel": "HMMA"}),

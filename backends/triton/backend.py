@@ -45,7 +45,7 @@ TORCH_OPS: dict[str, str] = {
     "math.any": _REDUCES, "math.all": _REDUCES, "math.argmax": _REDUCES, "math.cumsum": _REDUCES,
     "math.softmax": _REDUCES, "math.log_softmax": _REDUCES, "math.sort": _SORTS, "math.topk": _SORTS,
     "linear.matmul": _PRODUCT, "linear.grouped_matmul": "grouped product outside moe.experts",
-    "linear.conv": "convolution: torch's own", "attention.linear_attention": "recurrence over tokens, one by one",
+    "linear.conv": "convolution: torch's own",
     "quant.dequantize": "a weight that no FP8 kernel takes, expanded",
 }  # fmt: skip
 """Ops that run through their own reference in torch, on the device of their operands, and why."""
@@ -170,6 +170,8 @@ def limits(node: Node, gpu: bool) -> str | None:
             sizes = shape[3], node.operand("v").shape[3]
             if not sizes[0] or not all(_at_most(s, _MAX_HEAD) for s in sizes):
                 return f"head sizes {sizes[0]} and {sizes[1]}, must be known and in 1 … {_MAX_HEAD}"
+        case "attention.linear_attention":
+            return None if _at_most(shape[3], _MAX_HEAD) else f"keys of {shape[3]}, at most {_MAX_HEAD}"
         case "quant.scaled_linear" | "quant.scaled_experts":
             group, width = node.attrs["group"], node.attrs["block"][1]
             if group not in (None, width):
@@ -271,6 +273,11 @@ def _scaled_experts(op: Any) -> Any:
 @_kernel("attention.sdpa")
 def _attention(op: Any) -> Any:
     return run("attention", op.q, op.k, op.v, op.mask, op.sinks, scale=op.scale, causal=op.causal, softcap=op.softcap)
+
+
+@_kernel("attention.linear_attention")
+def _linear_attention(op: Any) -> Any:
+    return run("linear_attention", op.q, op.k, op.v, op.decay, op.beta, op.state, scale=op.scale)
 
 
 @backend.lowers(*TORCH_OPS)

@@ -15,6 +15,7 @@ KERNELS = {
     "fp8_experts": f"{_PACKAGE}.fp8_experts",
     "fp8_linear": f"{_PACKAGE}.fp8_linear",
     "linear": f"{_PACKAGE}.linear",
+    "linear_attention": f"{_PACKAGE}.linear_attention",
     "quantize": f"{_PACKAGE}.quantize",
     "rms_norm": f"{_PACKAGE}.rms_norm",
     "route": f"{_PACKAGE}.route",

@@ -25,6 +25,8 @@ TESTED = [
     "experts bf16 prefill",
     "fp8_experts decode",
     "fp8_experts prefill",
+    "linear_attention gated delta rule",
+    "linear_attention mamba",
     "attention gqa prefill",
     "attention mla decode",
 ]
