@@ -11,7 +11,7 @@ import torch
 
 from moec.backends import Backend, get_backend
 from moec.compiled import CompiledModel
-from moec.decoder import cached_decoder, draft_decoder, example, generates, speculates
+from moec.decoder import cached_decoder, check_decoding, draft_decoder, example, generates, speculates
 from moec.frontend import Signature
 from moec.generation import Generator, Stops
 from moec.ir import Graph, Placement, Quantization
@@ -103,7 +103,8 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
         start = time.perf_counter()
         decoder, past_of = cached_decoder(model)
         args, shapes = example(past_of)
-        graph, _ = acquire(decoder, args, None, shapes)
+        graph, signature = acquire(decoder, args, None, shapes)
+        check_decoding(graph, signature.bounds)
         seconds["trace cached"] = time.perf_counter() - start
         return Generator(build(graph, settings, step), Stops.of(model))
 

@@ -4,7 +4,7 @@ tensors out."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moec.generation import no_generation
+from moec.ir import Graph
 from moec.transformers_cache import CacheLayout
 
 Past = list[Tensor]
@@ -178,3 +179,15 @@ def _grows(t: Tensor, longer: Tensor, least: Tensor, axes: list[int]) -> bool:
     """Whether one axis counts the tokens: as `t` has it, with one more, and with one alone."""
     sizes = [x.shape[axes[0]] for x in (t, longer, least)] if len(axes) == 1 else []
     return bool(sizes) and sizes[1] == sizes[0] + 1 and sizes[2] == 1
+
+
+def check_decoding(graph: Graph, bounds: Mapping[str, tuple[int, int | None]]) -> None:
+    """Raise CompileError where a traced decoder does not hold for one new token."""
+    (length,) = (str(n) for n in graph.inputs[0].shape[1:])
+    least, greatest = bounds.get(length, (0, None))
+    if least > 1 or greatest is not None:
+        raise no_generation(
+            f"traced at several new tokens at once, it holds for {least} or more"
+            + (f" up to {greatest}" if greatest is not None else "")
+            + ", and decoding takes one at a time (with a cache, the model computes something else for one)"
+        )
