@@ -266,7 +266,7 @@ def call(entry: Entry, model: torch.nn.Module) -> tuple[torch.nn.Module, dict[st
     """What to trace, and the arguments of `moec.frontend.trace`."""
     if entry.call == "decode":
         decoder, past_of = cached_decoder(model)
-        args, shapes = example(past_of)
+        args, shapes = example(past_of, decoder.states)
         return decoder, {"args": args, "dynamic_shapes": shapes}
     kwargs: dict[str, Any] = {"input_ids": torch.randint(3, 29, (2, 12))}
     shapes = {"input_ids": {0: "B", 1: "S"}}
@@ -279,8 +279,11 @@ def call(entry: Entry, model: torch.nn.Module) -> tuple[torch.nn.Module, dict[st
     return model, {"kwargs": kwargs, "dynamic_shapes": shapes}
 
 
-# a cache of past tokens as inputs and outputs, and narrow floats: for a few families each
-DECODED = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "granitemoe", "llama", "phi3")
+# a cache of past tokens (or states) as inputs and outputs, and narrow floats: for a few families each
+DECODED = (
+    "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "granitemoe", "llama", "phi3",
+    "qwen3_next", "granitemoehybrid_mamba",
+)  # fmt: skip
 BFLOAT16 = (
     Entry("mixtral", "sdpa", "grouped_mm", dtype="bf16"),
     Entry("qwen3_moe", "eager", "batched_mm", "masked", "bf16"),
