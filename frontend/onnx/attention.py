@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moec.frontend.onnx.context import ImportContext
-from moec.frontend.onnx.registry import imports
+from moec.frontend.onnx.registry import MICROSOFT, imports
 from moec.ir import DType, Value
 
 
@@ -98,3 +98,32 @@ def _combine(c: ImportContext, allowed: Value, mask: Value | None, dtype: DType)
     if mask.dtype is DType.BOOL:
         return c.b.op("math.and", (allowed, mask))
     return c.b.where(allowed, mask, c.b.const(float("-inf"), dtype))
+
+
+_RULES = {"linear": (False, False), "gated": (True, False), "delta": (False, True), "gated_delta": (True, True)}
+
+
+@imports("LinearAttention", domain=MICROSOFT)
+@imports("LinearAttention", since=27)
+def linear_attention(c: ImportContext, q: Value, k: Value, v: Value, state: Value | None = None,
+                     decay: Value | None = None, beta: Value | None = None, *, chunk_size: int | None,
+                     kv_num_heads: int, q_num_heads: int, scale: float | None, state_window: int | None = None,
+                     update_rule: str | None) -> list[Value | None]:  # fmt: skip
+    """q, k, v [B, T, H·D], decay [B, T, H] or [B, T, H·K], beta [B, T, H]; a scale of 0 stands for 1 / √K."""
+    c.floats(q, k, v, state, decay, beta)
+    batch, length, width = q.shape
+    if state_window or not isinstance(width, int) or kv_num_heads % q_num_heads:
+        raise c.refuse(f"{q_num_heads} heads of queries, {kv_num_heads} of values, state_window {state_window}")
+    rows = width // q_num_heads
+    if k.shape[2] != width or not isinstance(v.shape[2], int):
+        raise c.refuse(f"keys {k.type} for queries {q.type}")
+    uses_decay, uses_beta = _RULES[update_rule or "gated_delta"]
+    decay, beta = decay if uses_decay else None, beta if uses_beta else None
+    if decay is not None and decay.shape[2] != kv_num_heads:
+        decay = c.reshape(decay, (batch, length, kv_num_heads, rows))
+    if beta is not None and beta.shape[2] != kv_num_heads:
+        beta = c.expand(beta, (batch, length, kv_num_heads))
+    heads = [c.reshape(x, (batch, length, q_num_heads, rows)) for x in (q, k)]
+    values = c.reshape(v, (batch, length, kv_num_heads, v.shape[2] // kv_num_heads))
+    out, last = c.b.linear_attention(*heads, values, decay, beta, state, scale=scale or rows**-0.5)
+    return [c.reshape(out, v.shape), last]

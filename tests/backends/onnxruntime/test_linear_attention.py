@@ -6,7 +6,8 @@ import onnx
 import pytest
 import torch
 
-from moec.ir import Graph
+from moec.frontend.onnx import import_onnx
+from moec.ir import Graph, run
 
 from .conftest import agrees, compiled, typed
 
@@ -73,3 +74,16 @@ def test_which_operators_are_written(tmp_path):
         nodes = onnx.load(path, load_external_data=False).graph.node
         assert expected in {n.op_type for n in nodes}
         assert not portable or {n.domain for n in nodes} == {""}
+
+
+@pytest.mark.parametrize(("decay", "beta", "state"), FORMS)
+def test_what_is_written_can_be_read(decay, beta, state, tmp_path):
+    """The operator comes back as the op; without a state it starts from zeros."""
+    g = graph("f32", decay, beta, state)
+    compiled(g).save(tmp_path)
+    (path,) = tmp_path.glob("*.onnx")
+    again = import_onnx(path).graph
+    assert again.count_ops()["attention.linear_attention"] == 1
+    given = inputs(g, 2, 7)
+    for got, want in zip(run(again, given), run(g, given), strict=True):
+        torch.testing.assert_close(got, want)
