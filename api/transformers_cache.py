@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from moec.generation import no_generation
 
@@ -72,6 +73,9 @@ class CacheLayout:
         from transformers.cache_utils import DynamicLayer
 
         cache = self._own(1, 1)[1]
+        for name, held in vars(cache).items():
+            if name != "layers" and any(isinstance(x, Tensor) for x in pytree.tree_leaves(held)):
+                raise no_generation(f"its cache holds tensors outside of its layers, as {name!r}")
         for i, layer in enumerate(cache.layers):
             if getattr(layer, "is_sliding", False):
                 if hasattr(layer, "conv_states"):

@@ -266,7 +266,7 @@ def call(entry: Entry, model: torch.nn.Module) -> tuple[torch.nn.Module, dict[st
     """What to trace, and the arguments of `moec.frontend.trace`."""
     if entry.call == "decode":
         decoder, past_of = cached_decoder(model)
-        args, shapes = example(past_of, decoder.states)
+        args, shapes = example(past_of)
         return decoder, {"args": args, "dynamic_shapes": shapes}
     kwargs: dict[str, Any] = {"input_ids": torch.randint(3, 29, (2, 12))}
     shapes = {"input_ids": {0: "B", 1: "S"}}
