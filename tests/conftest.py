@@ -5,19 +5,19 @@ import sys
 
 import pytest
 
+from moec.backends import get_backend
 from moec.ir import opdef
 
 pytest_plugins = ["moec.text_tests", "pytester"]  # the second runs the first in tests of itself
 
 
 def _tables():
-    """Where ops and lowerings are registered, as far as it is loaded."""
+    """Where ops and lowerings are registered; loaded now, or what a test adds while it loads them would stay."""
     yield opdef._OPS
     yield opdef._BARE
     for name in ("onnxruntime", "triton"):
-        backend = getattr(sys.modules.get(f"moec.backends.{name}"), "backend", None)
-        if backend is not None:
-            yield from (backend.lowerings, backend.checks, backend.unsupported)
+        backend = get_backend(name)
+        yield from (backend.lowerings, backend.checks, backend.unsupported)
 
 
 @pytest.fixture(autouse=True)
