@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moec.backends import Backend, get_backend
+from moec.checkpoints import CheckpointModel, open_model
 from moec.compiled import CompiledModel
 from moec.decoder import cached_decoder, check_decoding, draft_decoder, example, generates, speculates
 from moec.frontend import Signature
@@ -40,9 +41,9 @@ def compile(
     """Compile a model for a backend.
 
     model: a torch.nn.Module (traced at the example `args` and `kwargs`), a torch.export.ExportedProgram, a Graph
-        (called with tensors in the order of its inputs, returns a tuple), or the path of an .onnx file or an ONNX
-        model in memory (called as a Graph is; it says itself which sizes vary). A causal language model needs no
-        example arguments to generate.
+        (called with tensors in the order of its inputs, returns a tuple), the path of an .onnx file or an ONNX model in
+        memory (called as a Graph is; it says itself which sizes vary), or the path of a checkpoint folder
+        (docs/checkpoints.md). A causal language model needs no example arguments to generate.
     backend: "auto" (triton where CUDA is, else onnxruntime), "reference", "onnxruntime", "triton", or a Backend.
     dynamic_shapes: as torch.export's, or "auto"; None means the example's sizes only.
     passes: None for the default pipeline, passes to append to it, or a Pipeline.
@@ -64,9 +65,10 @@ def compile(
         threads=threads,
         dump=Path(dump) if dump is not None else None,
     )
+    model = open_model(model)
     name = describe(model)
     seconds: dict[str, float] = {}
-    can_generate = generates(model)
+    can_generate = generates(model.module if isinstance(model, CheckpointModel) else model)
 
     def make_generator() -> Generator:
         return _generator(model, settings.under("cached"), seconds)
@@ -101,12 +103,14 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
     with progress(f"compile {describe(model)} with its cache") as step:
         step("trace")
         start = time.perf_counter()
-        decoder, past_of = cached_decoder(model)
+        module = model.module if isinstance(model, CheckpointModel) else model
+        decoder, past_of = cached_decoder(module)
         args, shapes = example(past_of)
-        graph, signature = acquire(decoder, args, None, shapes)
+        source = model.around(decoder) if isinstance(model, CheckpointModel) else decoder
+        graph, signature = acquire(source, args, None, shapes)
         check_decoding(graph, signature.bounds)
         seconds["trace cached"] = time.perf_counter() - start
-        return Generator(build(graph, settings, step), Stops.of(model))
+        return Generator(build(graph, settings, step), Stops.of(module))
 
 
 def _speculator(model: Any, settings: Settings, seconds: dict[str, float]) -> Speculator:

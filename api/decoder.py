@@ -111,8 +111,9 @@ def _own_cache(model: Any) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
 
     def run(batch: int, length: int) -> Past:
         past = pytree.tree_leaves(model.empty_cache(batch))
+        ids = _ids(batch, length).to(past[0].device)
         with torch.no_grad():
-            return step(_ids(batch, length), torch.ones(batch, length, dtype=torch.int64), past)[1]
+            return step(ids, torch.ones_like(ids), past)[1]
 
     return CachedDecoder(model, step), run
 

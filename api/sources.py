@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moec.checkpoints import CheckpointModel, open_model
 from moec.frontend import Signature, Traced, trace
 from moec.frontend.signature import positional
 from moec.ir import ArgumentTypeError, CompileError, Graph
@@ -18,7 +19,7 @@ from moec.transformers_types import traceable_caches
 
 def describe(model: Any) -> str:
     """A short name of a model for reports."""
-    if isinstance(model, Graph):
+    if isinstance(model, Graph | CheckpointModel):
         return model.name
     return Path(model).name if isinstance(model, str | Path) else type(model).__name__
 
@@ -28,22 +29,24 @@ def refuse(model: Any) -> CompileError:
     if isinstance(model, str | Path):
         path = Path(model)
         return CompileError(
-            f"compiling a checkpoint folder ({path}) is not supported in this version",
+            f"{path} is no folder and no .onnx file",
             code="unsupported-model",
-            hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of an .onnx file or a moec.Graph; "
-            "moec.load reads folders written by CompiledModel.save",
+            hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of a checkpoint folder or of an "
+            ".onnx file, or a moec.Graph; moec.load reads folders written by CompiledModel.save",
         )
     return ArgumentTypeError(
         f"cannot compile {type(model).__name__}",
         code="unsupported-model",
-        hint="pass a torch.nn.Module, a torch.export.ExportedProgram, an ONNX model or a moec.Graph",
+        hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of a checkpoint folder, an ONNX model "
+        "or a moec.Graph",
     )
 
 
 def acquire(
     model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
 ) -> tuple[Graph, Signature]:
-    """A graph and the call structure of a model. Raises CompileError."""
+    """A graph and the call structure of a model, which may be a path. Raises CompileError."""
+    model = open_model(model)
     if isinstance(model, Graph):
         if args or kwargs or dynamic_shapes is not None:
             raise ArgumentTypeError(
@@ -60,9 +63,12 @@ def acquire(
         raise ArgumentTypeError(
             f"kwargs must be a dict of the model's keyword arguments, got {type(kwargs).__name__}", code="arguments"
         )
-    if isinstance(model, nn.Module | torch.export.ExportedProgram):
+    module = model.module if isinstance(model, CheckpointModel) else model
+    if isinstance(module, nn.Module | torch.export.ExportedProgram):
         with traceable_caches():
-            traced: Traced = trace(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+            traced: Traced = trace(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        if isinstance(model, CheckpointModel):
+            model.bind(traced)
         return traced.graph, traced.signature
     if is_onnx(model):
         return _imported(model, tuple(args), kwargs, dynamic_shapes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -116,6 +116,61 @@ class ComputedSource:
             return value
 
 
+@dataclass(eq=False)
+class StackedSource:
+    """Tensors of one type along a new first axis: experts that a checkpoint stores one by one.
+
+    `part` reads one of them; `load` reads them one after another into the whole, which is kept (not within
+    `loading_once`).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Sequence[Callable[[], torch.Tensor]]
+    _value: torch.Tensor | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def part(self, index: int) -> torch.Tensor:
+        return self.parts[index]() if self._value is None or _in_float64.get() else self._value[index]
+
+    def load(self) -> torch.Tensor:
+        if _in_float64.get():
+            return torch.stack([read() for read in self.parts])
+        with self._lock:
+            if self._value is not None:
+                return self._value
+            value = torch.empty(self.shape, dtype=self.dtype)
+            for i, read in enumerate(self.parts):
+                value[i].copy_(read())
+            if not _once.get():
+                self._value = value
+            return value
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScaledSource:
+    """A weight that is stored as E4M3 codes [..., R, C] and one scale per `block` of rows × columns, f32
+    [..., ⌈R/rows⌉, ⌈C/columns⌉] (DeepSeek-V3 technical report, §3.3); read as codes · scale in `dtype`."""
+
+    codes: Weight
+    scale: Weight
+    block: tuple[int, int]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        return self._product(self.codes.load(), self.scale.load())
+
+    def part(self, index: int) -> torch.Tensor:
+        """Matrix `index` along the first axis."""
+        return self._product(self.codes.part(index), self.scale.part(index))
+
+    def _product(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.block
+        wide = scale.repeat_interleave(rows, dim=-2).repeat_interleave(columns, dim=-1)
+        value = codes.to(scale.dtype) * wide[..., : codes.shape[-2], : codes.shape[-1]]
+        return value if scale.dtype == torch.float64 else value.to(self.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class CheckedSource:
     """Another source, whose data is checked whenever it is read."""
@@ -159,6 +214,13 @@ class Weight:
             raise CompileError(f"weight {self.name!r} is a meta tensor without data", code="weight")
         return tensor
 
+    def part(self, index: int) -> torch.Tensor:
+        """The data at `index` of the first axis, without reading the rest where the source can. Raises as `load`."""
+        read = getattr(self.source, "part", None)
+        if read is None:
+            return self.load()[index]
+        return Weight(f"{self.name}[{index}]", self.type.with_shape(self.type.shape[1:]), _Part(read, index)).load()
+
     def with_digest(self) -> Weight:
         """The same weight with its digest computed (reads the data)."""
         return Weight(self.name, self.type, self.source, self.digest or digest(self.load()))
@@ -176,6 +238,15 @@ class Weight:
 
     def __hash__(self) -> int:
         return hash((self.name, self.type))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    read: Callable[[int], torch.Tensor]
+    index: int
+
+    def load(self) -> torch.Tensor:
+        return self.read(self.index)
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -4,11 +4,12 @@ from moec.models.checkpoint import trained
 from moec.models.configs import CONFIGS, build, config
 from moec.models.data import heldout_text
 from moec.models.evaluate import bits_per_byte, expert_load, mtp_accept_rate
-from moec.models.model_config import ModelConfig, Yarn
+from moec.models.model_config import Llama3Rope, ModelConfig, Yarn
 from moec.models.transformer import MoETransformer
 
 __all__ = [
     "CONFIGS",
+    "Llama3Rope",
     "MoETransformer",
     "ModelConfig",
     "Yarn",

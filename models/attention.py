@@ -14,6 +14,8 @@ Cache = tuple[Tensor, Tensor]
 """One layer's past: (k, v). MHA/GQA [B, num_kv_heads, P, head_dim] twice;
 MLA (normalised latent [B, 1, P, kv_lora_rank], rotated shared key [B, 1, P, qk_rope_head_dim])."""
 
+LATENT_EPS = 1e-6  # DeepSeek's released code normalises latents with its default, whatever rms_norm_eps says
+
 
 def extend(past: Cache | None, first: Tensor, second: Tensor) -> Cache:
     """Appends this step's keys and values (axis 2 is time)."""
@@ -23,7 +25,7 @@ def extend(past: Cache | None, first: Tensor, second: Tensor) -> Cache:
 
 
 class GroupedQueryAttention(nn.Module):
-    """MHA, GQA and MQA with RoPE and optional RMSNorm on the heads of q and k.
+    """MHA, GQA and MQA with RoPE, optional biases and optional RMSNorm on the heads of q and k.
 
     hidden [B, S, d], tables cos/sin [B, 1, S, head_dim], mask bool broadcastable to [B, H, S, P+S] (True: may
     attend) or None for a causal square; returns ([B, S, d], the extended cache).
@@ -36,10 +38,10 @@ class GroupedQueryAttention(nn.Module):
         self.grouped = config.num_heads != config.num_kv_heads
         self.scale = softmax_scale(config)
         self.interleaved = config.rope_interleaved
-        self.q_proj = nn.Linear(d, config.num_heads * dim, bias=False)
-        self.k_proj = nn.Linear(d, config.num_kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(d, config.num_kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * dim, d, bias=False)
+        self.q_proj = nn.Linear(d, config.num_heads * dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, config.num_kv_heads * dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, config.num_kv_heads * dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * dim, d, bias=config.o_bias)
         self.q_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -69,7 +71,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.kv_lora_rank is not None
-        d, heads, eps = config.hidden_size, config.num_heads, config.rms_norm_eps
+        d, heads = config.hidden_size, config.num_heads
         self.num_heads = heads
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent = config.kv_lora_rank
@@ -79,12 +81,12 @@ class LatentAttention(nn.Module):
         self.low_rank_query = config.q_lora_rank is not None
         if config.q_lora_rank is not None:
             self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
         else:
             self.q_proj = nn.Linear(d, query, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(d, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.latent, eps)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_EPS)
         self.kv_b_proj = nn.Linear(self.latent, heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(heads * self.value, d, bias=False)
 

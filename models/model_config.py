@@ -1,9 +1,10 @@
-"""`ModelConfig`: every size and choice of a Mixture-of-Experts transformer, validated on construction."""
+"""`ModelConfig`: every size and choice of a transformer, dense or with experts, validated on construction."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 
@@ -34,16 +35,47 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's context extension (Grattafiori et al., arXiv:2407.21783 §3.4.2; the formula is in Meta's released
+    code).
+
+    A frequency that turns more than `high_freq_factor` times over the original context is kept, one that turns less
+    than `low_freq_factor` times is divided by `factor`, those between are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"llama3.factor is {self.factor}, must be at least 1")
+        if self.original_max_position < 1:
+            raise ValueError(f"llama3.original_max_position is {self.original_max_position}, must be at least 1")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"llama3.low_freq_factor {self.low_freq_factor} must be positive and less than high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes of one model. `kv_lora_rank` chooses the attention: None is MHA/GQA/MQA, a number is MLA.
 
-    MHA/GQA reads num_heads, num_kv_heads, head_dim and qk_norm (RMSNorm on each head of q and k, as Qwen3).
+    MHA/GQA reads num_heads, num_kv_heads, head_dim, qk_norm (RMSNorm on each head of q and k, as Qwen3), qkv_bias
+    (Qwen2), o_bias, and sliding_window: a query sees that many keys, itself included, in the layers from
+    `full_attention_layers` on.
     MLA (DeepSeek-V2, arXiv:2405.04434 §2.1) reads num_heads, q_lora_rank (None: one full query projection),
     kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim.
     Layers before `first_k_dense` have a dense SwiGLU of `intermediate_size`, the others routed experts of
     `moe_intermediate_size` and, if num_shared_experts > 0, one shared SwiGLU of num_shared_experts times that.
     `scoring="sigmoid"` adds a selection bias that does not enter the weights (DeepSeek-V3, arXiv:2412.19437 §2.1.2).
     Groups: only experts in the best `topk_group` of `n_group` groups can be chosen.
+    Without experts (num_experts, top_k and moe_intermediate_size 0) all layers are dense (Llama, Qwen2).
+    Rotary frequencies are scaled by at most one of yarn, llama3 and rope_factor (positions are divided by it,
+    arXiv:2306.15595).
     Raises ValueError, naming the field, when sizes do not fit together.
     """
 
@@ -51,9 +83,9 @@ class ModelConfig:
     hidden_size: int
     num_layers: int
     num_heads: int
-    num_experts: int
-    top_k: int
-    moe_intermediate_size: int
+    num_experts: int = 0
+    top_k: int = 0
+    moe_intermediate_size: int = 0
     intermediate_size: int = 0
     first_k_dense: int = 0
     num_shared_experts: int = 0
@@ -65,6 +97,10 @@ class ModelConfig:
     num_kv_heads: int = 0
     head_dim: int = 0
     qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    sliding_window: int | None = None
+    full_attention_layers: int = 0
     q_lora_rank: int | None = None
     kv_lora_rank: int | None = None
     qk_nope_head_dim: int = 0
@@ -72,7 +108,9 @@ class ModelConfig:
     v_head_dim: int = 0
     rope_theta: float = 10000.0
     rope_interleaved: bool = False
+    rope_factor: float = 1.0
     yarn: Yarn | None = None
+    llama3: Llama3Rope | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     num_mtp_layers: int = 0
@@ -99,25 +137,43 @@ class ModelConfig:
         return self.v_head_dim if self.is_mla else self.head_dim
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_experts", "top_k", "n_group"):
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "n_group", "topk_group", "max_position"):
             self._at_least(name, 1)
-        for name in ("topk_group", "moe_intermediate_size", "max_position"):
-            self._at_least(name, 1)
-        for name in ("first_k_dense", "num_shared_experts", "num_mtp_layers"):
+        for name in ("num_experts", "first_k_dense", "num_shared_experts", "num_mtp_layers", "full_attention_layers"):
             self._at_least(name, 0)
         if self.first_k_dense > 0:
             self._at_least("intermediate_size", 1)
         self._require(self.first_k_dense <= self.num_layers, "first_k_dense", f"at most num_layers {self.num_layers}")
         self._require(self.scoring in ("softmax", "sigmoid"), "scoring", "'softmax' or 'sigmoid'")
         self._require(self.rms_norm_eps > 0, "rms_norm_eps", "positive")
-        self._require(self.rope_theta > 1, "rope_theta", "greater than 1")
-        self._check_routing()
+        self._check_rope()
+        if self.num_experts:
+            self._check_routing()
+        else:
+            self._check_dense()
         if self.is_mla:
             self._check_mla()
         else:
             self._check_gqa()
 
+    def _check_rope(self) -> None:
+        self._require(self.rope_theta > 1, "rope_theta", "greater than 1")
+        self._require(self.rope_factor >= 1, "rope_factor", "at least 1")
+        scaled = [name for name in ("yarn", "llama3") if getattr(self, name) is not None]
+        scaled += ["rope_factor"] if self.rope_factor != 1 else []
+        if len(scaled) > 1:
+            raise ValueError(f"{' and '.join(scaled)} exclude each other")
+
+    def _check_dense(self) -> None:
+        for name in ("top_k", "moe_intermediate_size", "num_shared_experts", "num_mtp_layers"):
+            self._require(getattr(self, name) == 0, name, "0 without experts (num_experts is 0)")
+        self._require(
+            self.first_k_dense == self.num_layers, "first_k_dense", f"num_layers {self.num_layers} without experts"
+        )
+
     def _check_routing(self) -> None:
+        for name in ("top_k", "moe_intermediate_size"):
+            self._at_least(name, 1)
         self._require(self.top_k <= self.num_experts, "top_k", f"at most num_experts {self.num_experts}")
         self._require(self.num_experts % self.n_group == 0, "n_group", f"a divisor of num_experts {self.num_experts}")
         self._require(self.topk_group <= self.n_group, "topk_group", f"at most n_group {self.n_group}")
@@ -136,7 +192,9 @@ class ModelConfig:
         self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even")
         for name in ("num_kv_heads", "head_dim"):
             self._require(getattr(self, name) == 0, name, "0 with MLA (kv_lora_rank is set)")
-        self._require(not self.qk_norm, "qk_norm", "False with MLA")
+        for name in ("qk_norm", "qkv_bias", "o_bias"):
+            self._require(not getattr(self, name), name, "False with MLA")
+        self._require(self.sliding_window is None, "sliding_window", "None with MLA")
 
     def _check_gqa(self) -> None:
         self._at_least("num_kv_heads", 1)
@@ -146,6 +204,12 @@ class ModelConfig:
         for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             self._require(getattr(self, name) == 0, name, "0 without MLA (kv_lora_rank is None)")
         self._require(self.q_lora_rank is None, "q_lora_rank", "None without MLA")
+        if self.sliding_window is not None:
+            self._at_least("sliding_window", 1)
+
+    def is_sliding(self, layer: int) -> bool:
+        """Whether a layer's attention has the sliding window."""
+        return self.sliding_window is not None and layer >= self.full_attention_layers
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -167,12 +231,17 @@ class ModelConfig:
         fields: Any = json.loads(text)
         if not isinstance(fields, dict):
             raise ValueError(f"a config is a JSON object, got {type(fields).__name__}")
+        return cls.from_fields(fields)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """From plain values; `yarn` and `llama3` are mappings of their own fields. Raises ValueError as `from_json`."""
         unknown = fields.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown config fields: {sorted(unknown)}")
         try:
-            if fields.get("yarn") is not None:
-                fields["yarn"] = Yarn(**fields["yarn"])
-            return cls(**fields)
+            scalings = {"yarn": Yarn, "llama3": Llama3Rope}
+            nested = {n: kind(**fields[n]) for n, kind in scalings.items() if fields.get(n) is not None}
+            return cls(**{**fields, **nested})
         except TypeError as error:
             raise ValueError(f"bad config: {error}") from error

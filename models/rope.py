@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv:2104.09864) with optional YaRN scaling (arXiv:2309.00071)."""
+"""Rotary position embedding (Su et al., arXiv:2104.09864) with YaRN, Llama 3 or linear scaling of its frequencies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moec.models.model_config import ModelConfig, Yarn
+from moec.models.model_config import Llama3Rope, ModelConfig, Yarn
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -24,11 +24,28 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> Tensor:
-    """f32[dim/2]: theta^(-2i/dim); with YaRN, slow rotations are divided by the factor, fast ones kept."""
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """f32[rope_dim/2]: theta^(-2i/rope_dim), scaled as the config says."""
+    dim, theta = config.rope_dim, config.rope_theta
     inv_freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    if yarn is None:
-        return inv_freq
+    if config.yarn is not None:
+        return _yarn(inv_freq, theta, config.yarn)
+    if config.llama3 is not None:
+        return _llama3(inv_freq, config.llama3)
+    return inv_freq / config.rope_factor if config.rope_factor != 1 else inv_freq
+
+
+def _llama3(inv_freq: Tensor, scaling: Llama3Rope) -> Tensor:
+    """Fast rotations are kept, slow ones divided by the factor, those between interpolated by their number of turns."""
+    turns = scaling.original_max_position * inv_freq / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq * kept + inv_freq / scaling.factor * (1 - kept)
+
+
+def _yarn(inv_freq: Tensor, theta: float, yarn: Yarn) -> Tensor:
+    """Slow rotations are divided by the factor, fast ones kept."""
+    dim = 2 * len(inv_freq)
 
     def index_of(rotations: float) -> float:
         """The (fractional) frequency index that makes this many rotations over the original context."""
@@ -49,10 +66,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # Made on the CPU and moved, so that the values do not depend on the device; a meta model stays on meta.
-        self._sizes = (config.rope_dim, config.rope_theta, config.yarn)
-        self.register_buffer(
-            "inv_freq", inverse_frequencies(*self._sizes).to(torch.get_default_device()), persistent=False
-        )
+        self._config = config
+        self.register_buffer("inv_freq", inverse_frequencies(config).to(torch.get_default_device()), persistent=False)
         self.scale = 1.0
         if (yarn := config.yarn) is not None:
             if yarn.mscale and yarn.mscale_all_dim:
@@ -63,7 +78,7 @@ class RotaryEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         """Moves with the model, but stays float32 (a bfloat16 frequency is wrong by whole turns), also from meta."""
         super()._apply(fn, recurse)
-        self.inv_freq = inverse_frequencies(*self._sizes).to(self.inv_freq.device)
+        self.inv_freq = inverse_frequencies(self._config).to(self.inv_freq.device)
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`MoETransformer`: a decoder-only language model with routed experts, KV cache and multi-token prediction."""
+"""`MoETransformer`: a decoder-only language model, dense or with routed experts, KV cache, multi-token prediction."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class Decoder(nn.Module):
 
 
 class MoETransformer(nn.Module):
-    """The language model. Parameters follow the names of DeepSeek-V3, Mixtral and Qwen3-MoE in transformers 5."""
+    """The language model. Parameters follow the names of DeepSeek-V3, Mixtral, Qwen3-MoE, Llama and Qwen2 in
+    transformers 5."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -190,10 +191,12 @@ class MoETransformer(nn.Module):
         hidden = self.model.embed_tokens(input_ids)
         past_length = past[0][0].shape[2] if past is not None else 0
         tables, mask = self._positions(input_ids, attention_mask, past_length, past is not None, hidden.dtype)
+        window = self._window(input_ids.shape[1], past_length, mask) if self.config.sliding_window else None
         caches = []
         for index in range(count):
             layer_past = past[index] if past is not None else None
-            hidden, cache = self.model.layers[index](hidden, tables, mask, layer_past)
+            seen = window if self.config.is_sliding(index) else mask
+            hidden, cache = self.model.layers[index](hidden, tables, seen, layer_past)
             caches.append(cache)
         return hidden, caches
 
@@ -221,6 +224,15 @@ class MoETransformer(nn.Module):
             itself = keys == new.unsqueeze(1)
             mask = (mask & attention_mask[:, None, None, :].bool()) | itself
         return tables, mask
+
+    def _window(self, length: int, past_length: int, mask: Tensor | None) -> Tensor:
+        """`mask` of S new positions over P+S keys, narrowed to the sliding window: bool[B or 1, 1, S, P+S]."""
+        device, window = self.lm_head.weight.device, self.config.sliding_window
+        assert window is not None
+        keys = torch.arange(length + past_length, device=device)
+        new = (torch.arange(length, device=device) + past_length).unsqueeze(1)
+        near = (keys > new - window)[None, None]
+        return near & (keys <= new) if mask is None else near & mask
 
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> MoETransformer:
@@ -251,7 +263,7 @@ class MoETransformer(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Random weights from `seed`, the same on every machine: normal with variance 1/fan-in, embeddings with 1,
-        projections into the residual stream smaller by sqrt(2 · layers), selection bias 0, norms 1."""
+        projections into the residual stream smaller by sqrt(2 · layers), biases 0, norms 1."""
         generator = torch.Generator().manual_seed(seed)
         into_residual = (2 * self.config.num_layers) ** -0.5
 
@@ -264,6 +276,8 @@ class MoETransformer(nn.Module):
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
                 fill(module.weight, std * into_residual if name.endswith(("o_proj", "down_proj")) else std)
+                if module.bias is not None:
+                    module.bias.zero_()
             elif isinstance(module, Experts):
                 fill(module.gate_up_proj, module.gate_up_proj.shape[2] ** -0.5)
                 fill(module.down_proj, module.down_proj.shape[2] ** -0.5 * into_residual)

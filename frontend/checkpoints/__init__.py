@@ -1,0 +1,5 @@
+"""Checkpoints: config and lazy weights of a Hugging Face folder."""
+
+from moec.frontend.checkpoints.checkpoint import Checkpoint, is_checkpoint, open_folder
+
+__all__ = ["Checkpoint", "is_checkpoint", "open_folder"]
