@@ -13,7 +13,7 @@ from torch import nn
 
 from moec.frontend import Traced
 from moec.frontend.checkpoints import Checkpoint, is_checkpoint, open_folder
-from moec.ir import ArgumentValueError, Weight
+from moec.ir import ArgumentValueError, Quantization, Weight
 from moec.models import ModelConfig, MoETransformer
 from moec.models.rope import inverse_frequencies
 
@@ -34,6 +34,12 @@ class CheckpointModel:
     def around(self, module: nn.Module) -> CheckpointModel:
         """The same weights for a module that holds this one's submodules under their names."""
         return replace(self, module=module)
+
+    def quantization(self, asked: str | Quantization | None) -> Quantization | None:
+        """What was asked for, keeping the modules that the checkpoint says are not to be converted."""
+        plan = Quantization.of(asked)
+        stored = self.checkpoint.quantization
+        return plan if plan is None or stored is None else replace(plan, keep=(*plan.keep, *stored.keep))
 
     def bind(self, traced: Traced) -> Traced:
         """A trace with its weights bound to the files."""

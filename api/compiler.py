@@ -48,7 +48,8 @@ def compile(
     dynamic_shapes: as torch.export's, or "auto"; None means the example's sizes only.
     passes: None for the default pipeline, passes to append to it, or a Pipeline.
     quantize: None, "fp8" (weights in 128×128 blocks, activations per token in groups of 128), "fp8-weight-only", or
-        a Quantization.
+        a Quantization. What a checkpoint stores in FP8 is used as it is stored, its activations as in "fp8" or, if
+        asked for, as in "fp8-weight-only".
     placement: where experts live (`moec.place_experts`), or None.
     fallback: "error" refuses what the backend lacks; "reference" runs those nodes in the reference interpreter and
         lists them in the report.
@@ -58,6 +59,9 @@ def compile(
     Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises
     CompileError naming the op, module path, file:line and what could be done.
     """
+    model = open_model(model)
+    if isinstance(model, CheckpointModel):
+        quantize = model.quantization(quantize)
     settings = Settings(
         backend=get_backend(backend),
         pipeline=build_pipeline(passes, quantize, placement),
@@ -65,7 +69,6 @@ def compile(
         threads=threads,
         dump=Path(dump) if dump is not None else None,
     )
-    model = open_model(model)
     name = describe(model)
     seconds: dict[str, float] = {}
     can_generate = generates(model.module if isinstance(model, CheckpointModel) else model)

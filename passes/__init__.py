@@ -26,6 +26,7 @@ from moec.passes.quantize import QuantizeFP8
 from moec.passes.rewrite import Match, Rewrite, RuleSet
 from moec.passes.rewriting.explain import explain
 from moec.passes.spec import parse_pass, parse_passes, print_pass, print_passes
+from moec.passes.stored_fp8 import UseStoredFP8
 
 __all__ = [
     "AbsorbMLA",
@@ -64,6 +65,7 @@ __all__ = [
     "RuleSet",
     "SimplifyPositions",
     "SimplifyTransposes",
+    "UseStoredFP8",
     "build_pipeline",
     "default_pipeline",
     "expert_coactivation",

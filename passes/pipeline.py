@@ -27,6 +27,7 @@ from moec.passes.place import PlaceExperts
 from moec.passes.quantize import QuantizeFP8
 from moec.passes.rewrite import Rewrite, RuleError, limited, source_of
 from moec.passes.rewriting.explain import explain
+from moec.passes.stored_fp8 import UseStoredFP8
 
 
 @dataclass(frozen=True)
@@ -274,9 +275,10 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
         CommonSubexpressions(),
         DeadCode(),
     )
-    phases = [Phase("clean", clean), Phase("fuse", fuse), Phase("tidy", tidy)]
-    if quantization is not None:
-        phases.append(Phase("quantize", (QuantizeFP8(quantization),)))
+    # what a checkpoint stores in FP8 stays as it is, also without `quantize`
+    stored = UseStoredFP8(activations=quantization is None or quantization.activations is not None)
+    quantized = (stored,) if quantization is None else (stored, QuantizeFP8(quantization))
+    phases = [Phase("clean", clean), Phase("fuse", fuse), Phase("tidy", tidy), Phase("quantize", quantized)]
     if placement is not None:
         phases.append(Phase("place", (PlaceExperts(placement),)))
     return Pipeline(tuple(phases))

@@ -136,9 +136,10 @@ class Binder:
     def _expert_codes(self, name: str, shape: Shape, pieces: list[list[_Piece]], each: int) -> Weight:
         assert self.quantization is not None
         height, width = self.quantization.block
-        if len(pieces[0]) > 1 and each % height:
+        gate = each if len(pieces[0]) > 1 else shape[2]
+        if gate % height:
             # up's first block would begin within gate's last: lower blocks fit both, their scales are repeated
-            height = math.gcd(height, each)
+            height = math.gcd(height, gate)
         repeat = self.quantization.block[0] // height
         rows, scales = -(-each // height), _blocks(shape, (height, width))
         code = torch.float8_e4m3fn

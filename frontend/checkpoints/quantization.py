@@ -8,18 +8,20 @@ from typing import Any
 
 from moec.frontend.checkpoints.errors import Problems
 
+_LEFT = ("modules_to_not_convert", "ignored_layers")
 _FIELDS = {
-    "quant_method", "weight_block_size", "fmt", "scale_fmt", "activation_scheme", "modules_to_not_convert",
-    "dequantize", "ignored_layers",
+    "quant_method", "weight_block_size", "fmt", "scale_fmt", "activation_scheme", "dequantize", *_LEFT,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BlockFP8:
     """Weights as E4M3 codes with one scale per `block` of rows × columns, beside each weight as `…weight_scale_inv`
-    (which it is multiplied by); activations are quantised as they come, per token in groups of block columns."""
+    (which it is multiplied by); activations are quantised as they come, per token in groups of block columns. `keep`:
+    modules that are not converted."""
 
     block: tuple[int, int]
+    keep: tuple[str, ...] = ()
 
 
 def read_quantization(data: Mapping[str, Any], problems: Problems) -> BlockFP8 | None:
@@ -50,4 +52,7 @@ def read_quantization(data: Mapping[str, Any], problems: Problems) -> BlockFP8 |
             bad(name, " or ".join(repr(a) for a in allowed if a is not None))
     for name in sorted(said.keys() - _FIELDS):
         problems.add(f"config.json: quantization_config.{name} is {said[name]!r}, a field that is not supported")
-    return BlockFP8((block[0], block[1]))
+    keep = [m for name in _LEFT for m in said.get(name) or ()]
+    if any(not isinstance(m, str) for m in keep):
+        bad("modules_to_not_convert", "a list of module names")
+    return BlockFP8((block[0], block[1]), tuple(map(str, keep)))
