@@ -37,6 +37,7 @@ def compile(
     fallback: str = "error",
     dump: str | Path | None = None,
     threads: int | None = None,
+    memory: str = "fast",
 ) -> CompiledModel:
     """Compile a model for a backend.
 
@@ -55,6 +56,9 @@ def compile(
         lists them in the report.
     dump: a folder for the IR after every pass.
     threads: CPU threads of the backend; None for its default.
+    memory: for onnxruntime, which multiplies no FP8: "fast" holds all weights in f32, "fp8" as they are stored (8 or 16
+        bits) and widens each where it is used, which is slower; the report has the bytes of both. Other backends hold
+        FP8 weights in 8 bits either way.
 
     Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises
     CompileError naming the op, module path, file:line and what could be done.
@@ -68,6 +72,7 @@ def compile(
         fallback=fallback,
         threads=threads,
         dump=Path(dump) if dump is not None else None,
+        memory=memory,
     )
     name = describe(model)
     seconds: dict[str, float] = {}

@@ -19,6 +19,7 @@ from moec.passes.pipeline import Pipeline, run_pass
 Step = Callable[[str], None]
 MOST_THREADS = 1024
 FALLBACKS = ("error", "reference")
+MEMORY = ("fast", "fp8")
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,22 @@ class Settings:
     fallback: str = "error"
     threads: int | None = None
     dump: Path | None = None
+    memory: str = "fast"
 
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
             raise ArgumentValueError(f"fallback={self.fallback!r} is none of {', '.join(FALLBACKS)}", code="fallback")
+        if self.memory not in MEMORY:
+            raise ArgumentValueError(f"memory={self.memory!r} is none of {', '.join(MEMORY)}", code="memory")
         if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS):
             raise ArgumentValueError(
                 f"threads={self.threads!r} must be None or a positive integer up to {MOST_THREADS}", code="threads"
             )
+
+    @property
+    def options(self) -> dict[str, str] | None:
+        """What the backend is told about memory; most hold FP8 weights in 8 bits anyway."""
+        return {"memory": self.memory} if self.backend.holds_wide and self.memory != "fast" else None
 
     def under(self, name: str) -> Settings:
         """The same with its dumps in a subfolder."""
@@ -111,10 +120,10 @@ def lower(legal: Graph, settings: Settings, left: list[Fallback], folder: Path |
     backend = settings.backend
     try:
         if left:
-            return PartitionedExecutable(legal, backend, settings.threads, folder)
+            return PartitionedExecutable(legal, backend, settings.threads, folder, settings.options)
         if folder is not None:
             return backend.load(legal, folder, threads=settings.threads)
-        return backend.compile(legal, threads=settings.threads)
+        return backend.compile(legal, threads=settings.threads, options=settings.options)
     except (CompileError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as e:

@@ -91,13 +91,15 @@ def known(size: int | Dim, binding: Mapping[str, int]) -> bool:
 
 @dataclass(eq=False)
 class Backend:
-    """A target. `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported`
+    """A target. `holds_wide`: it multiplies no FP8 and holds such weights in f32, unless `compile` is given the option
+    memory="fp8". `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported`
     names ops it refuses on purpose, with the reason; an op in neither must have a decomposition."""
 
     name: str
     dtypes: frozenset[DType]
     max_rank: int = 8
     dynamic: bool = True
+    holds_wide: bool = False
     lowerings: dict[str, Callable[..., Any]] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)

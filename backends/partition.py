@@ -151,7 +151,14 @@ def _symbols(nodes: Sequence[Node]) -> set[str]:
 class PartitionedExecutable(Executable):
     """Runs the segments of a graph in turn, some on a backend and some in the reference interpreter."""
 
-    def __init__(self, graph: Graph, backend: Backend, threads: int | None, folder: Path | None = None):
+    def __init__(
+        self,
+        graph: Graph,
+        backend: Backend,
+        threads: int | None,
+        folder: Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ):
         from moec.backends.reference import backend as reference
 
         self.graph = graph
@@ -163,7 +170,7 @@ class PartitionedExecutable(Executable):
             elif folder is not None:
                 self.parts.append(backend.load(s.graph, folder / f"segment{i}", threads=threads))
             else:
-                self.parts.append(backend.compile(s.graph, threads=threads))
+                self.parts.append(backend.compile(s.graph, threads=threads, options=options))
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         env = self._run(inputs)

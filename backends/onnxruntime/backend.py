@@ -24,7 +24,8 @@ NO_F64 = frozenset({"math.erf"})
 class OnnxRuntimeBackend(Backend):
     """ONNX Runtime's CPUExecutionProvider.
 
-    `compile(..., options=)` takes the fields of `Options`: `portable` (standard opset only) and `experts`.
+    `compile(..., options=)` takes the fields of `Options`: `portable` (standard opset only), `experts` and
+    `memory`.
     """
 
     def check(self, node: Node) -> str | None:
@@ -51,4 +52,4 @@ class OnnxRuntimeBackend(Backend):
         return OnnxExecutable.load(graph, folder, threads, self)
 
 
-backend = OnnxRuntimeBackend("onnxruntime", dtypes=DTYPES)
+backend = OnnxRuntimeBackend("onnxruntime", dtypes=DTYPES, holds_wide=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,9 @@ from moec.ir.fp8 import E5M2
 from moec.ir.literals import literal
 
 MICROSOFT = "com.microsoft"
+COMPACT = 1 << 14  # elements; smaller weights are not worth a cast in every run
+PIECE = 1 << 21  # elements that are widened at once
+_WIDENED = ("cast", "dequantized")  # entries of `memo` that are nodes over weights
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -61,6 +65,7 @@ class Emitter:
         self._foreign_nodes: set[onnx.Node] = set()
         self.sizes = Sizes(self)
         self.reader = WeightReader()
+        self.resident: dict[str, tuple[int, int]] = {}  # of each weight: its bytes folded to f32, and as it is stored
         self._values: dict[Value, onnx.Value] = {}
         self._names: set[str] = set()
         self._numbers: dict[str, int] = {}  # last number given to a taken name
@@ -172,12 +177,16 @@ class Emitter:
 
     @contextmanager
     def body(self) -> Iterator[list[onnx.Node]]:
-        """Within: nodes go to the yielded list (the body of a Loop). Sizes must have been made before."""
+        """Within: nodes go to the yielded list (the body of a Loop or a branch), and widened weights with them. Sizes
+        must have been made before."""
         before, self.nodes = self.nodes, []
+        outside = set(self.memo)
         try:
             yield self.nodes
         finally:
             self.nodes = before
+            for key in [k for k in self.memo if k not in outside and isinstance(k, tuple) and k[0] in _WIDENED]:
+                del self.memo[key]
 
     def constant(self, array: np.ndarray | np.generic) -> onnx.Value:
         """An initialiser; equal constants are shared."""
@@ -187,6 +196,18 @@ class Emitter:
             tensor = onnx.tensor(array, name=self.unique(f"constant_{len(self.initializers)}"))
             self.memo[key] = self._initializer(tensor)
         return self.memo[key]
+
+    def product(
+        self, x: onnx.Value, shape: tuple[int, int], weight: Callable[[torch.Tensor | None], onnx.Value]
+    ) -> onnx.Value:
+        """x [..., K] times the transpose of a stored weight [N, K]; `weight(rows)` gives these rows, or all, as
+        [K, rows]. Where weights are widened in every run it goes piece by piece, so that little is in f32 at once."""
+        n, k = shape
+        count = min(-(-n * k // PIECE), n) if self.options.compact else 1
+        if count <= 1:
+            return self.op("MatMul", x, weight(None))
+        rows = torch.arange(n).tensor_split(count)
+        return self.op("Concat", *[self.op("MatMul", x, weight(part)) for part in rows], axis=-1)
 
     def scalar(self, value: Any, dtype: DType) -> onnx.Value:
         """A 0-d constant of the carrier of `dtype`, rounded to `dtype`."""
@@ -199,26 +220,53 @@ class Emitter:
 
     # -- weights ----------------------------------------------------------------------------------
 
-    def stored(self, v: Value, key: str, shape: Sequence[int], transform: Transform) -> onnx.Value:
-        """The initialiser of `transform` applied to a weight, in its stored type (FP8 stays FP8) and read
-        when the model is written. `key` tells the transforms of one weight apart."""
+    def compact(self, v: Value) -> bool:
+        """Whether a weight of 16-bit floats is stored as such and widened where it is used."""
+        wide = v.weight is not None and self.options.compact and v.dtype in (DType.BF16, DType.F16)
+        return wide and math.prod(int(s) for s in v.shape) >= COMPACT
+
+    def stored(
+        self,
+        v: Value,
+        key: str,
+        shape: Sequence[int],
+        transform: Transform,
+        *,
+        index: int | None = None,
+        scales: bool = False,
+    ) -> onnx.Value:
+        """The initialiser of `transform` applied to a weight, or to its matrix `index`, in its stored type (FP8 stays
+        FP8) and read when the model is written. `key` tells the transforms of one weight apart; `scales`: they go into
+        the weight when that is folded."""
         assert v.weight is not None
         weight, memo = v.weight, ("weight", v.weight.name, id(v.weight.source), key)
         if memo not in self.memo:
-            dtype = v.dtype if v.dtype in FLOAT8 else carrier(v.dtype)
+            dtype = v.dtype if v.dtype in FLOAT8 or self.compact(v) else carrier(v.dtype)
             name = self.unique(f"{weight.name}{key}")
 
             def load() -> onnx.Tensor:
-                return self.reader.read(weight, dtype, transform, name)
+                return self.reader.read(weight, dtype, transform, name, index)
 
             tensor = onnx.LazyTensor(load, dtype=ONNX[dtype], shape=onnx.Shape(shape), name=name)
             self.memo[memo] = self._initializer(tensor)
+            count = math.prod(shape)
+            folded = carrier(v.dtype).bits // 8 * count
+            self.resident[name] = 0 if scales else folded, min(v.dtype.bits * count // 8, folded)
         return self.memo[memo]
 
-    def weight(self, v: Value, key: str = "", shape: Sequence[int] | None = None, transform: Transform = lambda t: t):
-        """As `stored`, in the carrier type: FP8 is cast to f32, which constant folding does at load."""
-        stored = self.stored(v, key, v.shape if shape is None else shape, transform)
-        if v.dtype not in FLOAT8:
+    def weight(
+        self,
+        v: Value,
+        key: str = "",
+        shape: Sequence[int] | None = None,
+        transform: Transform = lambda t: t,
+        *,
+        index: int | None = None,
+    ) -> onnx.Value:
+        """As `stored`, in the carrier type: what is stored narrower is cast to f32, which constant folding does at load
+        where weights are folded."""
+        stored = self.stored(v, key, v.shape if shape is None else shape, transform, index=index)
+        if v.dtype not in FLOAT8 and not self.compact(v):
             return stored
         memo = ("cast", stored.name)
         if memo not in self.memo:

@@ -33,13 +33,17 @@ IN_MEMORY = 128 * 2**20
 _BROKEN = ["GemmTransposeFusion"]
 
 
-def session_options(threads: int | None) -> onnxruntime.SessionOptions:
-    """Full optimisation, quiet; FP8 weights are folded to f32 at load."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return options
+def session_options(options: Options, threads: int | None) -> onnxruntime.SessionOptions:
+    """Full optimisation, quiet; FP8 weights are folded to f32 at load, or with memory="fp8" widened one at a time, in
+    memory that is given back at once."""
+    result = onnxruntime.SessionOptions()
+    result.log_severity_level = 4  # errors come as exceptions
+    result.intra_op_num_threads = threads or 0
+    result.add_session_config_entry("session.disable_quant_qdq", "1")
+    if options.compact:
+        result.enable_cpu_mem_arena = False  # it keeps a place for every widened weight
+        result.enable_mem_pattern = False
+    return result
 
 
 @dataclass(eq=False)
@@ -95,10 +99,11 @@ class OnnxExecutable(Executable):
         began = time.perf_counter()
         lowered = lower(graph, options, backend)
         built = time.perf_counter()
-        session = start(lowered, threads)
+        session = start(lowered, options, threads)
         figures = {
             "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
             "weight_bytes": lowered.weight_bytes,
+            "memory": _memory(lowered, options),
             "forms": dict(lowered.choices),
             "lowering_seconds": built - began,
             "load_seconds": time.perf_counter() - built,
@@ -111,12 +116,13 @@ class OnnxExecutable(Executable):
         path, options = artifact.check(Path(folder))
         lowered = lower(graph, options, backend)  # for names: no weight is read
         session = Session(
-            open_session(path, threads, lowered.sources), lowered.inputs, lowered.outputs, lowered.sources
+            open_session(path, options, threads, lowered.sources), lowered.inputs, lowered.outputs, lowered.sources
         )
         artifact.check_interface(session.session, lowered)
         figures = {
             "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
             "weight_bytes": lowered.weight_bytes,
+            "memory": _memory(lowered, options),
             "forms": dict(lowered.choices),
             "load_seconds": time.perf_counter() - began,
         }
@@ -140,7 +146,7 @@ class OnnxExecutable(Executable):
     def session(self) -> Session:
         """The session that `run` uses."""
         if self._session is None:
-            self._session = start(lower(self.graph, self.options, self.backend), self.threads)
+            self._session = start(lower(self.graph, self.options, self.backend), self.options, self.threads)
         return self._session
 
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
@@ -149,7 +155,8 @@ class OnnxExecutable(Executable):
         if self._tapped is None or self._tapped[0] != inner:
             self._check_known(inner)
             self._tapped = None  # one copy of the weights at a time
-            self._tapped = inner, start(lower(self.graph, self.options, self.backend, list(inner)), self.threads)
+            lowered = lower(self.graph, self.options, self.backend, list(inner))
+            self._tapped = inner, start(lowered, self.options, self.threads)
         given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner])
         found = dict(zip(inner, given[len(self.graph.outputs) :], strict=True))
         return {v: v.weight.load() if v.weight is not None else found[v] for v in wanted}
@@ -170,29 +177,40 @@ class OnnxExecutable(Executable):
         return dict(self.figures)
 
 
-def start(lowered: Lowered, threads: int | None) -> Session:
+def _memory(lowered: Lowered, options: Options) -> dict[str, Any]:
+    """How weights are held, and the bytes that they take in either way."""
+    return {"mode": options.memory, "weight_bytes_resident": dict(lowered.resident)}
+
+
+def start(lowered: Lowered, options: Options, threads: int | None) -> Session:
     """Load a lowered model into a session. Raises CompileError."""
-    if lowered.weight_bytes <= IN_MEMORY:
+    # with memory="fp8", weights stay in the mapped file
+    if lowered.weight_bytes <= IN_MEMORY and not options.compact:
         with serialising():
             data = onnx.to_proto(lowered.model).SerializeToString()
         lowered.forget_weights()
-        session = open_session(data, threads, lowered.sources)
+        session = open_session(data, options, threads, lowered.sources)
         return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
     folder = Path(tempfile.mkdtemp(prefix="moec-"))
     try:
         path = artifact.write_model(lowered, folder)
-        session = open_session(path, threads, lowered.sources)
+        session = open_session(path, options, threads, lowered.sources)
     finally:
         shutil.rmtree(folder)  # what the session maps stays readable
     return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
 
 
-def open_session(source: bytes | Path, threads: int | None, sources: dict[str, Node]) -> onnxruntime.InferenceSession:
+def open_session(
+    source: bytes | Path, options: Options, threads: int | None, sources: dict[str, Node]
+) -> onnxruntime.InferenceSession:
     """Raises CompileError naming the IR op that ONNX Runtime refuses."""
     model = source if isinstance(source, bytes) else str(source)
     try:
         return onnxruntime.InferenceSession(
-            model, session_options(threads), providers=["CPUExecutionProvider"], disabled_optimizers=_BROKEN
+            model,
+            session_options(options, threads),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=[*_BROKEN, *(["ConstantFolding"] if options.compact else [])],
         )
     except Exception as error:
         raise wrapped(error, sources, "loading") from error

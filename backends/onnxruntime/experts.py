@@ -102,6 +102,8 @@ def choose(e: Emitter, spec: Spec) -> str:
         raise e.refuse(spec.node, f"experts='moe' is not possible: {why}")
     if wanted != "auto":
         return wanted
+    if e.options.compact:  # the other forms take all experts at once, in f32
+        return "unrolled"
     if _count(e.graph, e.memo) <= UNROLL_LIMIT:
         return "unrolled"
     return "loop" if _not_moe(e, spec) else "moe"

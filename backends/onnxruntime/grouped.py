@@ -35,18 +35,33 @@ class ExpertWeights:
     def dtype(self) -> DType:
         return DType.F32 if self.scale is not None else self.value.dtype
 
+    def product(self, x: onnx.Value, index: int) -> onnx.Value:
+        """x [R, K] times matrix `index`."""
+        if not (self.stored and self.transposed):
+            return self.e.op("MatMul", x, self.one(index))
+        _, n, k = self.value.shape
+
+        def some(rows: torch.Tensor | None) -> onnx.Value:
+            if rows is None:
+                return self.one(index)
+            order = rows if self.rows is None else self.rows[rows]
+            return self._initializer(f".{index}.{int(rows[0])}", index, (k, len(rows)), True, order)
+
+        return self.e.product(x, (n, k), some)
+
     def one(self, index: int) -> onnx.Value:
         """Matrix `index` as [K, N]; a stored one is an initialiser of its own, so that MatMul packs it."""
         if not self.stored:
             return self.e.op("Gather", self.stack(transpose=self.transposed), np.int64(index), axis=0)
         _, n, k = self.value.shape
-        return self._initializer(f".{index}", index, (k, n) if self.transposed else (n, k), self.transposed)
+        shape = (k, n) if self.transposed else (n, k)
+        return self._initializer(f".{index}", index, shape, self.transposed, self.rows)
 
     def stack(self, *, transpose: bool) -> onnx.Value:
         """All, with the last two axes exchanged or not."""
         num, n, k = self.value.shape
         if self.stored:
-            return self._initializer(".all", None, (num, k, n) if transpose else (num, n, k), transpose)
+            return self._initializer(".all", None, (num, k, n) if transpose else (num, n, k), transpose, self.rows)
         if self.scale is None:
             x = self.e.value(self.value)
         else:
@@ -58,18 +73,19 @@ class ExpertWeights:
             self.e.memo[memo] = self.e.op("Transpose", x, perm=[0, 2, 1]) if transpose else x
         return self.e.memo[memo]
 
-    def _initializer(self, key: str, index: int | None, shape: tuple, transpose: bool) -> onnx.Value:
+    def _initializer(
+        self, key: str, index: int | None, shape: tuple, transpose: bool, rows: torch.Tensor | None
+    ) -> onnx.Value:
         key += (".T" if transpose else "") + ("" if self.rows is None else ".reordered")
         if self.scale is not None:
             codes = (self.value, self.scale, self.block)
-            return stored_blocks(self.e, *codes, shape, key=key, index=index, rows=self.rows, transpose=transpose)
+            return stored_blocks(self.e, *codes, shape, key=key, index=index, rows=rows, transpose=transpose)
 
         def pick(t: torch.Tensor) -> torch.Tensor:
-            t = t if index is None else t[index]
-            t = t if self.rows is None else t.index_select(-2, self.rows)
+            t = t if rows is None else t.index_select(-2, rows)
             return t.transpose(-1, -2) if transpose else t
 
-        return self.e.weight(self.value, key, shape, pick)
+        return self.e.weight(self.value, key, shape, pick, index=index)
 
 
 def grouped_product(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: ExpertWeights, unroll: bool) -> onnx.Value:
@@ -79,8 +95,31 @@ def grouped_product(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: Expe
         return _loop(e, x, counts, weights, num)
     parts = e.op("Split", x, counts, outputs=num, axis=0)
     parts = parts if num > 1 else (parts,)
-    outputs = [e.op("MatMul", part, weights.one(i)) for i, part in enumerate(parts)]
+    if e.options.compact and weights.stored:
+        outputs = [
+            _where_used(e, part, e.op("Gather", counts, np.int64(i)), weights, i) for i, part in enumerate(parts)
+        ]
+    else:
+        outputs = [weights.product(part, i) for i, part in enumerate(parts)]
     return e.op("Concat", *outputs, axis=0) if num > 1 else outputs[0]
+
+
+def _where_used(e: Emitter, part: onnx.Value, count: onnx.Value, weights: ExpertWeights, index: int) -> onnx.Value:
+    """The product of an expert that has rows; another's weights are not widened in vain."""
+    with e.body() as used:
+        product = weights.product(part, index)
+    _, n, k = weights.value.shape
+    width = n if weights.transposed else k
+    with e.body() as idle:
+        nothing = e.op("ConstantOfShape", np.array([0, width], np.int64), value=onnx.tensor(np.zeros(1, np.float32)))
+    for out in (product, nothing):
+        out.type = onnx.TensorType(onnx_type(weights.dtype))
+    return e.op(
+        "If",
+        e.op("Greater", count, np.int64(0)),
+        then_branch=onnx.Graph([], [product], nodes=used, name=e.unique("used")),
+        else_branch=onnx.Graph([], [nothing], nodes=idle, name=e.unique("idle")),
+    )
 
 
 def _loop(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: ExpertWeights, num: int) -> onnx.Value:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as onnx
+import torch
 
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
+from moec.backends.onnxruntime.quant import scaled_product
 from moec.backends.onnxruntime.sizes import at_least
 from moec.ir import DType, Node, Value
 
@@ -16,18 +18,27 @@ def matmul(e: Emitter, node: Node) -> onnx.Value:
     return e.op("MatMul", *e.operands(node))
 
 
-def transposed(e: Emitter, weight: Value) -> onnx.Value:
-    """weight [N, K] as [K, N]: a constant is stored that way, so that MatMul packs it at load."""
+def product(e: Emitter, x: onnx.Value, weight: Value) -> onnx.Value:
+    """x times the transpose of weight [N, K]: a constant is stored as [K, N], so that MatMul packs it at load."""
+    made = weight.producer
+    if e.options.compact and made is not None and made.op == "quant.dequantize":
+        return scaled_product(e, x, made.operand("codes"), made.operand("scale"), made.attrs["block"])
     if weight.weight is None:
-        return e.op("Transpose", e.value(weight), perm=[1, 0])
+        return e.op("MatMul", x, e.op("Transpose", e.value(weight), perm=[1, 0]))
     n, k = weight.shape
-    return e.weight(weight, ".T", (k, n), lambda t: t.T)
+
+    def some(rows: torch.Tensor | None) -> onnx.Value:
+        if rows is None:
+            return e.weight(weight, ".T", (k, n), lambda t: t.T)
+        return e.weight(weight, f".T.{int(rows[0])}", (k, len(rows)), lambda t: t[rows].T)
+
+    return e.product(x, (n, k), some)
 
 
 @backend.lowers("linear.linear")
 def linear(e: Emitter, node: Node) -> onnx.Value:
     x, weight, bias = given(node)
-    y = e.op("MatMul", e.value(x), transposed(e, weight))
+    y = product(e, e.value(x), weight)
     return y if bias is None else e.op("Add", y, e.value(bias))
 
 

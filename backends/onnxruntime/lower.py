@@ -22,7 +22,8 @@ IR_VERSION = 11
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """An ONNX model of a graph. `inputs` and `outputs` are the ONNX names of the graph's, in order;
-    `sources` leads from prefixes of ONNX node names to IR nodes."""
+    `sources` leads from prefixes of ONNX node names to IR nodes; `resident` says how many bytes the weights take in
+    each `Options.memory`."""
 
     model: onnx.Model
     inputs: list[str]
@@ -30,6 +31,7 @@ class Lowered:
     sources: dict[str, Node]
     choices: dict[str, int]
     weight_bytes: int
+    resident: dict[str, int]
     reader: WeightReader
 
     def forget_weights(self) -> None:
@@ -85,7 +87,10 @@ def _lower(
     if all(n.domain != MICROSOFT for n in body.all_nodes()):
         body.opset_imports.pop(MICROSOFT, None)
     total = sum(v.const_value.nbytes for v in body.initializers.values() if v.const_value is not None)
-    return Lowered(model, [str(v.name) for v in inputs], names, e.sources, e.choices, total, e.reader), exact
+    kept = [e.resident[name] for name in body.initializers if name in e.resident]
+    resident = {"fast": sum(folded for folded, _ in kept), "fp8": sum(stored for _, stored in kept)}
+    named = [str(v.name) for v in inputs]
+    return Lowered(model, named, names, e.sources, e.choices, total, resident, e.reader), exact
 
 
 def interface_shape(v: Value) -> onnx.Shape:

@@ -9,15 +9,18 @@ from typing import Any
 from moec.ir import ArgumentValueError
 
 EXPERTS = ("auto", "unrolled", "moe", "loop")
+MEMORY = ("fast", "fp8")
 
 
 @dataclass(frozen=True)
 class Options:
     """`portable`: standard ONNX operators only. `experts`: the form of `moe.experts`; "auto" chooses by the
-    number of experts (see experts.choose)."""
+    number of experts (see experts.choose). `memory`: "fast" folds weights to f32 once, at load; "fp8" keeps them as
+    they are stored, in 8 or 16 bits, and widens each where it is used, in every run."""
 
     portable: bool = False
     experts: str = "auto"
+    memory: str = "fast"
 
     def __post_init__(self) -> None:
         if not isinstance(self.portable, bool):
@@ -26,8 +29,23 @@ class Options:
             raise ArgumentValueError(
                 f"option experts={self.experts!r}", code="options", hint=f"one of {', '.join(EXPERTS)}"
             )
+        if self.memory not in MEMORY:
+            raise ArgumentValueError(
+                f"option memory={self.memory!r}", code="options", hint=f"one of {', '.join(MEMORY)}"
+            )
+        if self.memory == "fp8" and self.experts not in ("auto", "unrolled"):
+            raise ArgumentValueError(
+                f"experts={self.experts!r} needs all experts in f32 at once, memory='fp8' keeps them in 8 bits",
+                code="options",
+                hint="experts='unrolled'",
+            )
         if self.portable and self.experts == "moe":
             raise ArgumentValueError("experts='moe' is not a standard operator", code="options", hint="portable=False")
+
+    @property
+    def compact(self) -> bool:
+        """Whether weights stay as they are stored."""
+        return self.memory == "fp8"
 
     @staticmethod
     def of(options: Mapping[str, Any] | None) -> Options:

@@ -1,7 +1,7 @@
 """Lowerings of `quant`: FP8 values are carried in f32, stored weights stay FP8 in the file.
 
 A stored weight becomes DequantizeLinear with blocks along its inner axis, its 128×128 scales repeated along
-the outer one; with `session.disable_quant_qdq=1` ONNX Runtime folds it to f32 at load.
+the outer one; with `session.disable_quant_qdq=1` ONNX Runtime folds it to f32 at load, unless folding is off.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def stored_blocks(
     along the first axis, taking `rows` in that order, and a transpose of the last two axes."""
 
     def pick(t: torch.Tensor) -> torch.Tensor:
-        t = t if index is None else t[index]
         t = t if rows is None else t.index_select(-2, rows)
         return t.transpose(-1, -2) if transpose else t
 
@@ -67,11 +66,15 @@ def stored_blocks(
 
     out, inner = codes.shape[-2:]
     axis = len(shape) - (2 if transpose else 1)
-    stored = e.stored(codes, key, shape, pick_codes)
+    stored = e.stored(codes, key, shape, pick_codes, index=index)
     blocks = [-(-s // block[1]) if i == axis else s for i, s in enumerate(shape)]
     # one scale may serve weights of other heights, in other blocks
     by = f"{key}.{out}by{block[0]}x{block[1]}"
-    scales = e.stored(scale, by, blocks, lambda t: pick(t.repeat_interleave(block[0], dim=-2)[..., :out, :]))
+
+    def pick_scales(t: torch.Tensor) -> torch.Tensor:
+        return pick(t.repeat_interleave(block[0], dim=-2)[..., :out, :])
+
+    scales = e.stored(scale, by, blocks, pick_scales, index=index, scales=True)
     memo = ("dequantized", stored.name, scales.name)
     if memo not in e.memo:
         if 0 in shape:
@@ -92,14 +95,19 @@ def scaled_linear(e: Emitter, node: Node) -> onnx.Value:
     x, x_scale, w, w_scale, bias = given(node)
     block, dtype = node.attrs["block"], node.result.dtype
     rows = dequantized(e, x, x_scale, (1, node.attrs["group"]))
-    y = e.op("MatMul", rows, dequantized_transposed(e, w, w_scale, block))
+    y = scaled_product(e, rows, w, w_scale, block)
     y = e.cast(y, DType.F32, dtype)
     return y if bias is None else e.op("Add", y, e.value(bias))
 
 
-def dequantized_transposed(e: Emitter, codes: Value, scale: Value, block: tuple[int, int]) -> onnx.Value:
-    """codes [N, K] · scale as f32 [K, N]."""
+def scaled_product(e: Emitter, x: onnx.Value, codes: Value, scale: Value, block: tuple[int, int]) -> onnx.Value:
+    """f32 x [..., K] times the transpose of codes [N, K] · scale."""
+    if codes.weight is None or scale.weight is None:
+        return e.op("MatMul", x, e.op("Transpose", dequantized(e, codes, scale, block), perm=[1, 0]))
     n, k = codes.shape
-    if codes.weight is not None and scale.weight is not None:
-        return stored_blocks(e, codes, scale, block, (k, n), key=".T", transpose=True)
-    return e.op("Transpose", dequantized(e, codes, scale, block), perm=[1, 0])
+
+    def some(rows: torch.Tensor | None) -> onnx.Value:
+        key, count = (".T", n) if rows is None else (f".T.{int(rows[0])}", len(rows))
+        return stored_blocks(e, codes, scale, block, (k, count), key=key, rows=rows, transpose=True)
+
+    return e.product(x, (n, k), some)

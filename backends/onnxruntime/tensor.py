@@ -7,7 +7,7 @@ import onnx_ir as onnx
 
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
-from moec.backends.onnxruntime.types import NARROW_INTEGERS, numpy_type
+from moec.backends.onnxruntime.types import NARROW_INTEGERS, numpy_type, onnx_type
 from moec.ir import DType, Node
 
 
@@ -84,7 +84,11 @@ def split(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
 
 @backend.lowers("tensor.gather")
 def gather(e: Emitter, node: Node) -> onnx.Value:
-    return e.op("Gather", *e.operands(node), axis=node.attrs["axis"])
+    x, index = given(node)
+    if not e.compact(x):
+        return e.op("Gather", *e.operands(node), axis=node.attrs["axis"])
+    rows = e.op("Gather", e.stored(x, "", x.shape, lambda t: t), e.value(index), axis=node.attrs["axis"])
+    return e.op("Cast", rows, to=onnx_type(x.dtype).value)  # of the rows alone, not of the table
 
 
 @backend.lowers("tensor.gather_elements")

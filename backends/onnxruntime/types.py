@@ -28,6 +28,8 @@ ONNX = {
     DType.F32: onnx.DataType.FLOAT,
     DType.F8E4M3: onnx.DataType.FLOAT8E4M3FN,
     DType.F8E5M2: onnx.DataType.FLOAT8E5M2,
+    DType.F16: onnx.DataType.FLOAT16,  # this and the next of weights only, which are widened before anything else
+    DType.BF16: onnx.DataType.BFLOAT16,
     DType.I64: onnx.DataType.INT64,
     DType.I32: onnx.DataType.INT32,
     DType.I16: onnx.DataType.INT16,
