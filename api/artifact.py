@@ -4,6 +4,7 @@
     weights.safetensors     every weight once, whichever programs use it
     forward.ir, cached.ir   the graphs after the target-independent passes
     forward/, cached/       what the backend wrote (model.onnx, …)
+    tokenizer.json          of the checkpoint, where it had one
 
 Legalisation is deterministic and is done again at load; the manifest holds the digest of its result, so that the
 backend's files and the graph always belong together.
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 from moec.files import TEXT_LIMIT, Folder, Manifest, digest_file, exchange, manifest_digest, read_manifest
 from moec.frontend import Signature
+from moec.frontend.checkpoints import is_checkpoint
 from moec.frontend.containers import type_names
 from moec.generation import Generator, Stops
 from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, TensorType, Weight, parse
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
+TOKENIZER = "tokenizer.json"
 
 
 def save(compiled: CompiledModel, folder: Path) -> None:
@@ -163,6 +166,8 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         (work / name).mkdir()
         program.executable.save(work / name)
         entries[name] = {"legal_sha256": program.legal_digest, "weights": names}
+    if compiled.tokenizer_json is not None:
+        (work / TOKENIZER).write_bytes(compiled.tokenizer_json)
     save_file(tensors, work / WEIGHTS)
     # the library makes it private; it is as readable as its neighbours
     shutil.copymode(next(work.glob("*.ir")), work / WEIGHTS)
@@ -222,6 +227,10 @@ def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
     """
 
     root = Path(folder)
+    if is_checkpoint(root) and not (root / MANIFEST).exists():
+        raise ArtifactError(
+            f"{root} is a checkpoint folder, not a saved model", code="artifact", hint="moec.compile reads it"
+        )
     for left in reversed(range(_TRIES)):
         with Folder(root) as files:
             try:
@@ -255,9 +264,9 @@ def _load(files: Folder, threads: int | None) -> CompiledModel:
     generator = Generator(programs["cached"], _stops(manifest)) if "cached" in programs else None
     if generator is not None:
         _check_cached(files.path, generator.program.graph)
-    return CompiledModel(
-        manifest.text("name"), settings, programs.get("forward"), signature, generator=generator, seconds={}
-    )
+    tokenizer = files.read(TOKENIZER, TEXT_LIMIT) if TOKENIZER in manifest.mapping("files") else None
+    name, forward = manifest.text("name"), programs.get("forward")
+    return CompiledModel(name, settings, forward, signature, generator=generator, seconds={}, tokenizer=tokenizer)
 
 
 def _check_files(files: Folder, manifest: Manifest) -> None:

@@ -28,6 +28,13 @@ class CheckpointModel:
     weights: Mapping[str, Weight]
 
     @property
+    def config(self) -> ModelConfig:
+        """Of our transformer."""
+        config = self.module.config
+        assert isinstance(config, ModelConfig)
+        return config
+
+    @property
     def name(self) -> str:
         return self.checkpoint.path.name
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moec.cli_compare import compare
-from moec.cli_options import BackendName, Batch, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
+from moec.cli_options import BackendName, Batch, Memory, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
 from moec.cli_passes import bisect, explain
 from moec.files import MANIFEST_LIMIT, read_regular, strict_json, written_whole
 from moec.ir import ArgumentValueError, CompileError
@@ -47,6 +47,7 @@ def compile_(
     batch: Batch = 2,
     seq: Seq = 24,
     threads: Threads = None,
+    memory: Memory = "fast",
     fallback: Annotated[str, typer.Option(help="error, or reference for nodes the backend lacks")] = "error",
     dump: Annotated[Path | None, typer.Option(help="folder for the IR after every pass")] = None,
     report: Annotated[Path | None, typer.Option(help="write the report, .html or .json")] = None,
@@ -65,6 +66,7 @@ def compile_(
         quantize=quantize,
         fallback=fallback,
         threads=threads,
+        memory=memory,
         dump=dump,
     )
     compiled.save(out)
@@ -81,26 +83,42 @@ def compile_(
 @app.command()
 def generate(
     source: Source,
-    prompt: Annotated[str, typer.Option(help="text; the models of moec.models read it as UTF-8 bytes")],
+    text: Annotated[str | None, typer.Argument(help="the prompt, as --prompt")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="text, for the checkpoint's tokenizer; without one it is read as UTF-8 bytes")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0)] = 64,
     backend: BackendName = "auto",
     quantize: Quantize = None,
     threads: Threads = None,
+    memory: Memory = "fast",
 ) -> None:
-    """Continue a prompt greedily, byte by byte."""
+    """Continue a prompt greedily."""
     import torch
 
     import moec
-    from moec.specs import resolve
+    from moec.checkpoints import CheckpointModel
+    from moec.specs import is_saved, resolve
 
+    if text is not None and prompt is not None:
+        raise typer.BadParameter("the prompt is there twice", param_hint="--prompt")
+    prompt = prompt if text is None else text
     if not prompt:
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
-    if Path(source).is_dir():
+    from_checkpoint = False
+    if is_saved(source):
         if quantize is not None:
             raise typer.BadParameter("a saved model is quantised already or not at all", param_hint="--quantize")
         compiled = moec.load(source, threads=threads)
     else:
-        compiled = moec.compile(resolve(source).model, backend=backend, quantize=quantize, threads=threads)
+        model = resolve(source).model
+        from_checkpoint = isinstance(model, CheckpointModel)
+        compiled = moec.compile(model, backend=backend, quantize=quantize, threads=threads, memory=memory)
+    if from_checkpoint or compiled.tokenizer_json is not None:
+        tokenizer = compiled.tokenizer
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        print(tokenizer.decode(compiled.generate(ids, max_new_tokens=max_new_tokens)[0].tolist()))
+        return
     ids = torch.tensor([list(prompt.encode())])
     result = compiled.generate(ids, max_new_tokens=max_new_tokens)[0].tolist()
     if max(result) > 255:
@@ -125,10 +143,10 @@ def inspect(
     import moec
     from moec.ir.printer import print_graph
     from moec.passes import Pipeline, build_pipeline
-    from moec.specs import resolve
+    from moec.specs import is_saved, resolve
 
     pipeline = Pipeline(tuple(passes_of(passes)))
-    if Path(source).is_dir():
+    if is_saved(source):
         graph = moec.load(source).graph
     else:
         target = resolve(source, batch, seq)

@@ -12,11 +12,16 @@ if TYPE_CHECKING:
 Spec = Annotated[
     str,
     typer.Argument(
-        help="`trained`, a config of moec.models, module:callable returning (model, args), a graph.ir or a model.onnx"
+        help="a checkpoint folder, `trained`, a config of moec.models, module:callable returning (model, args), "
+        "a graph.ir or a model.onnx"
     ),
 ]
 Source = Annotated[
     str, typer.Argument(help="a folder written by save or `moec compile`, a graph.ir, or a model as in `compile`")
+]
+Memory = Annotated[
+    str,
+    typer.Option(help="onnxruntime: fast (weights in f32) or fp8 (weights as they are stored; less memory, slower)"),
 ]
 Quantize = Annotated[str | None, typer.Option(help="fp8 or fp8-weight-only")]
 Batch = Annotated[int, typer.Option(min=1, help="example batch size")]

@@ -36,6 +36,7 @@ class CompiledModel:
         make_generator: Callable[[], Generator] | None = None,
         make_speculator: Callable[[], Speculator] | None = None,
         seconds: dict[str, float] | None = None,
+        tokenizer: bytes | None = None,
     ):
         self.name = name
         self.settings = settings
@@ -47,6 +48,7 @@ class CompiledModel:
         self._make_speculator = make_speculator
         self._lock = threading.Lock()
         self._seconds = seconds or {}
+        self.tokenizer_json = tokenizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: the arguments it was compiled with, in the same structure (dynamic sizes may differ);
@@ -127,6 +129,27 @@ class CompiledModel:
                     )
                 self._speculator = self._make_speculator()
             return self._speculator
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` that came with the checkpoint: `.encode(text).ids`, `.decode(ids)`. Raises
+        CompileError where there was none, or it is damaged."""
+        if self.tokenizer_json is None:
+            raise CompileError(
+                f"{self.name} came without a tokenizer.json",
+                code="tokenizer",
+                hint="put the model's tokenizer.json beside its weights, or pass token ids to generate()",
+            )
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise CompileError(
+                "reading tokenizer.json needs the package tokenizers", code="tokenizer", hint="pip install tokenizers"
+            ) from None
+        try:
+            return Tokenizer.from_str(self.tokenizer_json.decode("utf-8"))
+        except Exception as e:  # the library's errors have no common base but this
+            raise CompileError(f"the tokenizer.json of {self.name} is damaged: {e}", code="tokenizer") from None
 
     def generate(
         self,

@@ -84,12 +84,22 @@ def compile(
     def make_speculator() -> Speculator:
         return _speculator(model, settings.under("speculative"), seconds)
 
-    drafts = make_speculator if speculates(model) else None
+    drafts = make_speculator if speculates(module) else None
     program: Program | None = None
     signature: Signature | None = None
+    tokenizer = model.checkpoint.tokenizer if isinstance(model, CheckpointModel) else None
     if can_generate and not args and not kwargs:
         generator = make_generator()
-        return CompiledModel(name, settings, None, None, generator=generator, make_speculator=drafts, seconds=seconds)
+        return CompiledModel(
+            name,
+            settings,
+            None,
+            None,
+            generator=generator,
+            make_speculator=drafts,
+            seconds=seconds,
+            tokenizer=tokenizer,
+        )
     with progress(f"compile {name}") as step:
         step("trace")
         start = time.perf_counter()
@@ -104,6 +114,7 @@ def compile(
         make_generator=make_generator if can_generate else None,
         make_speculator=drafts,
         seconds=seconds,
+        tokenizer=tokenizer,
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from moec.checkpoints import CheckpointModel, open_model
+from moec.frontend.checkpoints import is_checkpoint
 from moec.graph_file import load_graph
 from moec.ir import ArgumentValueError, Graph
 from moec.ir.cases import with_data
@@ -37,11 +40,15 @@ class Target:
 
 def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
     """`trained`, a named config of moec.models (random weights, seed 0), `module:callable` returning a model or
-    (model, args), or the path of an .ir or .onnx file. Raises ArgumentValueError."""
+    (model, args), or the path of a checkpoint folder or an .ir or .onnx file. Raises ArgumentValueError, and
+    CompileError for a checkpoint that is wrong."""
     if spec.endswith(".ir"):
         return Target(*load_graph(spec), None)
     if is_onnx(spec):
         return Target(spec, (), None)
+    opened = open_model(spec)
+    if isinstance(opened, CheckpointModel):
+        return Target(opened, (_ids(batch, seq, opened.config.vocab_size),), ({0: "B", 1: "S"},))
     if ":" in spec:
         return _call(spec)
     from moec import models
@@ -54,11 +61,20 @@ def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
         raise ArgumentValueError(
             f"no model {spec!r}",
             code="arguments",
-            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, graph.ir, model.onnx, or a saved folder "
-            "where one fits",
+            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, graph.ir, model.onnx, a checkpoint folder, "
+            "or a saved folder where one fits",
         )
-    ids = torch.arange(batch * seq).reshape(batch, seq) % min(256, model.config.vocab_size)
-    return Target(model, (ids,), ({0: "B", 1: "S"},))
+    return Target(model, (_ids(batch, seq, model.config.vocab_size),), ({0: "B", 1: "S"},))
+
+
+def is_saved(source: str) -> bool:
+    """Whether this is a folder that holds a saved model, not a checkpoint."""
+    path = Path(source)
+    return path.is_dir() and not is_checkpoint(path)
+
+
+def _ids(batch: int, seq: int, vocabulary: int) -> torch.Tensor:
+    return torch.arange(batch * seq).reshape(batch, seq) % min(256, vocabulary)
 
 
 def _call(spec: str) -> Target:

@@ -25,7 +25,7 @@ from moec.ir.arrays import from_numpy
 from moec.ir.interpreter import bind_inputs
 
 # a model in memory is copied while it is loaded; larger ones go through a memory-mapped file
-IN_MEMORY = 128 * 2**20
+IN_MEMORY = 32 * 2**20
 
 
 # onnxruntime 1.32: removes the node that computes the bias where others read it too, and takes any transpose of two
@@ -33,14 +33,14 @@ IN_MEMORY = 128 * 2**20
 _BROKEN = ["GemmTransposeFusion"]
 
 
-def session_options(options: Options, threads: int | None) -> onnxruntime.SessionOptions:
+def session_options(threads: int | None, options: Options | None = None) -> onnxruntime.SessionOptions:
     """Full optimisation, quiet; FP8 weights are folded to f32 at load, or with memory="fp8" widened one at a time, in
     memory that is given back at once."""
     result = onnxruntime.SessionOptions()
     result.log_severity_level = 4  # errors come as exceptions
     result.intra_op_num_threads = threads or 0
     result.add_session_config_entry("session.disable_quant_qdq", "1")
-    if options.compact:
+    if options is not None and options.compact:
         result.enable_cpu_mem_arena = False  # it keeps a place for every widened weight
         result.enable_mem_pattern = False
     return result
@@ -208,7 +208,7 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(
             model,
-            session_options(options, threads),
+            session_options(threads, options),
             providers=["CPUExecutionProvider"],
             disabled_optimizers=[*_BROKEN, *(["ConstantFolding"] if options.compact else [])],
         )

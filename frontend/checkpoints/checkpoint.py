@@ -49,7 +49,7 @@ class Checkpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder looks like a Hugging Face checkpoint."""
-    return (path / CONFIG).exists() or any(path.glob("*.safetensors*"))
+    return (path / CONFIG).exists() or any(path.glob("model*.safetensors*"))
 
 
 def open_folder(path: Path) -> Checkpoint:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moec.ir.ops.quant import E4M3_MAX, block_amax, dequantize_blocks, spread
 
-from .hf_checkpoints import save
+from .hf_checkpoints import _deepseek_v3, save
 
 BLOCK = (128, 128)
 # as DeepSeek's: embeddings, head, norms and routers are not converted
@@ -59,6 +59,45 @@ def write_fp8(
     (folder / "config.json").write_text(json.dumps(config))
     write_shards(tensors, folder, shards)
     return AutoModelForCausalLM.from_pretrained(plain).eval()
+
+
+def write_random(folder: Path, **sizes: int) -> int:
+    """A DeepSeek-V3 of random codes, everything else in bf16, in three shards. Returns the bytes of the files."""
+    from moec.frontend.checkpoints.errors import Problems
+    from moec.frontend.checkpoints.hf_config import read_config
+    from moec.models import ModelConfig, MoETransformer
+
+    config = _deepseek_v3(**sizes).to_dict() | {
+        "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK), "fmt": "e4m3"},
+    }
+    fields = read_config(config, Problems("it"))[1] | {"num_mtp_layers": 0}
+    with torch.device("meta"):
+        model = MoETransformer(ModelConfig.from_fields(fields))
+    r = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(name: str, rows: int, columns: int) -> None:
+        tensors[name] = torch.randn(rows, columns, generator=r).mul_(100).to(torch.float8_e4m3fn)
+        scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=r) + 0.5
+        tensors[f"{name}_scale_inv"] = scale / (100 * columns**0.5)
+
+    for name, p in model.state_dict().items():
+        if ".experts." in name:
+            for e in range(p.shape[0]):
+                for part in ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",):
+                    rows = p.shape[1] // (1 if part == "down_proj" else 2)
+                    add(f"{name.rsplit('.', 1)[0]}.{e}.{part}.weight", rows, p.shape[2])
+        elif p.ndim == 1:
+            tensors[name] = torch.ones(p.shape, dtype=torch.bfloat16)
+        elif name.endswith(_LEFT):
+            tensors[name] = (torch.randn(p.shape, generator=r) * p.shape[1] ** -0.5).bfloat16()
+        else:
+            add(name, *p.shape)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_shards(tensors, folder, 3)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def write_shards(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:

@@ -369,4 +369,5 @@ def test_failed_save_leaves_nothing(tmp_path: Path, rng: torch.Generator):
 
 
 def test_options_are_json(saved: tuple[Graph, Path]):
-    assert json.loads((saved[1] / "onnxruntime.json").read_text()) == {"portable": True, "experts": "auto"}
+    expected = {"portable": True, "experts": "auto", "memory": "fast"}
+    assert json.loads((saved[1] / "onnxruntime.json").read_text()) == expected
