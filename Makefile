@@ -71,7 +71,7 @@ graphs: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moec needs Python 3.11 or later, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hf,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hf,checkpoints,test]"
 	touch $(STAMP)
 
 clean:

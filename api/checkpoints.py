@@ -55,10 +55,14 @@ class CheckpointModel:
 
 
 def open_model(model: Any) -> Any:
-    """A checkpoint folder as a `CheckpointModel`; whatever else is given, as it is. Raises CompileError."""
+    """A checkpoint folder or .gguf file as a `CheckpointModel`; all else as it is. Raises CompileError."""
     if not isinstance(model, str | Path):
         return model
     path = Path(model)
+    if path.suffix == ".gguf":
+        from moec.frontend.checkpoints.gguf import open_gguf
+
+        return build(open_gguf(path))
     try:
         if not path.is_dir():
             return model
@@ -88,7 +92,10 @@ def build(checkpoint: Checkpoint) -> CheckpointModel:
         _set_dtype(module, name, weight.type.dtype.torch)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    weights["model.rotary_emb.inv_freq"] = Weight.of("model.rotary_emb.inv_freq", inverse_frequencies(config))
+    frequencies = inverse_frequencies(config)
+    if checkpoint.rope_divisors is not None:
+        frequencies = frequencies / checkpoint.rope_divisors.load()
+    weights["model.rotary_emb.inv_freq"] = Weight.of("model.rotary_emb.inv_freq", frequencies)
     vars(module)["generation_config"] = SimpleNamespace(**checkpoint.tokens)  # as transformers' models have it
     return CheckpointModel(checkpoint, module, weights)
 

@@ -23,7 +23,8 @@ _DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """`fields` are those of `moec.models.ModelConfig`, `dtype` is what the model computes in, `tokens` holds
-    eos_token_id, pad_token_id and bos_token_id where the files say them, `tokenizer` the text of tokenizer.json."""
+    eos_token_id, pad_token_id and bos_token_id where the files say them, `tokenizer` the text of tokenizer.json,
+    `rope_divisors` what each rotary frequency is divided by where a file says so."""
 
     path: Path
     architecture: str
@@ -35,6 +36,7 @@ class Checkpoint:
     tokens: dict[str, Any]
     tokenizer: bytes | None
     problems: Problems
+    rope_divisors: Tensor | None = None
 
     def bind(self, expected: Mapping[str, Shape]) -> dict[str, Weight]:
         """A lazy weight for every parameter of the model, by its name and shape there.
