@@ -54,6 +54,11 @@ class CheckpointModel:
         return traced
 
 
+def module_of(model: Any) -> Any:
+    """The module of a checkpoint; whatever else a model is, itself."""
+    return model.module if isinstance(model, CheckpointModel) else model
+
+
 def open_model(model: Any) -> Any:
     """A checkpoint folder or .gguf file as a `CheckpointModel`; all else as it is. Raises CompileError."""
     if not isinstance(model, str | Path):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moec.backends import Backend, get_backend
-from moec.checkpoints import CheckpointModel, open_model
+from moec.checkpoints import CheckpointModel, module_of, open_model
 from moec.compiled import CompiledModel
 from moec.decoder import cached_decoder, check_decoding, draft_decoder, example, generates, speculates
 from moec.frontend import Signature
@@ -76,7 +76,7 @@ def compile(
     )
     name = describe(model)
     seconds: dict[str, float] = {}
-    can_generate = generates(model.module if isinstance(model, CheckpointModel) else model)
+    can_generate = generates(module_of(model))
 
     def make_generator() -> Generator:
         return _generator(model, settings.under("cached"), seconds)
@@ -84,7 +84,7 @@ def compile(
     def make_speculator() -> Speculator:
         return _speculator(model, settings.under("speculative"), seconds)
 
-    drafts = make_speculator if speculates(module) else None
+    drafts = make_speculator if speculates(module_of(model)) else None
     program: Program | None = None
     signature: Signature | None = None
     tokenizer = model.checkpoint.tokenizer if isinstance(model, CheckpointModel) else None
@@ -122,24 +122,27 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
     with progress(f"compile {describe(model)} with its cache") as step:
         step("trace")
         start = time.perf_counter()
-        module = model.module if isinstance(model, CheckpointModel) else model
-        decoder, past_of = cached_decoder(module)
+        decoder, past_of = cached_decoder(module_of(model))
         args, shapes = example(past_of)
-        source = model.around(decoder) if isinstance(model, CheckpointModel) else decoder
-        graph, signature = acquire(source, args, None, shapes)
+        graph, signature = acquire(_with_weights(model, decoder), args, None, shapes)
         check_decoding(graph, signature.bounds)
         seconds["trace cached"] = time.perf_counter() - start
-        return Generator(build(graph, settings, step), Stops.of(module))
+        return Generator(build(graph, settings, step), Stops.of(module_of(model)))
 
 
 def _speculator(model: Any, settings: Settings, seconds: dict[str, float]) -> Speculator:
     with progress(f"compile {describe(model)} with its drafts") as step:
         step("trace")
         start = time.perf_counter()
-        decoder, args, shapes = draft_decoder(model)
-        graph, _ = acquire(decoder, args, None, shapes)
+        decoder, args, shapes = draft_decoder(module_of(model))
+        graph, _ = acquire(_with_weights(model, decoder), args, None, shapes)
         seconds["trace speculative"] = time.perf_counter() - start
-        return Speculator(build(graph, settings, step), Stops.of(model))
+        return Speculator(build(graph, settings, step), Stops.of(module_of(model)))
+
+
+def _with_weights(model: Any, decoder: torch.nn.Module) -> Any:
+    """A decoder of a model; that of a checkpoint has its weights from the files."""
+    return model.around(decoder) if isinstance(model, CheckpointModel) else decoder
 
 
 def trace(

@@ -63,9 +63,10 @@ def draft_decoder(model: Any) -> tuple[DraftDecoder, tuple[Any, ...], dict[str, 
     def run(batch: int, length: int) -> Past:
         if length == 1:  # a step takes two at least
             return [t[:, :, :1] for t in run(batch, 2)]
-        ids, past = _ids(batch, length), pytree.tree_leaves(model.empty_cache(batch, mtp=True))
+        past = pytree.tree_leaves(model.empty_cache(batch, mtp=True))
+        ids = _ids(batch, length).to(past[0].device)
         with torch.no_grad():
-            return step(ids, torch.ones_like(ids), torch.ones(batch, 1, dtype=torch.int64), past)[2]
+            return step(ids, torch.ones_like(ids), torch.ones_like(ids[:, :1]), past)[2]
 
     (ids, mask, past), shapes = example(run)
     b, length = shapes["input_ids"][0], torch.export.Dim("S", min=2)

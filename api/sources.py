@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.checkpoints import CheckpointModel, open_model
+from moec.checkpoints import CheckpointModel, module_of, open_model
 from moec.frontend import Signature, Traced, trace
 from moec.frontend.signature import positional
 from moec.ir import ArgumentTypeError, CompileError, Graph
@@ -63,7 +63,7 @@ def acquire(
         raise ArgumentTypeError(
             f"kwargs must be a dict of the model's keyword arguments, got {type(kwargs).__name__}", code="arguments"
         )
-    module = model.module if isinstance(model, CheckpointModel) else model
+    module = module_of(model)
     if isinstance(module, nn.Module | torch.export.ExportedProgram):
         with traceable_caches():
             traced: Traced = trace(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)

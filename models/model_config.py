@@ -206,6 +206,7 @@ class ModelConfig:
         self._require(self.q_lora_rank is None, "q_lora_rank", "None without MLA")
         if self.sliding_window is not None:
             self._at_least("sliding_window", 1)
+            self._require(self.num_mtp_layers == 0, "num_mtp_layers", "0 with a sliding window")
 
     def is_sliding(self, layer: int) -> bool:
         """Whether a layer's attention has the sliding window."""

@@ -152,5 +152,8 @@ def test_multi_token_prediction_layers_are_read_where_they_are(tmp_path):
     opened = open_model(tmp_path)
     assert opened.module.config.num_mtp_layers == 1
     assert torch.equal(opened.weights["model.layers.2.eh_proj.weight"].load(), last["model.layers.2.eh_proj.weight"])
+    compiled = moec.compile(tmp_path, (ids(),), backend="reference")
     with torch.no_grad():
-        close(moec.compile(tmp_path, (ids(),), backend="reference")(ids()), hf(ids()).logits)
+        close(compiled(ids()), hf(ids()).logits)
+    plain = compiled.generate(ids(), max_new_tokens=4, eos_token_id=None)
+    assert torch.equal(compiled.generate(ids(), max_new_tokens=4, eos_token_id=None, speculative=True), plain)
