@@ -51,7 +51,10 @@ class Checkpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder looks like a Hugging Face checkpoint."""
-    return (path / CONFIG).exists() or any(path.glob("model*.safetensors*"))
+    try:
+        return (path / CONFIG).exists() or any(path.glob("model*.safetensors*"))
+    except (OSError, ValueError):  # a name that no folder can have
+        return False
 
 
 def open_folder(path: Path) -> Checkpoint:
