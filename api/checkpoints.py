@@ -69,7 +69,7 @@ def open_model(model: Any) -> Any:
 
         return build(open_gguf(path))
     try:
-        if not path.is_dir():
+        if path.suffix == ".onnx" or not path.is_dir():
             return model
     except (OSError, ValueError):
         return model

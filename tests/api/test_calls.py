@@ -143,7 +143,7 @@ def test_exported_programs(nested):
     ("model", "options", "words"),
     [
         ("model.onnx", {}, ["model.onnx", "No such file"]),
-        ("some/folder", {}, ["checkpoint folder", "not supported in this version"]),
+        ("some/folder", {}, ["some/folder", "no folder and no .onnx file", "checkpoint folder"]),
         (42, {}, ["int"]),
         (nn.Identity(), {"args": torch.ones(2)}, ["args", "args=(tensor,)"]),
         (nn.Identity(), {"args": (torch.ones(2),), "kwargs": [1]}, ["kwargs", "list"]),
