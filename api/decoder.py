@@ -40,7 +40,7 @@ class CachedDecoder(nn.Module):
 class DraftDecoder(CachedDecoder):
     """One step of speculative decoding, see `moec.speculation.Speculator`."""
 
-    def forward(  # type: ignore[override]  # what is known of the last id too
+    def forward(  # type: ignore[override]  # it takes `known` besides
         self, input_ids: Tensor, attention_mask: Tensor, known: Tensor, past: Past
     ) -> tuple[Tensor, Tensor, Past]:
         return self.__dict__["step"](input_ids, attention_mask, known, past)

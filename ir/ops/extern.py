@@ -272,10 +272,10 @@ def _evaluator(name: str, names: tuple[str, ...], attrs: tuple, types: tuple) ->
     outs = output_names(op.slots)  # type: ignore[attr-defined]  # set from the attributes
     results = [
         helper.make_tensor_value_info(o, kinds[t.dtype], [None] * t.rank)
-        for o, t in zip([o for o in outs if o], op.types, strict=True)  # type: ignore[attr-defined]  # as above
+        for o, t in zip([o for o in outs if o], op.types, strict=True)  # type: ignore[attr-defined]  # set from the attributes
     ]
     graph = helper.make_graph([node_proto(op, list(names), outs)], "extern", inputs, results)
-    opsets = opset_imports(name, op.version)  # type: ignore[attr-defined]  # as above
+    opsets = opset_imports(name, op.version)  # type: ignore[attr-defined]  # set from the attributes
     return ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets))
 
 

@@ -76,7 +76,7 @@ NAMES = (*_VISION, *_LINALG, *_FFT, *_SPECIAL, *_OTHER)
 
 _IGNORED = ("layout", "device", "pin_memory", "memory_format", "generator", "out")  # of schemas: nothing about values
 _OPERANDS = {"Tensor": Operand, "Optional[Tensor]": OptionalOperand, "List[Tensor]": Operands}
-_ANY: Any = Attr[Any]  # type: ignore[misc]  # a type as a value
+_ANY: Any = Attr[Any]  # type: ignore[misc]  # built once, annotates generated classes
 
 
 def op_of(name: str) -> str:

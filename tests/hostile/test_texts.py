@@ -89,7 +89,7 @@ def test_a_damaged_text_is_refused_or_another_graph():
 def test_what_is_no_text():
     for what in (b"graph() -> () {}", None, 3, ["graph"], bytearray(4)):
         with refused(f"is a str, got {type(what).__name__}"):
-            parse(what)  # type: ignore[arg-type]
+            parse(what)  # type: ignore[arg-type]  # what is no str is what is tested
 
 
 @limited()
