@@ -9,7 +9,7 @@ from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.sizes import at_least
-from moec.backends.onnxruntime.types import onnx_type
+from moec.backends.onnxruntime.types import carrier, onnx_type
 from moec.ir import Dim, DType, Node
 
 
@@ -21,13 +21,14 @@ def sdpa(e: Emitter, node: Node) -> onnx.Value:
     b, heads, s, d = q.shape
     kv_heads, t, dv = k.shape[1], k.shape[2], v.shape[3]
     shared = (b, kv_heads, s * (heads // kv_heads))
-    scaled = e.op("Mul", e.value(q), e.scalar(node.attrs["scale"], q.dtype))
+    wide = carrier(q.dtype)  # of factors too: in f16 they may be 0 or infinite
+    scaled = e.op("Mul", e.value(q), e.scalar(node.attrs["scale"], wide))
     keys = e.op("Transpose", e.value(k), perm=[0, 1, 3, 2])
     scores = e.op("MatMul", e.reshape(scaled, q.shape, (*shared, d)), keys)
     scores = e.reshape(scores, (*shared, t), (b, heads, s, t))
     cap = node.attrs["softcap"]
     if cap is not None:
-        bound = e.scalar(cap, q.dtype)
+        bound = e.scalar(cap, wide)
         scores = e.op("Mul", e.op("Tanh", e.op("Div", scores, bound)), bound)
     allowed, dead = _allowed(e, node)
     if mask is not None and mask.dtype is not DType.BOOL:

@@ -54,7 +54,7 @@ def _loop(e: Emitter, node: Node) -> tuple[onnx.Value, onnx.Value]:
     def seen(x: Value, *shape: int) -> onnx.Value:
         return e.reshape(e.value(x), x.shape, (batch, length, *shape))
 
-    queries = e.op("Mul", seen(q, shared, 1, 1, rows), e.scalar(node.attrs["scale"], v.dtype))
+    queries = e.op("Mul", seen(q, shared, 1, 1, rows), e.scalar(node.attrs["scale"], carrier(v.dtype)))
     keys, values = seen(k, shared, 1, rows, 1), seen(v, shared, group, 1, columns)
     kept = rates = None
     if decay is not None:

@@ -44,6 +44,18 @@ def test_eps_of_an_f64_norm_is_not_rounded_to_f32(node):
     torch.testing.assert_close(a, b, rtol=1e-14, atol=0.0)
 
 
+@pytest.mark.parametrize("factors", ["scale=0.5, softcap=1e-30", "scale=0.5, softcap=1e30", "scale=1e6", "scale=1e-9"])
+def test_factors_of_f16_attention_that_f16_cannot_hold(factors):
+    text = (
+        "graph(%q: f16[1, 2, 3, 4], %k: f16[1, 2, 5, 4], %v: f16[1, 2, 5, 4]) -> (%y: f16[1, 2, 3, 4]) {\n"
+        f"  %0: f16[1, 2, 3, 4] = attention.sdpa(%q, %k, %v, _, _) {{{factors}}}\n  return %0\n}}"
+    )
+    q, k, v = (torch.randn(1, 2, n, 4) for n in (3, 5, 5))
+    q[0, 0, 0] = 0  # a score of 0, which an infinite factor would turn into NaN
+    (a,), (b,) = both(text, (q / 1e3).half(), (k / 1e3).half() if "1e6" in factors else k.half(), v.half())
+    torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
 def test_f64_routers_by_softplus():
     text = (
         "graph(%x: f64[3, 4]) -> (%w: f64[3, 2], %e: i64[3, 2]) {\n"
