@@ -14,8 +14,9 @@ from rich.table import Table
 from moec.cli_compare import compare
 from moec.cli_options import BackendName, Batch, Memory, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
 from moec.cli_passes import bisect, explain
-from moec.files import MANIFEST_LIMIT, read_regular, strict_json, written_whole
+from moec.files import MANIFEST_LIMIT, read_regular, written_whole
 from moec.ir import ArgumentValueError, CompileError
+from moec.ir.strict_json import strict_json
 
 app = typer.Typer(
     no_args_is_help=True,

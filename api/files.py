@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moec.ir import ArgumentValueError, ArtifactError, CompileError
+from moec.ir.strict_json import strict_json
 
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest is text about files and structure
 TEXT_LIMIT = 512 << 20  # bytes of a graph's text
@@ -227,25 +228,6 @@ def manifest_digest(data: dict[str, Any]) -> str:
     """SHA-256 over the fields of a manifest but `sha256`, however they are written."""
     fields = {k: v for k, v in data.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def strict_json(data: bytes) -> Any:
-    """JSON as the standard has it: no NaN, no name twice in an object. Raises ValueError."""
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(found)
-        if len(result) != len(found):
-            names = [k for k, _ in found]
-            raise ValueError(f"an object has the name {next(k for k in names if names.count(k) > 1)!r} twice")
-        return result
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
 
 
 def read_regular(path: Path, limit: int) -> bytes:

@@ -7,7 +7,7 @@ as transformers writes it where it lets the implementation be chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -42,11 +42,20 @@ def _parameters(module: Any, **shapes: tuple[int, ...]) -> bool:
     return all(name in found and tuple(found[name].shape) == shape for name, shape in shapes.items())
 
 
-class SplitGatedExperts:
+class _StandIn:
+    """What the structures below share: `fits` says whether a module has one, a call computes what the module does."""
+
+    label: ClassVar[str]
+    block: ClassVar[int] = 1
+
+    def __init__(self, module: Any):
+        self.module = module
+
+
+class SplitGatedExperts(_StandIn):
     """Experts whose gates, ups and downs lie in three matrices [E · F, D], one expert's rows after the other's."""
 
     label = "a loop over experts"
-    block = 1
 
     @classmethod
     def fits(cls, module: Any) -> bool:
@@ -56,9 +65,6 @@ class SplitGatedExperts:
         shape = (module.num_experts * module.ffn_hidden_size, module.hidden_size)
         inner = getattr(module, "mlp", None)
         return _parameters(inner, w1=shape, v1=shape, w2=shape) and callable(getattr(inner, "activation_fn", None))
-
-    def __init__(self, module: Any):
-        self.module = module
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[B, S, D] or [T, D] → [B, S, D] or [T, 1, D]"""
@@ -70,11 +76,10 @@ class SplitGatedExperts:
         return out.view(hidden_states.shape[0], -1, m.hidden_size)
 
 
-class ExpertsWithIdentity:
+class ExpertsWithIdentity(_StandIn):
     """Stacked experts gate_up_proj [≥ E, 2F, D] and down_proj [E, D, F]; ids from E on leave a token as it is."""
 
     label = "a loop over experts"
-    block = 1
 
     @classmethod
     def fits(cls, module: Any) -> bool:
@@ -88,9 +93,6 @@ class ExpertsWithIdentity:
         }
         named = all(callable(getattr(module, n, None)) for n in ("act_fn", "identity_expert"))
         return named and module.num_routed_experts > 0 and _parameters(module, **shapes)
-
-    def __init__(self, module: Any):
-        self.module = module
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D] → [T, D]"""
@@ -110,11 +112,10 @@ class ExpertsWithIdentity:
         return (out + hidden_states * kept).to(hidden_states.dtype)
 
 
-class CountingGate:
+class CountingGate(_StandIn):
     """A top-k softmax gate that returns how many tokens each expert gets as a list of numbers; here as a tensor."""
 
     label = "a count of tokens for each expert"
-    block = 1
 
     @classmethod
     def fits(cls, module: Any) -> bool:
@@ -122,9 +123,6 @@ class CountingGate:
         if not _numbers(module, "num_experts", "input_size", "top_k"):
             return False
         return _parameters(getattr(module, "layer", None), weight=(module.num_experts, module.input_size))
-
-    def __init__(self, module: Any):
-        self.module = module
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """[T, D] → rows sorted by expert as places in [T · k], their tokens, their weights, counts i64[E], logits
@@ -139,11 +137,10 @@ class CountingGate:
         return order, order // m.top_k, gates.flatten()[order], counts, logits
 
 
-class ParallelLinear:
+class ParallelLinear(_StandIn):
     """One product for each expert [O, I] with as many rows as it is told: weight [E, O, I]."""
 
     label = "a product for each expert"
-    block = 1
 
     @classmethod
     def fits(cls, module: Any) -> bool:
@@ -151,9 +148,6 @@ class ParallelLinear:
         if not _numbers(module, "num_experts", "input_size", "output_size"):
             return False
         return _parameters(module, weight=(module.num_experts, module.output_size, module.input_size))
-
-    def __init__(self, module: Any):
-        self.module = module
 
     def __call__(self, inputs: Tensor, expert_size: Any) -> Tensor:
         """inputs [R, I] sorted by expert, counts i64[E] → [R, O]"""

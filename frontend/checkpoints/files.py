@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.ir import CompileError
+from moec.ir.strict_json import strict_json
 
 JSON_LIMIT = 64 << 20  # bytes; of config.json, the index and tokenizer.json
 # how a snapshot in the hub's cache names its files, which lie beside it
@@ -77,8 +77,8 @@ class CheckpointFolder:
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object. Raises CompileError for anything else, also for an object with a name twice."""
         try:
-            data = json.loads(self.read(name).decode("utf-8"), object_pairs_hook=_once)
-        except (ValueError, RecursionError) as e:
+            data = strict_json(self.read(name), constants=True)
+        except ValueError as e:
             if isinstance(e, CompileError):
                 raise
             raise self._bad(name, f"is no JSON: {e}") from None
@@ -110,14 +110,6 @@ class CheckpointFolder:
 def is_plain(name: str) -> bool:
     """Whether this names a file directly inside a folder."""
     return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0\n\r:")
-
-
-def _once(found: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(found)
-    if len(result) != len(found):
-        names = [k for k, _ in found]
-        raise ValueError(f"an object has the name {next(k for k in names if names.count(k) > 1)!r} twice")
-    return result
 
 
 def _reason(error: Exception) -> str:

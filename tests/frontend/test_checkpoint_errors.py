@@ -292,6 +292,7 @@ def test_a_header_of_100_megabytes(tmp_path):
         ("config.json", "{", "config.json is no JSON"),
         ("config.json", "[]", "config.json holds a list, expected an object"),
         ("config.json", '{"a": 1, "a": 2}', "has the name 'a' twice"),
+        ("config.json", '{"time_step_limit": [0.0, Infinity]}', "model_type is None, supported are llama"),
         ("config.json", "[" * 100_000, "config.json is no JSON"),
         ("model.safetensors.index.json", '{"weight_map": [1]}', "weight_map must be an object"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x', expected a token id"),
