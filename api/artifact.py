@@ -36,6 +36,7 @@ from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, Tenso
 from moec.ir.opdef import known
 from moec.ir.weight import digest as digest_tensor
 from moec.program import Program, Settings, legalise, lower
+from moec.speculation import Speculator
 from moec.transformers_types import import_class
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def _programs(compiled: CompiledModel) -> dict[str, Program]:
     if compiled.signature is not None:
         programs["forward"] = compiled.program
     if compiled.can_generate:
-        programs["cached"] = compiled.generator.program
+        programs |= compiled.generator.programs
+    if compiled.can_speculate:
+        programs["speculative"] = compiled.speculator.program
     return programs
 
 
@@ -216,7 +219,12 @@ def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
     if not compiled.can_generate:
         return None
     stops = compiled.generator.stops
-    return {"eos": list(stops.eos), "pad": stops.pad, "positions": stops.positions}
+    return {
+        "eos": list(stops.eos),
+        "pad": stops.pad,
+        "positions": stops.positions,
+        "least_prompt": compiled.generator.least,
+    }
 
 
 def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
@@ -244,6 +252,7 @@ def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
 
 
 _TRIES = 5
+_LONGEST_PAD = 1 << 16
 
 
 def _load(files: Folder, threads: int | None) -> CompiledModel:
@@ -251,9 +260,11 @@ def _load(files: Folder, threads: int | None) -> CompiledModel:
 
     manifest = read_manifest(files, MANIFEST)
     entries = manifest.mapping("programs")
-    unknown = sorted(set(entries) - {"forward", "cached"})
-    if unknown or not entries:
-        raise manifest.bad("programs", "'forward', 'cached' or both", sorted(entries))
+    unknown = set(entries) - {"forward", "cached", "prompt", "speculative"}
+    if unknown or not entries or ("cached" not in entries and set(entries) != {"forward"}):
+        raise manifest.bad(
+            "programs", "'forward', 'cached' or both, and beside 'cached' 'prompt' or 'speculative'", sorted(entries)
+        )
     _check_files(files, manifest)
     _check_ops(manifest)
     settings = _settings(manifest, threads)
@@ -261,12 +272,17 @@ def _load(files: Folder, threads: int | None) -> CompiledModel:
     signature = None
     if "forward" in programs:
         signature = _signature(manifest, programs["forward"].graph)
-    generator = Generator(programs["cached"], _stops(manifest)) if "cached" in programs else None
-    if generator is not None:
-        _check_cached(files.path, generator.program.graph)
+    generator = speculator = None
+    if "cached" in programs:
+        stops = _stops(manifest)
+        generator = Generator(programs["cached"], stops, programs.get("prompt"), _least_prompt(manifest))
+        speculator = Speculator(programs["speculative"], stops) if "speculative" in programs else None
+        _check_decoders(files.path, {name: program.graph for name, program in programs.items() if name != "forward"})
     tokenizer = files.read(TOKENIZER, TEXT_LIMIT) if TOKENIZER in manifest.mapping("files") else None
     name, forward = manifest.text("name"), programs.get("forward")
-    return CompiledModel(name, settings, forward, signature, generator=generator, seconds={}, tokenizer=tokenizer)
+    return CompiledModel(
+        name, settings, forward, signature, generator=generator, speculator=speculator, seconds={}, tokenizer=tokenizer
+    )
 
 
 def _check_files(files: Folder, manifest: Manifest) -> None:
@@ -384,6 +400,13 @@ def _stops(manifest: Manifest) -> Stops:
     return Stops(tuple(eos), pad, positions)
 
 
+def _least_prompt(manifest: Manifest) -> int:
+    least = manifest.mapping("stops").get("least_prompt", 1)
+    if type(least) is not int or not 1 <= least <= _LONGEST_PAD:
+        raise manifest.bad("stops.least_prompt", f"a number from 1 to {_LONGEST_PAD}", least)
+    return least
+
+
 def _signature(manifest: Manifest, graph: Graph) -> Signature:
     data = manifest.mapping("signature")
     try:
@@ -415,16 +438,19 @@ def _signature(manifest: Manifest, graph: Graph) -> Signature:
     return signature
 
 
-def _check_cached(root: Path, graph: Graph) -> None:
-    """That a cached program has the inputs and outputs that decoding relies on."""
-    ok = (
-        len(graph.inputs) >= 3
-        and len(graph.outputs) == len(graph.inputs) - 1
-        and [v.name for v in graph.inputs[:2]] == ["input_ids", "attention_mask"]
-        and not isinstance(graph.inputs[0].shape[0], int)
-    )
-    if not ok:
-        raise ArtifactError(
-            f"{root / 'cached.ir'}: inputs {[v.name for v in graph.inputs]} are not those of a cached program",
-            code="artifact",
-        )
+def _check_decoders(root: Path, graphs: dict[str, Graph]) -> None:
+    """That programs have the inputs and outputs that decoding relies on."""
+    lead = {"cached": ("input_ids", "attention_mask"), "speculative": ("input_ids", "attention_mask", "known")}
+    for name, graph in graphs.items():
+        given, made = [v.name for v in graph.inputs], len(graph.outputs)
+        if name == "prompt":
+            past = len(graphs["cached"].inputs) - 2
+            ok = given == list(lead["cached"]) and made == past + 1
+        else:
+            own = len(lead[name])
+            ok = given[:own] == list(lead[name]) and len(given) > own and made == len(given) - 1
+        if not ok or isinstance(graph.inputs[0].shape[0], int):
+            raise ArtifactError(
+                f"{root / name}.ir: inputs {given} and {made} outputs are not those of a {name} program",
+                code="artifact",
+            )

@@ -34,6 +34,7 @@ class CompiledModel:
         *,
         generator: Generator | None = None,
         make_generator: Callable[[], Generator] | None = None,
+        speculator: Speculator | None = None,
         make_speculator: Callable[[], Speculator] | None = None,
         seconds: dict[str, float] | None = None,
         tokenizer: bytes | None = None,
@@ -44,7 +45,7 @@ class CompiledModel:
         self._signature = signature
         self._generator = generator
         self._make_generator = make_generator
-        self._speculator: Speculator | None = None
+        self._speculator = speculator
         self._make_speculator = make_speculator
         self._lock = threading.Lock()
         self._seconds = seconds or {}
@@ -95,7 +96,7 @@ class CompiledModel:
         if self._program is not None:
             programs["forward"] = self._program
         if self._generator is not None:
-            programs["cached"] = self._generator.program
+            programs |= self._generator.programs
         if self._speculator is not None:
             programs["speculative"] = self._speculator.program
         return Report(self.name, self.backend, programs, dict(self._seconds))
@@ -104,6 +105,11 @@ class CompiledModel:
     def can_generate(self) -> bool:
         """Whether the model has a KV cache protocol."""
         return self._generator is not None or self._make_generator is not None
+
+    @property
+    def can_speculate(self) -> bool:
+        """Whether the model has a head that drafts tokens."""
+        return self._speculator is not None or self._make_speculator is not None
 
     @property
     def generator(self) -> Generator:
@@ -125,7 +131,7 @@ class CompiledModel:
                     raise CompileError(
                         f"{self.name} cannot decode speculatively: it has no multi-token prediction head",
                         code="generate",
-                        hint="models of moec.models with num_mtp_layers ≥ 1 have one; a saved model lost it",
+                        hint="models of moec.models with num_mtp_layers ≥ 1 have one",
                     )
                 self._speculator = self._make_speculator()
             return self._speculator
@@ -201,8 +207,8 @@ class CompiledModel:
     def save(self, folder: str | Path) -> None:
         """Write text IR, safetensors weights, a manifest and the backend's files to `folder`, whole or not at all.
 
-        A language model's cached program is compiled for it and saved along. An existing folder is replaced if it
-        is empty or was written by `save`. Raises ArtifactError otherwise, CompileError for what cannot be saved.
+        A language model's programs for `generate` are compiled for it and saved along. An existing folder is replaced
+        if it is empty or was written by `save`. Raises ArtifactError otherwise, CompileError for what cannot be saved.
         """
         from moec.artifact import save
 

@@ -12,10 +12,20 @@ import torch
 from moec.backends import Backend, get_backend
 from moec.checkpoints import CheckpointModel, module_of, open_model
 from moec.compiled import CompiledModel
-from moec.decoder import cached_decoder, check_decoding, draft_decoder, example, generates, speculates
+from moec.decoder import (
+    cached_decoder,
+    check_decoding,
+    check_padding,
+    draft_decoder,
+    example,
+    generates,
+    prompt_example,
+    speculates,
+    split_decoder,
+)
 from moec.frontend import Signature
 from moec.generation import Generator, Stops
-from moec.ir import Graph, Placement, Quantization
+from moec.ir import CompileError, Graph, Placement, Quantization
 from moec.passes.base import Pass
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Program, Settings, build
@@ -79,7 +89,7 @@ def compile(
     can_generate = generates(module_of(model))
 
     def make_generator() -> Generator:
-        return _generator(model, settings.under("cached"), seconds)
+        return _generator(model, settings, seconds)
 
     def make_speculator() -> Speculator:
         return _speculator(model, settings.under("speculative"), seconds)
@@ -119,15 +129,36 @@ def compile(
 
 
 def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Generator:
+    """One program for any number of new tokens; where a model does something else for one than for several, two."""
+    module = module_of(model)
     with progress(f"compile {describe(model)} with its cache") as step:
         step("trace")
         start = time.perf_counter()
-        decoder, past_of = cached_decoder(module_of(model))
-        args, shapes = example(past_of)
-        graph, signature = acquire(_with_weights(model, decoder), args, None, shapes)
-        check_decoding(graph, signature.bounds)
+        first: Graph | None = None
+        try:
+            decoder, past_of = cached_decoder(module)
+            graph, least = _decoder_graph(model, decoder, *example(past_of))
+        except CompileError:
+            split = split_decoder(module)
+            if split is None:
+                raise
+            prompt, decoder, past_of = split
+            example_prompt, shapes = prompt_example()
+            first, least = _decoder_graph(model, prompt, example_prompt, shapes, fewest=example_prompt[0].shape[1])
+            check_padding(prompt, least)
+            graph, _ = _decoder_graph(model, decoder, *example(past_of, length=1))
         seconds["trace cached"] = time.perf_counter() - start
-        return Generator(build(graph, settings, step), Stops.of(module_of(model)))
+        cached = build(graph, settings.under("cached"), step)
+        prompted = None if first is None else build(first, settings.under("prompt"), step)
+        return Generator(cached, Stops.of(module), prompted, least)
+
+
+def _decoder_graph(
+    model: Any, decoder: torch.nn.Module, args: tuple[Any, ...], shapes: dict[str, Any], fewest: int = 1
+) -> tuple[Graph, int]:
+    """The graph of a decoder, which holds for `fewest` new tokens and any more, and how few it does hold for."""
+    graph, signature = acquire(_with_weights(model, decoder), args, None, shapes)
+    return graph, check_decoding(graph, signature.bounds, fewest)
 
 
 def _speculator(model: Any, settings: Settings, seconds: dict[str, float]) -> Speculator:

@@ -3,7 +3,6 @@ tensors out."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from moec.generation import no_generation
 from moec.ir import Graph
-from moec.transformers_cache import CacheLayout
+from moec.transformers_cache import ARGUMENTS, CacheLayout, cache_argument, close
 
 Past = list[Tensor]
+_SEVERAL = 17  # new tokens at once: more than the convolutions of states are wide
 
 
 class CachedDecoder(nn.Module):
@@ -79,28 +79,52 @@ def draft_decoder(model: Any) -> tuple[DraftDecoder, tuple[Any, ...], dict[str, 
     return DraftDecoder(model, step), (ids, mask, torch.ones(len(ids), 1, dtype=torch.int64), past), shapes
 
 
+class PromptDecoder(CachedDecoder):
+    """The first step, from no past: input_ids i64[B, S], attention_mask i64[B, S] → (logits of the last position
+    [B, V], cache tensors)."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Past]:  # type: ignore[override]
+        return self.__dict__["step"](input_ids, attention_mask)  # type: ignore[no-any-return]
+
+
 def cached_decoder(model: nn.Module) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
     """The decoder of a model, and a function that makes its cache for (batch, past) by running the model.
 
-    Recognised by structure: `empty_cache(batch)` (moec.models), or transformers' `past_key_values`. Raises
-    CompileError for a model that keeps no such cache.
+    Recognised by structure: `empty_cache(batch)` (moec.models), or a cache of transformers'. Raises CompileError for a
+    model that keeps no such cache, or does something else for several tokens with past ones than without.
     """
     if callable(getattr(model, "empty_cache", None)):
         return _own_cache(model)
-    parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" in parameters and "input_ids" in parameters:
-        return _transformers_cache(model, "position_ids" in parameters)
-    raise no_generation(f"{type(model).__name__} has neither empty_cache() nor past_key_values")
+    if cache_argument(model) is not None:
+        layout = CacheLayout(model, _ids)
+        if not layout.continues(_SEVERAL):
+            raise no_generation(f"it computes something else for {_SEVERAL} tokens after others than in one run")
+        return _transformers_cache(layout)
+    raise no_generation(f"{type(model).__name__} has neither empty_cache() nor {' nor '.join(ARGUMENTS)}")
+
+
+def split_decoder(model: nn.Module) -> tuple[PromptDecoder, CachedDecoder, Callable[[int, int], Past]] | None:
+    """Two modules for a model that does something else for one token after others than for several: the step from no
+    past, the step of one token, and the function that makes a cache. None for a model that cannot be split so. Raises
+    CompileError where one token after others is not what it is in one run."""
+    if callable(getattr(model, "empty_cache", None)) or cache_argument(model) is None:
+        return None
+    layout = CacheLayout(model, _ids)
+    if not layout.continues(1):
+        raise no_generation("it computes something else for a token after others than in one run")
+
+    def first(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Past]:
+        logits, cache = layout.call(None, input_ids, attention_mask)
+        return logits[:, -1], layout.flat(cache)
+
+    return PromptDecoder(model, first), *_transformers_cache(layout)
 
 
 def generates(model: Any) -> bool:
     """Whether a model has one of the cache protocols (its run may still refuse)."""
     if not isinstance(model, nn.Module):
         return False
-    if callable(getattr(model, "empty_cache", None)):
-        return True
-    parameters = inspect.signature(model.forward).parameters
-    return "past_key_values" in parameters and "input_ids" in parameters
+    return callable(getattr(model, "empty_cache", None)) or cache_argument(model) is not None
 
 
 def _own_cache(model: Any) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
@@ -119,38 +143,39 @@ def _own_cache(model: Any) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
     return CachedDecoder(model, step), run
 
 
-def _transformers_cache(model: Any, takes_positions: bool) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
-    layout = CacheLayout(model, _ids)
-
+def _transformers_cache(layout: CacheLayout) -> tuple[CachedDecoder, Callable[[int, int], Past]]:
     def step(input_ids: Tensor, attention_mask: Tensor, past: Past) -> tuple[Tensor, Past]:
-        named = {}
-        if takes_positions:  # positions count the tokens of a row, so that padding shifts nothing
-            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        if layout.takes_positions:
             for length in layout.lengths(past):
                 # export has to know: else the new positions may get a length of their own, and dense models are refused
                 torch._check(attention_mask.shape[1] == length + input_ids.shape[1])
-            named["position_ids"] = positions[:, attention_mask.shape[1] - input_ids.shape[1] :]
-        out = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=layout.cache(past),
-            use_cache=True,
-            **named,
-        )
-        return out.logits[:, -1], layout.flat(out.past_key_values)
+        logits, cache = layout.call(layout.cache(past), input_ids, attention_mask)
+        return logits[:, -1], layout.flat(cache)
 
-    return CachedDecoder(model, step), layout.run
+    return CachedDecoder(layout.model, step), layout.run
+
+
+def check_padding(prompt: PromptDecoder, least: int) -> None:
+    """Raise CompileError where padding a prompt of one token on the left to `least` changes what comes of it."""
+    ids = _ids(2, 1) + 1
+    padded, mask = (torch.nn.functional.pad(t, (least - 1, 0)) for t in (ids, torch.ones_like(ids)))
+    with torch.no_grad():
+        want, got = prompt(ids, torch.ones_like(ids))[0], prompt(padded, mask)[0]
+    if not close(got, want):
+        raise no_generation(
+            f"traced at {_SEVERAL} tokens, its prompt takes {least} or more, and padding on the left changes its logits"
+        )
 
 
 def _ids(batch: int, length: int) -> Tensor:
     return torch.arange(batch * length).reshape(batch, length) % 7
 
 
-def example(past_of: Callable[[int, int], Past]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments to trace a decoder at, and its dynamic shapes: batch, sequence, and past, which the caches' own
-    sizes at different batches and lengths tell apart. A tensor of one size at every length is a state. Raises
-    CompileError where one grows otherwise."""
-    batch, past, length = 2, 5, 3
+def example(past_of: Callable[[int, int], Past], length: int = 3) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments to trace a decoder at, and its dynamic shapes: batch, sequence (`length` 1: that one only), and past,
+    which the caches' own sizes at different batches and lengths tell apart. A tensor of one size at every length is a
+    state. Raises CompileError where one grows otherwise."""
+    batch, past = 2, 5
     cache = past_of(batch, past)
     b = torch.export.Dim("B")
     s = torch.export.Dim("S")
@@ -170,11 +195,17 @@ def example(past_of: Callable[[int, int], Past]) -> tuple[tuple[Any, ...], dict[
         axes.append({grows_b[0]: b} | ({} if is_state else {grows_p[0]: p}))
     args = (_ids(batch, length), torch.ones(batch, past + length, dtype=torch.int64), cache)
     shapes = {
-        "input_ids": {0: b, 1: s},
+        "input_ids": {0: b, 1: s} if length > 1 else {0: b},
         "attention_mask": {0: b, 1: torch.export.Dim.AUTO},
         "past": axes,
     }
     return args, shapes
+
+
+def prompt_example() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same of a `PromptDecoder`."""
+    ids, axes = _ids(2, _SEVERAL), {0: torch.export.Dim("B"), 1: torch.export.Dim("S")}
+    return (ids, torch.ones_like(ids)), {"input_ids": axes, "attention_mask": axes}
 
 
 def _grows(t: Tensor, longer: Tensor, least: Tensor, axes: list[int]) -> bool:
@@ -183,13 +214,15 @@ def _grows(t: Tensor, longer: Tensor, least: Tensor, axes: list[int]) -> bool:
     return bool(sizes) and sizes[1] == sizes[0] + 1 and sizes[2] == 1
 
 
-def check_decoding(graph: Graph, bounds: Mapping[str, tuple[int, int | None]]) -> None:
-    """Raise CompileError where a traced decoder does not hold for one new token."""
-    (length,) = (str(n) for n in graph.inputs[0].shape[1:])
-    least, greatest = bounds.get(length, (0, None))
-    if least > 1 or greatest is not None:
+def check_decoding(graph: Graph, bounds: Mapping[str, tuple[int, int | None]], fewest: int = 1) -> int:
+    """The fewest new tokens that a traced decoder takes. Raises CompileError where it does not hold for `fewest`, or
+    not for any more."""
+    (length,) = graph.inputs[0].shape[1:]
+    least, greatest = bounds.get(str(length), (0, None))
+    if least > fewest or greatest is not None:
         raise no_generation(
             f"traced at several new tokens at once, it holds for {least} or more"
             + (f" up to {greatest}" if greatest is not None else "")
             + ", and decoding takes one at a time (with a cache, the model computes something else for one)"
         )
+    return max(least, 1)

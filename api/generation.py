@@ -85,6 +85,10 @@ def _ids(value: Any) -> tuple[int, ...]:
 class Generator:
     """The cached program with what decoding needs.
 
+    Where a model does something else for one token after others than for several, `program` takes one token, and
+    `prompt` the first tokens: input_ids i64[B, S ≥ `least`], attention_mask i64[B, S] → the same outputs. A shorter
+    prompt is padded on the left.
+
     Program inputs: input_ids i64[B, S], attention_mask i64[B, P + S], then the cache's tensors, each with a batch
     axis B, and a time axis P unless it is a state of one size (of a recurrence or a convolution; zeros at first).
     Outputs: the last position's logits [B, V], then the tensors extended to P + S, the states after the S tokens.
@@ -92,6 +96,13 @@ class Generator:
 
     program: Program
     stops: Stops = field(default_factory=Stops)
+    prompt: Program | None = None
+    least: int = 1
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """By the names they are reported and saved under."""
+        return {"cached": self.program} | ({} if self.prompt is None else {"prompt": self.prompt})
 
     def empty_cache(self, batch: int) -> list[torch.Tensor]:
         """The cache of no past tokens, states of zeros; its shapes come from the traced program."""
@@ -132,13 +143,19 @@ class Generator:
         self.stops.check_room(mask, max_new_tokens)
         eos, pad = self.stops.resolve(eos_token_id)
         ids, step = input_ids, input_ids
-        past = self.empty_cache(len(input_ids))
+        if self.prompt is None:
+            program, past = self.program, self.empty_cache(len(input_ids))
+        else:
+            program, past = self.prompt, []
+            missing = max(self.least - step.shape[1], 0)
+            step, mask = (torch.nn.functional.pad(t, (missing, 0)) for t in (step, mask))
         ended = torch.zeros(len(ids), dtype=torch.bool)
         ends, random = torch.tensor(eos, dtype=torch.int64), sampling.generator()
         for _ in range(max_new_tokens):
             if ended.all():
                 break
-            logits, *past = self.program.executable.run([step, mask, *past])
+            logits, *past = program.executable.run([step, mask, *past])
+            program = self.program
             token = torch.where(ended, pad, sampling.choose(logits, random))
             ids = torch.cat((ids, token[:, None]), dim=1)
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)

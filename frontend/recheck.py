@@ -32,17 +32,19 @@ def recheck(
     guards: Sequence[Guard],
     replaced: Mapping[str, int] | None = None,
 ) -> tuple[Bounds, tuple[str, ...]]:
-    """Run model and graph with small odd sizes, 1, 0, and just above upper bounds.
+    """Run model and graph with small odd sizes, 1, 0, just beyond bounds and well above upper ones.
 
     `replaced` names what something else stood in for while tracing, with lengths past which the two may part (see
     stand_ins): then the traced sizes are run too, and sequences of more than those lengths. Sizes that the model
     itself refuses, or that are outside the ranges the user `declared`, are left out. Returns the bounds that remain
-    (one beyond which the two agree is dropped: a branch that made no difference) and the sizes checked. Raises
-    CompileError where the two disagree within the bounds.
+    (one beyond which the two agree wherever it was tried is dropped: a branch that made no difference) and the sizes
+    checked. Raises CompileError where the two disagree within the bounds.
     """
     bounds = dict(signature.bounds)
     traced = bind_inputs(graph, example)
     checked = []
+    held: set[tuple[str, bool, int]] = set()  # symbol, whether above its bounds, a size at which the two agree
+    firm: set[tuple[str, bool]] = set()
     replaced = replaced or {}
     sets = _size_sets(traced, bounds, declared)
     if replaced:
@@ -62,10 +64,9 @@ def recheck(
         shown = ", ".join(f"{k}={v}" for k, v in sizes.items())
         if problem is None:
             checked += [shown] if shown else []
-            for s in outside:
-                least, greatest = bounds[s]
-                above = greatest is not None and sizes[s] > greatest
-                bounds[s] = (min(sizes[s], least), None if above else greatest)
+            held |= {(s, sizes[s] > bounds[s][0], sizes[s]) for s in outside}
+        elif outside and name != "zero":
+            firm |= {(s, sizes[s] > bounds[s][0]) for s in outside}
         elif not outside and name != "zero":
             broken = [g for g in guards if not g.holds(sizes)]
             why = f"; tracing assumed {' and '.join(dict.fromkeys(map(str, broken)))}" if broken else ""
@@ -81,6 +82,10 @@ def recheck(
             )
         elif name == "zero":
             bounds |= {s: (max(1, bounds.get(s, (0, None))[0]), bounds.get(s, (0, None))[1]) for s in sizes}
+    for s, above, size in held:
+        least, greatest = bounds[s]
+        if (s, above) not in firm:
+            bounds[s] = (least, None) if above else (min(size, least), greatest)
     return {s: b for s, b in bounds.items() if b != (0, None)}, tuple(checked)
 
 
@@ -110,6 +115,10 @@ def _size_sets(traced: Mapping[str, int], bounds: Bounds, declared: Bounds) -> d
     above = {s: g + 1 for s, (_, g) in bounds.items() if g is not None and g < _CHEAP and s in traced}
     if above:
         sets["above"] = odd | above
+        sets["far above"] = odd | {s: 2 * n + 3 for s, n in above.items()}
+    below = {s: b[0] - 1 for s, b in bounds.items() if b[0] > 2 and s in traced}
+    if below:
+        sets["below"] = odd | below
     if any(b[0] > 1 for b in bounds.values()):
         del sets["zero"]
     return {k: v for k, v in sets.items() if all(_inside(n, declared[s]) for s, n in v.items() if s in declared)}

@@ -24,9 +24,14 @@ def expected(model, ids, mask, count):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "granitemoehybrid_mamba", "lfm2_moe"])
+ONE_PROGRAM = ["qwen3_next", "granitemoehybrid_mamba", "lfm2_moe", "minimax"]
+TWO_PROGRAMS = ["jamba", "mamba", "mamba2"]  # several tokens after others start from a state of zeros
+
+
+@pytest.mark.parametrize("family", ONE_PROGRAM + TWO_PROGRAMS)
 def test_generates_what_the_model_generates(family):
-    """Gated delta rule, Mamba-2, short convolutions: prompts of one token and of several, with padding in front."""
+    """Gated delta rule, Mamba, Mamba-2, lightning attention, short convolutions: prompts of one token and of several,
+    with padding in front."""
     model = build(family)
     compiled = moec.compile(model, backend="onnxruntime", threads=1)
     padded = torch.ones(2, 9, dtype=torch.int64)
@@ -35,6 +40,8 @@ def test_generates_what_the_model_generates(family):
         ids = torch.randint(3, 29, mask.shape)
         got = compiled.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None)
         assert got.tolist() == expected(model, ids, mask, 8).tolist(), (family, tuple(mask.shape))
+    programs = ["cached", "prompt"] if family in TWO_PROGRAMS else ["cached"]
+    assert sorted(compiled.report.to_dict()["programs"]) == programs
 
 
 def test_the_state_is_passed_on():
@@ -48,13 +55,36 @@ def test_the_state_is_passed_on():
     assert whole.tolist() != alone.tolist()
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [
-        ("jamba", "holds for 2 or more, and decoding takes one at a time"),  # which starts from zero for several
-        ("minimax", "its cache holds tensors outside of its layers, as 'linear_cache'"),
-    ],
-)
-def test_refuses(family, reason):
-    with pytest.raises(moec.CompileError, match=reason):
-        moec.compile(build(family), backend="reference").generate(torch.ones(1, 3, dtype=torch.int64))
+def test_two_programs_are_saved(tmp_path):
+    compiled = moec.compile(build("mamba"), backend="onnxruntime", threads=1)
+    compiled.save(tmp_path / "saved")
+    loaded = moec.load(tmp_path / "saved")
+    for length in (1, 2, 4, 11):
+        ids = torch.randint(3, 29, (2, length))
+        assert torch.equal(loaded.generate(ids, max_new_tokens=6), compiled.generate(ids, max_new_tokens=6))
+
+
+def test_refuses_what_forgets():
+    """A step that starts from nothing again, for one token as for several."""
+
+    class Forgets(type(build("mamba"))):
+        def forward(self, input_ids=None, attention_mask=None, cache_params=None, use_cache=None, **kwargs):
+            return super().forward(input_ids, use_cache=use_cache)
+
+    model = build("mamba")
+    model.__class__ = Forgets
+    with pytest.raises(moec.CompileError, match="something else for a token after others than in one run"):
+        moec.compile(model, backend="reference").generate(torch.ones(1, 3, dtype=torch.int64))
+
+
+def test_refuses_a_prompt_that_padding_changes():
+    """What takes four tokens at least is padded, so padding has to be without effect."""
+
+    class IgnoresTheMask(type(build("mamba"))):
+        def forward(self, input_ids=None, attention_mask=None, cache_params=None, use_cache=None, **kwargs):
+            return super().forward(input_ids, cache_params=cache_params, use_cache=use_cache)
+
+    model = build("mamba")
+    model.__class__ = IgnoresTheMask
+    with pytest.raises(moec.CompileError, match=r"takes 4 or more, and padding on the left changes its logits"):
+        moec.compile(model, backend="reference").generate(torch.ones(1, 3, dtype=torch.int64))

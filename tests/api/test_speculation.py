@@ -91,3 +91,15 @@ def test_what_is_refused(compiled):
 def test_a_model_without_a_head(compiled_lm):
     with pytest.raises(CompileError, match="no multi-token prediction head"):
         compiled_lm.generate(PROMPT, speculative=True)
+
+
+def test_the_head_is_saved_along(trained, tmp_path):
+    trained.save(tmp_path / "saved")
+    loaded = moec.load(tmp_path / "saved")
+    assert sorted(loaded.report.to_dict()["programs"]) == ["cached", "speculative"]
+    ids = torch.tensor([list(b"It was the best of times, it was the")])
+    counts = Speculation()
+    assert torch.equal(
+        loaded.generate(ids, max_new_tokens=20, speculative=counts), trained.generate(ids, max_new_tokens=20)
+    )
+    assert counts.accepted > 5

@@ -223,3 +223,19 @@ def test_writes_into_a_dynamic_tensor(same):
     traced = trace(Fill(), (torch.rand(2, 4, 3), torch.rand(2, 1)), dynamic_shapes=spec)
     for length in (1, 2, 6):
         same(traced, Fill(), (torch.rand(3, length, 3), torch.rand(3, 1)))
+
+
+def test_bound_of_a_branch_that_makes_no_difference_at_first_is_kept(same):
+    """Padding by nothing does no harm one size above the bound; beyond, there is no padding by less than that."""
+
+    class Padded(torch.nn.Module):
+        def forward(self, x):
+            rows, length = x.shape
+            return torch.cat((x.new_zeros(rows, 4 - length), x), 1) if length < 4 else x[:, length - 4 :] * 1.0
+
+    traced = trace(Padded(), (torch.rand(2, 3),), dynamic_shapes={"x": {1: "S"}})
+    assert traced.signature.bounds == {"S": (0, 3)}
+    for length in (0, 1, 2, 3):
+        same(traced, Padded(), (torch.rand(2, length),))
+    traced = trace(Padded(), (torch.rand(2, 9),), dynamic_shapes={"x": {1: "S"}})
+    assert traced.signature.bounds == {"S": (4, None)}
