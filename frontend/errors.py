@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 import torch
 
@@ -14,8 +15,9 @@ from moec.frontend.locate import error_location
 from moec.ir import CompileError
 
 _BRANCH_HINT = (
-    "replace loops and branches over tensor values by tensor ops (torch.where, masks, one-hot sums); for transformers' "
-    "experts load the model with experts_implementation='grouped_mm' or 'batched_mm'"
+    "replace loops and branches over tensor values by tensor ops (torch.where, masks, one-hot sums), and go through "
+    "all experts: one without tokens does nothing; for transformers' experts load the model with "
+    "experts_implementation='grouped_mm' or 'batched_mm'"
 )
 
 
@@ -25,6 +27,8 @@ def quiet_torch() -> Iterator[None]:
     names = [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "torch"]
     handlers = list({h: None for n in ("torch", *names) for h in logging.getLogger(n).handlers})
     levels = [h.level for h in handlers]
+    exporter = import_module("torch.export._trace").__dict__
+    exporter["print"] = lambda *_, **__: None  # it prints the graph so far, to stderr
     for h in handlers:
         h.setLevel(logging.CRITICAL)
     try:
@@ -32,6 +36,7 @@ def quiet_torch() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
             yield
     finally:
+        exporter.pop("print", None)
         for h, level in zip(handlers, levels, strict=True):
             h.setLevel(level)
 

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from moec.frontend.locate import import_path, is_users
+from moec.frontend.ranges import ANY, Range, Ranges, assumed, narrowed
 from moec.ir import Dim, Location
 
 _SOURCE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
@@ -56,6 +57,25 @@ def shape_env(program: torch.export.ExportedProgram) -> Any:
 def guards(program: torch.export.ExportedProgram, names: Mapping[str, Dim]) -> list[Guard]:
     env = shape_env(program)
     return [Guard(g.expr, _location(g.sloc), names) for g in env.guards] if env is not None else []
+
+
+def ranges(program: torch.export.ExportedProgram, axes: Mapping[tuple[int, int], Range]) -> Ranges:
+    """The sizes that a program of ours holds for, by torch's symbol: what torch found, what the guards say, and what
+    the user said of (input, axis)."""
+    env = shape_env(program)
+    if env is None:
+        return {}
+    hints = {s: int(n) for s, n in env.backed_var_to_val.items() if getattr(n, "is_Integer", False)}
+    result = assumed([g.expr for g in env.guards], hints)
+    for symbol, r in program.range_constraints.items():
+        if symbol in hints:
+            known = int(r.lower) if r.lower.is_Integer else 0, int(r.upper) if r.upper.is_Integer else None
+            result[symbol] = narrowed(result.get(symbol, ANY), known)
+    for source, symbol in env.source_to_var.items():
+        m = _SOURCE.fullmatch(source)
+        if m and (int(m[1]), int(m[2])) in axes:
+            result[symbol] = narrowed(result.get(symbol, ANY), axes[int(m[1]), int(m[2])])
+    return {s: r for s, r in result.items() if r != ANY}
 
 
 def fixed_axes(program: torch.export.ExportedProgram) -> dict[tuple[int, int], Location]:

@@ -18,8 +18,9 @@ from moec.ir import Location
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 _OURS = str(Path(__file__).resolve().parent)
 _CALLED = {
-    str(Path(__file__).resolve().with_name(name)) for name in ("stand_ins.py", "recurrences.py", "expert_loops.py")
-}  # by the model
+    str(Path(__file__).resolve().with_name(name))
+    for name in ("stand_ins.py", "recurrences.py", "expert_loops.py", "branches.py")
+}  # by the model, or by torch for it
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _STDLIB = sysconfig.get_paths()["stdlib"]
 

@@ -17,6 +17,7 @@ from moec.frontend.complex import COMPLEX_ONLY, Complex, extern, interleaved, in
 from moec.frontend.context import Context
 from moec.frontend.dynamic import result_names
 from moec.frontend.locate import node_location, strip_prefix
+from moec.frontend.ranges import Ranges
 from moec.frontend.symbols import Symbols
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
 from moec.ir.ops.tensor import INLINE_LIMIT
@@ -39,7 +40,7 @@ class Lowerer:
 
     `prefix` is the module path of the user's model inside the exported one, `input_names` the names of the tensor
     inputs in order (torch's own where None), `user_dims` the sizes the user
-    declared for axes.
+    declared for axes, `ranges` those of torch's symbols that the program holds for.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Lowerer:
         prefix: str = "",
         input_names: list[str] | None = None,
         user_dims: list[dict[int, Dim]] | None = None,
+        ranges: Ranges | None = None,
     ):
         self.program = program
         self.prefix = prefix
         self.graph = Graph()
-        self.symbols = Symbols()
+        self.symbols = Symbols(ranges)
         self.context = Context(self.graph, self.symbols)
         self.env: dict[torch.fx.Node, Any] = {}
         self.outputs: list[tuple[str, Any]] = []

@@ -96,11 +96,12 @@ class Signature:
         for symbol, (least, greatest) in self.bounds.items():
             n = binding.get(symbol)
             if n is not None and (n < least or (greatest is not None and n > greatest)):
-                most = "" if greatest is None else f" and at most {greatest}"
+                limits = [f"at least {least}"] if least > 0 else []
+                limits += [] if greatest is None else [f"at most {greatest}"]
                 raise ArgumentValueError(
-                    f"dimension {symbol} is {n}; the program was traced for at least {least}{most}",
+                    f"dimension {symbol} is {n}; the program holds for {' and '.join(limits)}",
                     code="shape",
-                    hint="trace again with example arguments of that size",
+                    hint="trace again with example arguments of that size, if the model takes it",
                 )
 
     def unflatten(self, results: Sequence[torch.Tensor]) -> Any:

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch.utils._sympy import functions as torch_sympy
 
+from moec.frontend.ranges import Ranges, extreme
 from moec.ir import CompileError, Dim, DType, TensorType
 from moec.ir.dims import size
 
@@ -44,12 +45,19 @@ _FUNCTIONS: dict[type, Callable[..., sympy.Expr]] = {
     torch_sympy.ModularIndexing: lambda a, d, m: sympy.Mod(sympy.floor(a / d), m),
 }
 
+_EXTREMES = {sympy.Max: sympy.Max, sympy.Min: sympy.Min, torch_sympy.Max: sympy.Max, torch_sympy.Min: sympy.Min}
+
 
 class Symbols:
-    """torch's symbols → the user's Dims where given, else B for axis 0, S for axis 1, then s0, s1 …"""
+    """torch's symbols → the user's Dims where given, else B for axis 0, S for axis 1, then s0, s1 …
 
-    def __init__(self) -> None:
+    `ranges` of torch's symbols, where the program holds for no other sizes, decide minima and maxima.
+    """
+
+    def __init__(self, ranges: Ranges | None = None) -> None:
         self.names: dict[str, Dim] = {}
+        self._made: set[str] = set()
+        self.ranges = ranges or {}
 
     def declare(self, shape: Sequence[Any], user_dims: Mapping[int, Dim]) -> None:
         """Name the symbols that are an axis of an input by themselves and that the user named."""
@@ -70,8 +78,14 @@ class Symbols:
         """Name the sizes of a result that are known only at run time: n0, n1 …"""
         for s in shape:
             if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol and s.node.expr.name not in self.names:
-                taken = frozenset().union(*(d.symbols for d in self.names.values()))
-                self.names[s.node.expr.name] = Dim(next(n for i in itertools.count() if (n := f"n{i}") not in taken))
+                self.names[s.node.expr.name] = self.fresh()
+
+    def fresh(self) -> Dim:
+        """A name for one more size that is known only at run time."""
+        taken = self._made.union(*(d.symbols for d in self.names.values()))
+        name = next(n for i in itertools.count() if (n := f"n{i}") not in taken)
+        self._made.add(name)
+        return Dim(name)
 
     def _fresh(self, axis: int | None) -> Dim:
         taken = frozenset().union(*(d.symbols for d in self.names.values()))
@@ -104,6 +118,9 @@ class Symbols:
             return dim.expr
         if e.is_Integer or e.is_Rational:
             return e
+        kind = _EXTREMES.get(type(e))
+        if kind is not None and not isinstance(decided := extreme(kind, e.args, self.ranges), kind):
+            return self._convert(decided)
         args = [self._convert(a) for a in e.args]
         if isinstance(e, sympy.Pow) and e.exp.is_Integer:
             return sympy.Pow(*args)

@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moec.frontend.aten.registry import LOWERINGS, op_name
+from moec.frontend.branches import something_found
 from moec.frontend.containers import register_caches
 from moec.frontend.dynamic import (
     declared_range,
@@ -25,8 +26,9 @@ from moec.frontend.dynamic import (
 )
 from moec.frontend.errors import translated
 from moec.frontend.grouped import GroupedMMMode
-from moec.frontend.guards import fixed_axes, guards
+from moec.frontend.guards import fixed_axes, guards, ranges
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
+from moec.frontend.ranges import ANY, Ranges, narrowed
 from moec.frontend.recheck import recheck
 from moec.frontend.signature import Signature, as_constant
 from moec.frontend.stand_ins import standing_in
@@ -154,24 +156,25 @@ def _from_module(
     tensor_names = [n for i, n in enumerate(names) if i not in constants]
     if any(p.is_meta for p in model.parameters()):
         tensors = [t.to("meta") for t in tensors]
-    with standing_in(model) as replaced:
+    with standing_in(model) as replaced, something_found() as branches:
         program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
     user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
-    lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims)
+    spans = ranges(program, {(i, axis): declared_range(d) for i, s in enumerate(specs) for axis, d in s.items()})
+    lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims, ranges=spans)
     try:
         graph = lowerer.run()
     except CompileError as e:
         raise _explained(e, program, lowerer) from None
     specialised = _specialised(graph, specs, program)
     declared = _declared_bounds(specs)
-    bounds = _narrowed(_bounds(program, lowerer), declared)
+    bounds = _narrowed(_bounds(spans, lowerer), declared)
     signature = Signature(
         in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds
     )
     checked: tuple[str, ...] = ()
-    if check and (graph.symbols or replaced) and not any(t.is_meta for t in tensors):
+    if check and (graph.symbols or replaced or branches) and not any(t.is_meta for t in tensors):
         assumptions = guards(program, lowerer.symbols.names)
-        bounds, checked = recheck(model, graph, signature, tensors, declared, assumptions, replaced)
+        bounds, checked = recheck(model, graph, signature, tensors, declared, assumptions, replaced, branches)
         signature = replace(signature, bounds=_narrowed(bounds, declared))
     return Traced(graph, signature, specialised, checked)
 
@@ -225,7 +228,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def _from_program(program: torch.export.ExportedProgram) -> Traced:
     with translated(None, "decomposing the exported program"), torch.no_grad(), _export_settings():
         functional = decompose(program)
-    lowerer = Lowerer(functional)
+    torchs_own = (2, None)
+    spans = {s: r for s, r in ranges(functional, {}).items() if r != torchs_own}
+    lowerer = Lowerer(functional, ranges=spans)
     graph = lowerer.run()
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     count = in_spec.num_leaves
@@ -234,8 +239,8 @@ def _from_program(program: torch.export.ExportedProgram) -> Traced:
     constants = {i: lowerer.constant_inputs[n] for i, n in enumerate(names) if n in lowerer.constant_inputs}
     first, keys = in_spec.child(0).num_children, list(in_spec.child(1).context or ())
     parameters = [f"arg{i}" if i >= len(names) else names[i] for i in range(first)] + keys
-    bounds = {k: b for k, b in _bounds(functional, lowerer).items() if b != (2, None)}  # torch's own default
-    call = Signature(in_spec, out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds)
+    outputs, bounds = tuple(lowerer.outputs), _bounds(spans, lowerer)
+    call = Signature(in_spec, out_spec, tuple(parameters), tuple(names), constants, outputs, bounds)
     return Traced(graph, call)
 
 
@@ -279,18 +284,10 @@ def _specialised(graph: Graph, specs: list[dict[int, Any]], program: torch.expor
     return tuple(notes)
 
 
-def _bounds(program: torch.export.ExportedProgram, lowerer: Lowerer) -> Bounds:
+def _bounds(spans: Ranges, lowerer: Lowerer) -> Bounds:
     """Sizes that the trace holds for, by symbol name, where that is not every size ≥ 0."""
-    result: Bounds = {}
-    for symbol, r in program.range_constraints.items():
-        dim = lowerer.symbols.names.get(str(symbol))
-        if dim is None or not dim.is_symbol:
-            continue
-        least = int(r.lower) if r.lower.is_Integer else 0
-        greatest = int(r.upper) if r.upper.is_Integer else None
-        if least > 0 or greatest is not None:
-            result[str(dim)] = (least, greatest)
-    return result
+    named = ((lowerer.symbols.names.get(str(symbol)), r) for symbol, r in spans.items())
+    return {str(dim): r for dim, r in named if dim is not None and dim.is_symbol and r != ANY}
 
 
 def _declared_bounds(specs: list[dict[int, Any]]) -> Bounds:
@@ -305,8 +302,4 @@ def _declared_bounds(specs: list[dict[int, Any]]) -> Bounds:
 
 def _narrowed(a: Bounds, b: Bounds) -> Bounds:
     """Sizes inside both."""
-    result = {}
-    for s in a.keys() | b.keys():
-        (low, high), (low2, high2) = a.get(s, (0, None)), b.get(s, (0, None))
-        result[s] = (max(low, low2), min((h for h in (high, high2) if h is not None), default=None))
-    return dict(sorted(result.items()))
+    return {s: narrowed(a.get(s, ANY), b.get(s, ANY)) for s in sorted(a.keys() | b.keys())}

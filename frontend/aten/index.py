@@ -267,6 +267,11 @@ def index_put(c: Context, self: Value, indices: Sequence[Value | None], values: 
     if masks and values.type.numel == 1 and not accumulate and len(masks) == len(indices) == 1:
         mask = c.reshape(masks[0], (*masks[0].shape, *[1] * (self.type.rank - masks[0].type.rank)))
         return c.b.where(mask, c.cast(c.reshape(values, ()), self.dtype), self)
+    if len(masks) == 1 and masks[0].type.rank:
+        rows = values.type.rank == 1 + self.type.rank - masks[0].type.rank
+        count = values.shape[0] if rows and indices[0] is masks[0] else 1
+        found = _columns(c, masks[0], count if isinstance(count, Dim) and count.is_symbol else c.symbols.fresh())
+        indices = [x for i in indices for x in (found if i is masks[0] else [i])]
     picked = _checked(c, indices, self)
     values = c.cast(values, self.dtype)
     if [a for a, _ in picked] == [0]:

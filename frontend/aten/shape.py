@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
+
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context, Number, Size, as_number
 from moec.ir import Dim, DType, TensorType, Value
+from moec.ir.dims import size
 
 
 @lowers(
@@ -71,25 +74,37 @@ def repeat_interleave(c: Context, self: Value, repeats: Size, dim: int | None) -
     return c.reshape(wide, c.out_type.shape)
 
 
-def slice_bounds(c: Context, extent: Size, start: Any, end: Any) -> tuple[Size, Size]:
-    """0 ≤ start ≤ end ≤ extent from Python's rules; where a symbolic comparison is open, the bounds are
-    taken as they stand (the reference and every backend clip them)."""
+_OPEN = 2**62  # an end from here on is none
+
+
+def slice_bounds(c: Context, extent: Size, start: Any, end: Any, length: Size) -> tuple[Size, Size]:
+    """0 ≤ start ≤ end ≤ extent from Python's rules. Where torch knows the slice's `length` without a minimum or
+    maximum in it, no bound is cut; the sign of a symbolic bound is that which it is written with."""
+    clips = _clips(length)
 
     def clip(v: Any, default: Size) -> Size:
-        if v is None:
+        if v is None or (isinstance(v, int) and v >= _OPEN):
             return default
         negative = v < 0 if isinstance(v, int) else _is_negative(v)
         v = extent + v if negative else v
-        if isinstance(v, int):
-            v = max(v, 0)
-            if isinstance(extent, int) or v >= 2**62:
-                return min(v, extent) if isinstance(extent, int) else extent
-        return v
+        if isinstance(v, int) and (isinstance(extent, int) or not clips):
+            return min(max(v, 0), extent) if isinstance(extent, int) else max(v, 0)
+        if not clips:
+            return v
+        return size(sympy.Max(0, _expr(v)) if negative else sympy.Min(_expr(v), _expr(extent)))
 
     first, last = clip(start, 0), clip(end, extent)
     if isinstance(first, int) and isinstance(last, int):
         last = max(first, last)
     return first, last
+
+
+def _clips(length: Size) -> bool:
+    return isinstance(length, Dim) and bool(length.expr.has(sympy.Max, sympy.Min))
+
+
+def _expr(v: Size) -> sympy.Expr:
+    return v.expr if isinstance(v, Dim) else sympy.Integer(v)
 
 
 def _is_negative(d: Dim) -> bool:
@@ -99,9 +114,10 @@ def _is_negative(d: Dim) -> bool:
 @lowers("slice.Tensor")
 def slice_(c: Context, self: Value, dim: int, start: Any, end: Any, step: int) -> Value:
     axis = c.axis(dim, self)
-    first, last = slice_bounds(c, self.shape[axis], start, end)
-    if step == 1:
-        last = first + c.out_type.shape[axis]  # torch knows the length: min and max are resolved there
+    length = c.out_type.shape[axis]
+    first, last = slice_bounds(c, self.shape[axis], start, end, length)
+    if step == 1 or length == 0 or _clips(length):
+        last = first + step * length  # so that the slice has torch's length by its very form; backends cut the end
     return c.slice(self, axis, first, last, step)
 
 
@@ -155,7 +171,7 @@ def slice_scatter(c: Context, self: Value, src: Value, dim: int, start: Any, end
     earlier writes are remembered, so that filling an empty tensor piece by piece leaves only the written pieces."""
     axis = c.axis(dim, self)
     extent = self.shape[axis]
-    first, _ = slice_bounds(c, extent, start, end)
+    first, _ = slice_bounds(c, extent, start, end, src.shape[axis])
     src = c.cast(src, self.dtype)
     if step == 1:
         return _write_segment(c, self, src, axis, first)

@@ -29,7 +29,7 @@ def test_mini_agrees_at_other_shapes(name, same, well_formed):
     well_formed(traced)
     assert str(traced.graph.inputs[0].type) == "i64[B, S]"
     assert traced.specialised == ()
-    assert traced.checked[:2] == ("B=3, S=5", "B=1, S=1")
+    assert {"B=3, S=5", "B=4, S=27", "B=1, S=1"} <= {*traced.checked}
     for shape in [(2, 24), (1, 1), (1, 17), (3, 40), (5, 100)]:
         same(traced, model, (torch.randint(0, 256, shape),))
 

@@ -71,7 +71,7 @@ def test_bfloat16(same, well_formed):
     model = build("mixtral", dtype=torch.bfloat16)
     traced = trace(model, (), call(2, 6), dynamic_shapes="auto")
     well_formed(traced)
-    assert traced.checked[:2] == ("B=3, S=5", "B=1, S=1")
+    assert {"B=3, S=5", "B=4, S=9", "B=1, S=1"} <= {*traced.checked}
     assert traced.graph.find("linear.grouped_matmul")
     same(traced, model, (), call(2, 6), tol=4e-2)
     same(traced, model, (), call(1, 3), tol=4e-2)
