@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir
 
+from moec.frontend.onnx.assume import Facts, explore
 from moec.ir import CompileError, Dim, DType, TensorType, Value
 
 if TYPE_CHECKING:
@@ -99,9 +100,13 @@ def _scan(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]) 
 
 def body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorType]) -> list[TensorType]:
     """The types that a body gives for arguments of these types. Raises CompileError where it cannot be imported."""
+    return explore(lambda facts: _body_types(importer, body, arguments, facts), {}, importer.facts)
+
+
+def _body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorType], facts: Facts) -> list[TensorType]:
     from moec.frontend.onnx.importer import Importer
 
-    scratch = Importer(importer.model, {}, importer.folder)
+    scratch = Importer(importer.model, {}, importer.folder, facts)
     scratch.opsets, scratch.context.opset = importer.opsets, importer.opsets.get("", 1)
     scratch.context.taken = set(importer.context.taken)
     scratch.lists = {}  # sequences stay outside

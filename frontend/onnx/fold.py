@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from moec.frontend.onnx.assume import Fact, relation
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext, Size
 from moec.ir import CompileError, Dim, Value
 from moec.ir.arrays import NUMPY
@@ -156,3 +157,24 @@ def _arithmetic(op_type: str, a: tuple[Size, ...], b: tuple[Size, ...]) -> tuple
     ):
         return tuple(p // q for p, q in pairs)
     return None
+
+
+def condition(c: ImportContext, op_type: str, operands: Sequence[Value | None], result: Value) -> Value | None:
+    """The constant that a condition on sizes is; None where it is none, or is open (and then kept in `c.open`)."""
+    first = operands[0] if operands else None
+    if op_type == "Not" and first in c.open:
+        of = c.open[first]
+        c.open[result] = Fact(of.size, of.value, not of.equal)
+    if op_type != "Equal" or len(operands) != 2 or result.type.numel != 1:
+        return None
+    known = [None if v is None or not v.dtype.is_integer else c.elements(v) for v in operands]
+    if known[0] is None or known[1] is None or len(known[0]) != 1 or len(known[1]) != 1:
+        return None
+    found = relation(known[0][0], known[1][0])
+    if isinstance(found, Fact):
+        answer = c.facts.decides(found)
+        if answer is None:
+            c.open[result] = found
+            return None
+        found = answer
+    return None if found is None else c.constant(np.full([1] * result.type.rank, found))

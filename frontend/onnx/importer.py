@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ import numpy as np
 import onnx
 import onnx_ir
 
+from moec.frontend.context import Number, as_number
 from moec.frontend.onnx import fold, sequences
+from moec.frontend.onnx.assume import NOTHING, Facts, Undecided
 from moec.frontend.onnx.check import free_names
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext
 from moec.frontend.onnx.extern import attribute, element_name, element_type, extern
 from moec.frontend.onnx.files import ExternalSource, ProtoSource
 from moec.frontend.onnx.registry import MICROSOFT, find
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
-from moec.ir.arrays import OPAQUE
+from moec.ir.arrays import NUMPY, OPAQUE
 from moec.ir.dims import parse_size
 from moec.ir.ops.extern import schema_at
 
@@ -31,23 +33,27 @@ _MOVES = {"Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsq
           "Expand", "Shape", "Size", "Dropout"}  # fmt: skip
 _CONTROL = ("If", "Loop", "Scan")
 _EXPRESSION = re.compile(r"[\w\s()+*/-]{1,100}", re.ASCII)
+_NAMED = re.compile(r"\w")  # "?" is no name: two of them are two sizes
 _MOST_TERMS = 8  # of a size: expanding more takes its time
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass
 class Importer:
-    """Builds `graph` from an onnx_ir graph without functions. `folder` holds its external data; `refused` says of each
-    operator that came in as an extern op, why."""
+    """Builds `graph` from an onnx_ir graph without functions. `folder` holds its external data; `facts` are known of
+    sizes, `constants` take the place of inputs; `refused` says of each operator that came in as an extern op, why."""
 
     model: onnx_ir.Model
     protos: dict[str, onnx.TensorProto]
     folder: Path | None
+    facts: Facts = NOTHING
+    constants: Mapping[str, Number] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
     refused: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.context = ImportContext(self.graph)
+        self.context.facts = self.facts
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in self.model.opset_imports.items()}
         self.context.opset = self.opsets.get("", 1)
         self.env: dict[onnx_ir.Value, Value] = {}
@@ -58,7 +64,7 @@ class Importer:
     def run(self) -> Graph:
         source = self.model.graph
         self.graph.name = source.name or "graph"
-        self._inputs(source)
+        self.inputs()
         for name, v in source.initializers.items():
             self.env[v] = self._initializer(str(name), v)
         for i, node in enumerate(source):
@@ -70,16 +76,34 @@ class Importer:
 
     # -- inputs, weights, outputs ---------------------------------------------------------------------
 
-    def _inputs(self, source: onnx_ir.Graph) -> None:
+    def inputs(self) -> None:
+        """The inputs of the graph, and constants in the place of some."""
+        source = self.model.graph
         given = [v for v in source.inputs if v.name not in source.initializers]
         texts = [d.value for v in given if v.shape is not None for d in v.shape if isinstance(d, onnx_ir.SymbolicDim)]
-        for text in dict.fromkeys(t for t in texts if t):
+        for text in dict.fromkeys(t for t in texts if t and _NAMED.search(t)):
             self.context.taken |= self._dim_symbols(text)
         for v in given:
             try:
-                self.env[v] = self.graph.add_input(str(v.name), self._type(v))
+                name, type = str(v.name), self._type(v)
+                if name in self.constants:
+                    self.env[v] = self._constant(type, self.constants[name])
+                else:
+                    self.env[v] = self.graph.add_input(name, type)
             except CompileError as e:
                 raise CompileError(f"input {v.name!r}: {e.message}", code=e.code, hint=e.hint) from None
+
+    def _constant(self, type: TensorType, number: Number) -> Value:
+        """A number in the place of an input."""
+        if any(isinstance(s, int) and s != 1 for s in type.shape):
+            raise CompileError(f"is {type}, {number!r} cannot stand for it", code="arguments")
+        try:
+            array = np.full([1] * type.rank, as_number(number, type.dtype), NUMPY[type.dtype])
+        except (OverflowError, ValueError):
+            array = np.array([])
+        if not array.size or array.reshape(-1)[0] != number:
+            raise CompileError(f"is {type}, {number!r} is none of those", code="arguments")
+        return self.context.constant(array)
 
     def _type(self, v: onnx_ir.Value) -> TensorType:
         if isinstance(v.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
@@ -99,7 +123,9 @@ class Importer:
             if isinstance(d, int):
                 sizes.append(d if d >= 0 else self.context.fresh("d"))
             else:
-                sizes.append(self._dim(d.value) if d.value else self.context.fresh("d"))
+                size = self._dim(d.value) if d.value and _NAMED.search(d.value) else self.context.fresh("d")
+                known = self.facts.value(size)
+                sizes.append(size if known is None else known)
         return TensorType(dtype, tuple(sizes))
 
     def _dim(self, text: str) -> int | Dim:
@@ -214,9 +240,18 @@ class Importer:
         results = self._results(node, domain, operands, used)
         for o, v in zip(node.outputs, results, strict=False):
             if v is not None:
+                v = self._narrowed(v)
                 if v.producer is not None:
                     v.origins |= {str(o.name)}
                 self.env[o] = v
+
+    def _narrowed(self, v: Value) -> Value:
+        """v with the sizes that are known of its axes; the bounds of the inputs' sizes make that all of it."""
+        for axis, size in enumerate(v.shape):
+            known = self.facts.value(size)
+            if known is not None:
+                v = self.context.slice(v, axis, 0, known)
+        return v
 
     def value(self, v: onnx_ir.Value) -> Value:
         """What a value of the model is in the graph. Raises CompileError for a sequence."""
@@ -278,6 +313,8 @@ class Importer:
         try:
             results = extern(c, domain, node.op_type, operands, own, used, declared, self._captured(node))
         except CompileError as e:
+            if node.op_type == "If" and not domain and operands[0] in c.open:
+                raise Undecided(c.open[operands[0]], e.located(c.b.location)) from None
             if why.code == "no-import" or e.code == "unknown-op":
                 raise
             raise CompileError(f"{why.message}; {e.message}", code=e.code, hint=e.hint) from None
@@ -316,8 +353,13 @@ class Importer:
         first = results[0] if results else None
         if not domain and first is not None and first.type.rank <= 1:
             sizes = fold.sizes_of_result(c, op_type, operands, {k: a.value for k, a in attrs.items()})
+            if sizes is not None and all(isinstance(s, int) for s in sizes) and first not in c.arrays:
+                return [c.constant(np.array(sizes, NUMPY[first.dtype]).reshape([int(s) for s in first.shape]))]
             if sizes is not None:
                 c.sizes.setdefault(first, sizes)
+            decided = fold.condition(c, op_type, operands, first)
+            if decided is not None:
+                return [decided]
         return results
 
     def _undo(self, first: int) -> None:
@@ -348,6 +390,8 @@ class Importer:
                 values[name] = onnx.helper.get_attribute_value(default) if default.name else None
                 if isinstance(values[name], bytes):
                     values[name] = values[name].decode()
+                elif isinstance(values[name], list):
+                    values[name] = [v.decode() if isinstance(v, bytes) else v for v in values[name]]
         for name, a in attrs.items():
             if name not in taken:
                 raise c.refuse(f"attribute {name!r}")

@@ -103,18 +103,6 @@ def argmin(c: ImportContext, x: Value, *, axis: int, keepdims: int, select_last_
     return argmax(c, c.b.neg(x), axis=axis, keepdims=keepdims, select_last_index=select_last_index)
 
 
-@imports("GlobalAveragePool")
-def global_average(c: ImportContext, x: Value) -> Value:
-    c.floats(x)
-    return c.b.mean(x, axes=tuple(range(2, x.type.rank)), keepdim=True)
-
-
-@imports("GlobalMaxPool")
-def global_max(c: ImportContext, x: Value) -> Value:
-    c.floats(x)
-    return c.b.amax(x, axes=tuple(range(2, x.type.rank)), keepdim=True)
-
-
 def _softmax(name: str, op: str) -> None:
     @imports(name, since=13)
     def softmax(c: ImportContext, x: Value, *, axis: int) -> Value:
