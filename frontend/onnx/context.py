@@ -28,6 +28,7 @@ class ImportContext(Context):
         self.outputs = 1  # how many outputs the operator has, up to the last that is used
         self.arrays: dict[Value, np.ndarray] = {}
         self.sizes: dict[Value, tuple[Size, ...]] = {}  # elements of integer tensors of rank 0 and 1, symbols in them
+        self.uniform: dict[Value, Any] = {}  # the number that every element is
         self.taken: set[str] = set()
         self.facts = NOTHING
         self.open: dict[Value, Fact] = {}  # conditions on sizes: what makes them true

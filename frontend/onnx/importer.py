@@ -14,17 +14,17 @@ import onnx
 import onnx_ir
 
 from moec.frontend.context import Number, as_number
-from moec.frontend.onnx import fold, sequences
+from moec.frontend.onnx import fold, ranges, sequences
 from moec.frontend.onnx.assume import NOTHING, Facts, Undecided
 from moec.frontend.onnx.check import free_names
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext
 from moec.frontend.onnx.extern import attribute, element_name, element_type, extern
-from moec.frontend.onnx.files import ExternalSource, ProtoSource
+from moec.frontend.onnx.files import ExternalSource, ProtoSource, external
 from moec.frontend.onnx.registry import MICROSOFT, find
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
-from moec.ir.arrays import NUMPY, OPAQUE
+from moec.ir.arrays import NUMPY, OPAQUE, to_numpy
 from moec.ir.dims import parse_size
-from moec.ir.ops.extern import schema_at
+from moec.ir.ops.extern import op_name, schema_at
 
 _RESERVED = {d.value for d in DType} | {"none", "true", "false", "inf", "nan"}
 # torch moves these but computes with none of them
@@ -35,6 +35,7 @@ _CONTROL = ("If", "Loop", "Scan")
 _EXPRESSION = re.compile(r"[\w\s()+*/-]{1,100}", re.ASCII)
 _NAMED = re.compile(r"\w")  # "?" is no name: two of them are two sizes
 _MOST_TERMS = 8  # of a size: expanding more takes its time
+_READ_AT_ONCE = 512  # elements of floats that are read while importing: zeros, ones, scales
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -71,6 +72,8 @@ class Importer:
             self._node(node, i)
         self._outputs(source)
         self._remove_dead()
+        left = {n.op for n in self.graph.nodes}
+        self.refused = {op: why for op, why in self.refused.items() if op_name(*op.rpartition(".")[::2]) in left}
         self.graph.verify()
         return self.graph
 
@@ -170,21 +173,21 @@ class Importer:
                 f"initializer {name!r} has elements of type {element_name(proto.data_type)}, which are not supported",
                 code="dtype",
             )
+        count = int(np.prod(proto.dims, dtype=np.int64))
         source: Any = ProtoSource(proto)
         if proto.data_location == onnx.TensorProto.EXTERNAL:
             assert self.folder is not None
-            from moec.frontend.onnx.files import external
-
             where = external(proto)
             source = ExternalSource(
                 self.folder, where.location, where.offset, tuple(proto.dims), proto.data_type, proto.name
             )
-        elif np.prod(proto.dims, dtype=np.int64) <= KNOWN_LIMIT and dtype.is_integer:
-            return self.context.constant(onnx.numpy_helper.to_array(proto), name)
+        array = to_numpy(source.load()) if count <= (KNOWN_LIMIT if dtype.is_integer else _READ_AT_ONCE) else None
+        if array is not None and (dtype.is_integer or not proto.dims):  # a number is no weight: rules look at it
+            return self.context.constant(array, name)
         weight = Weight(self.graph.fresh_weight_name(name), TensorType(dtype, tuple(proto.dims)), source)
         value = self.graph.add_weight(weight)
-        if proto.data_location != onnx.TensorProto.EXTERNAL and np.prod(proto.dims, dtype=np.int64) <= 64:
-            self.context.arrays[value] = onnx.numpy_helper.to_array(proto)
+        if array is not None:
+            self.context.arrays[value] = array
         return value
 
     def _outputs(self, source: onnx_ir.Graph) -> None:
@@ -295,6 +298,10 @@ class Importer:
             folded = fold.evaluated(c, onnx_ir.to_proto(node), domain, operands)
             if folded is not None:
                 return [None if a is None else c.constant(a, str(node.name or c.op)) for a in folded]
+        if not domain and not has_body and c.opset >= 7:
+            simple = ranges.simplified(c, node.op_type, operands, {n: a.value for n, a in attrs.items()})
+            if simple is not None:
+                return [simple]
         first = len(c.b.created)
         try:
             return self._in_our_ops(domain, node.op_type, operands, attrs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from moec.frontend.onnx import grouped
 from moec.frontend.onnx.context import ImportContext, Size
+from moec.frontend.onnx.ranges import never_negative
 from moec.frontend.onnx.registry import imports
 from moec.ir import DType, Value
 from moec.ir.dims import product
@@ -151,6 +153,9 @@ def scatter_elements(
     if x.dtype is DType.BOOL and reduction == "add":
         raise c.refuse("adding booleans")
     axis = c.norm_axis(axis, x.type.rank)
+    counted = grouped.counts(c, x, index, source, axis) if reduction == "add" else None
+    if counted is not None:
+        return counted
     index = _non_negative(c, index, x.shape[axis])
     return c.b.scatter_elements(x, index, source, axis=axis, reduce=reduction or "none")
 
@@ -164,7 +169,7 @@ def _non_negative(c: ImportContext, index: Value, extent: Size) -> Value:
     """Indices from the end counted from the start, as i64."""
     index = c.cast(index, DType.I64)
     known = c.array(index)
-    if known is not None and (known >= 0).all():
+    if never_negative(c, index) or (known is not None and (known >= 0).all()):
         return index
     return c.b.where(c.b.lt(index, 0), c.b.add(index, c.value(extent, DType.I64)), index)
 

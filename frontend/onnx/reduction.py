@@ -167,6 +167,8 @@ def _exclusive(c: ImportContext, total: Value, axis: int) -> Value:
 @imports("TopK", since=10)
 def topk(c: ImportContext, x: Value, k: Value, *, axis: int, largest: int | None, sorted: int | None) -> list[Value]:
     axis = c.norm_axis(axis, x.type.rank)
+    if c.elements(k) == (x.shape[axis],) and not isinstance(x.shape[axis], int):
+        return list(c.b.sort(x, axis=axis, descending=largest is None or bool(largest)))
     count = c.ints(k, "k")
     assert count is not None
     return list(c.b.topk(x, k=count[0], axis=axis, largest=largest is None or bool(largest)))

@@ -9,6 +9,7 @@ import numpy as np
 import sympy
 
 from moec.frontend.onnx.context import ImportContext, Size
+from moec.frontend.onnx.grouped import joined_products
 from moec.frontend.onnx.index import ascends
 from moec.frontend.onnx.registry import imports
 from moec.ir import Dim, DType, Value
@@ -167,7 +168,8 @@ def concat(c: ImportContext, *xs: Value, axis: int) -> Value:
         for i, (a, b) in enumerate(zip(xs[0].shape, x.shape, strict=True)):
             if i != axis and isinstance(a, Dim) and isinstance(b, Dim) and a.is_symbol and b.is_symbol:
                 c.need(a, b)
-    return c.concat(list(xs), axis)
+    found = joined_products(c, xs, axis)
+    return c.concat(list(xs), axis) if found is None else found
 
 
 @imports("Split", since=13)
