@@ -35,21 +35,21 @@ class Fact:
         symbols = sorted(self.size.symbols)
         if len(symbols) != 1 or not _grows(self.size.expr) or isinstance(self.value, Dim):
             raise CompileError(f"{self} says nothing of one size alone", code="dims")
-        if not self.equal:  # of those on either side of the value, the larger: 0 and 1 are special
-            return symbols[0], self._first(self.value + 1), None
         least, beyond = self._first(self.value), self._first(self.value + 1)
-        if least == beyond:
+        if not self.equal:  # of those on either side of the value, the larger: 0 and 1 are special
+            least, beyond = beyond, None
+        if least is None or least == beyond:
             raise CompileError(f"no {symbols[0]} makes {self}", code="dims")
-        return symbols[0], least, beyond - 1
+        return symbols[0], least, None if beyond is None else beyond - 1
 
-    def _first(self, value: int) -> int:
-        """The least n for which the size is at least `value`."""
+    def _first(self, value: int) -> int | None:
+        """The least n for which the size is at least `value`; None where there is none."""
         (symbol,) = self.size.symbols
         low, high = 0, 1
         while self.size.evaluate({symbol: high}) < value:
             low, high = high, 2 * high
             if high > _LARGEST:
-                raise CompileError(f"{self.size} never is {value}", code="dims")
+                return None
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self.size.evaluate({symbol: middle}) >= value else (middle + 1, high)

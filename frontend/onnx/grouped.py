@@ -1,11 +1,12 @@
-"""Grouped products as exporters write them: `torch.histc` of expert ids as a scatter into bins, `grouped_mm` as one
-product for each group's rows, which a Range counts up."""
+"""Grouped products as exporters write them: `torch.histc` of expert ids as a scatter into bins, grouped
+products as one product for each group's rows, which a Range counts up or a Split by counts gives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from moec.frontend.onnx.context import ImportContext
 from moec.frontend.onnx.ranges import uniform, within
@@ -69,28 +70,61 @@ def _binned(c: ImportContext, index: Value, bins: int) -> Value | None:
 
 
 def joined_products(c: ImportContext, xs: Sequence[Value], axis: int) -> Value | None:
-    """concat(x[0 : ends[0]] · w[0], x[ends[0] : ends[1]] · w[1], …) as one grouped product, where the ends are running
-    sums of how often each expert occurs among as many ids as x has rows."""
-    products = [_made(v, "linear.matmul") for v in xs]
-    gathers = [None if p is None else _made(p.operands[0], "tensor.gather") for p in products]
-    if axis or len(xs) < 2 or None in gathers:
+    """concat(x[0 : n₀] · w[0], x[n₀ : n₀ + n₁] · w[1], …) as one grouped product, where n counts how often each expert
+    occurs among as many ids as x has rows."""
+    products = [p for v in xs if (p := _made(v, "linear.matmul")) is not None]
+    if axis or len(xs) < 2 or len(products) < len(xs):
         return None
-    ranges = [_made(g.operands[1], "extern.Range") for g in gathers if g is not None]
-    rows = {g.operands[0] for g in gathers if g is not None and g.attrs["axis"] == 0}
-    if None in ranges or len(rows) != 1:
+    rows = [p.operands[0] for p in products]
+    found = _split_rows(c, rows) or _ranged_rows(c, rows)
+    weights = _stacked(c, [p.operands[1] for p in products])
+    if found is None or weights is None or weights.type.rank != 3:
         return None
-    (x,) = rows
-    limits = [r.operands for r in ranges if r is not None]
+    return c.b.grouped_matmul(found[0], weights, c.cast(found[1], DType.I32))
+
+
+def _split_rows(c: ImportContext, rows: Sequence[Value | None]) -> tuple[Value, Value] | None:
+    """(x, ends of the groups) of rows that a Split by counts gives."""
+    splits = {_made(v, "extern.Split") for v in rows}
+    split = splits.pop()
+    if splits or split is None or [v.index for v in rows if v is not None] != list(range(len(split.results))):
+        return None
+    x, counts = split.operands
+    if x is None or counts is None or (split.attrs["axis"] or 0) % x.type.rank:
+        return None
+    return (x, c.b.cumsum(counts, axis=0)) if _count_rows(counts, x, len(rows)) else None
+
+
+def _ranged_rows(c: ImportContext, rows: Sequence[Value | None]) -> tuple[Value, Value] | None:
+    """(x, ends of the groups) of rows that are gathered by a Range for each group."""
+    gathers = [g for v in rows if (g := _made(v, "tensor.gather")) is not None and g.attrs["axis"] == 0]
+    limits = [r.operands for g in gathers if (r := _made(g.operands[1], "extern.Range")) is not None]
+    sources = {g.operands[0] for g in gathers}
+    if len(limits) < len(rows) or len(sources) != 1:
+        return None
+    (x,) = sources
     starts, ends = [o[0] for o in limits], [o[1] for o in limits]
     if uniform(c, starts[0]) != 0 or starts[1:] != ends[:-1] or any(uniform(c, o[2]) != 1 for o in limits):
         return None
     offsets = _pieces(ends)
-    weights = _pieces([p.operands[1] for p in products if p is not None])
-    if x is None or offsets is None or weights is None or weights.type.rank != 3 or offsets.type.rank != 1:
+    scan = None if offsets is None else _made(_below(offsets, "math.cast"), "math.cumsum")
+    if x is None or scan is None or offsets is None or offsets.type.rank != 1:
         return None
-    if not _count_rows(offsets, x, len(xs)):
-        return None
-    return c.b.grouped_matmul(x, weights, c.cast(offsets, DType.I32))
+    return (x, offsets) if _count_rows(scan.operands[0], x, len(rows)) else None
+
+
+def _stacked(c: ImportContext, matrices: Sequence[Value | None]) -> Value | None:
+    """[E, K, N] that was split into these, or that they are stacked to when first read."""
+    whole = _pieces(matrices)
+    weights = [v.weight for v in matrices if v is not None and v.weight is not None]
+    if whole is not None or len(weights) < len(matrices) or len({w.type for w in weights}) != 1:
+        return whole
+    type = weights[0].type
+
+    def compute() -> torch.Tensor:
+        return torch.stack([w.load() for w in weights])
+
+    return c.b.weight(f"{weights[0].name}.stacked", compute, type.with_shape((len(weights), *type.shape)))
 
 
 def _pieces(values: Sequence[Value | None]) -> Value | None:
@@ -106,10 +140,9 @@ def _pieces(values: Sequence[Value | None]) -> Value | None:
     return whole if split.attrs["axis"] % whole.type.rank == 0 else None
 
 
-def _count_rows(offsets: Value, x: Value, groups: int) -> bool:
-    """Whether offsets are running sums of counts that are as many as x has rows."""
-    scan = _made(_below(offsets, "math.cast"), "math.cumsum")
-    count = None if scan is None else _made(_below(scan.operands[0], "math.cast"), "tensor.histc")
+def _count_rows(counts: Value | None, x: Value, groups: int) -> bool:
+    """Whether counts of each id add up to as many as x has rows."""
+    count = _made(_below(counts, "math.cast"), "tensor.histc")
     if count is None or count.attrs["bins"] != groups or count.operands[0] is None:
         return False
     return product(count.operands[0].shape) == x.shape[0]

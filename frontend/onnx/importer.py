@@ -304,7 +304,7 @@ class Importer:
                 return [simple]
         first = len(c.b.created)
         try:
-            return self._in_our_ops(domain, node.op_type, operands, attrs)
+            return self._in_our_ops(domain, node.op_type, operands, attrs, used)
         except CompileError as e:
             why = e
         self._undo(first)
@@ -351,11 +351,11 @@ class Importer:
                 raise c.refuse(f"has no attribute {name!r} in opset {c.opset}", code="attribute")
 
     def _in_our_ops(
-        self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any]
+        self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any], used: list[bool]
     ) -> list[Value | None]:
         c = self.context
         results = self._native(domain, op_type, operands, attrs)
-        if len(results) < c.outputs or None in results[: c.outputs]:
+        if len(results) < c.outputs or any(u and r is None for u, r in zip(used, results, strict=False)):
             raise c.refuse("a result that only the operator itself has")
         first = results[0] if results else None
         if not domain and first is not None and first.type.rank <= 1:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
+
 from moec.frontend.onnx import grouped
 from moec.frontend.onnx.context import ImportContext, Size
 from moec.frontend.onnx.ranges import never_negative
 from moec.frontend.onnx.registry import imports
 from moec.ir import DType, Value
 from moec.ir.dims import product
+from moec.ir.dims import size as as_size
 
 
 @imports("Slice", since=10)
@@ -51,6 +54,8 @@ def _bound(c: ImportContext, bound: Size, extent: Size) -> Size:
         return extent
     if isinstance(bound, int) and bound <= -(2**31 - 1):
         return 0
+    if bound - extent == -1:  # of an empty axis it is its end, which is its start
+        return extent - _at_most_one(extent)
     if isinstance(bound, int):
         # sizes of x[:, 1:] and x[:, :-1] come out as the same expression
         return _positive(extent + bound) if bound < 0 else extent - _positive(extent - bound)
@@ -59,12 +64,12 @@ def _bound(c: ImportContext, bound: Size, extent: Size) -> Size:
     raise c.refuse(f"bound {bound} of an axis of size {extent}")
 
 
+def _at_most_one(s: Size) -> Size:
+    return min(s, 1) if isinstance(s, int) else as_size(sympy.Min(s.expr, 1))
+
+
 def _positive(s: Size) -> Size:
     """max(s, 0)"""
-    import sympy
-
-    from moec.ir.dims import size as as_size
-
     return max(s, 0) if isinstance(s, int) else s if ascends(0, s) else as_size(sympy.Max(s.expr, 0))
 
 

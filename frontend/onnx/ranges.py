@@ -31,6 +31,8 @@ def bounds(c: ImportContext, v: Value, depth: int = 0) -> tuple[Size, Size] | No
         return 0, first.shape[node.attrs["axis"]] - 1
     if node.op == "math.argmax" and first is not None:
         return 0, first.shape[node.attrs["axis"]] - 1
+    if node.op == "tensor.nonzero" and first is not None:
+        return 0, first.type.numel
     if node.op == "tensor.arange" and isinstance(node.attrs["start"], int) and node.attrs["step"] > 0:
         return node.attrs["start"], node.attrs["end"] - 1
     if node.op == "math.cast" and first is not None and first.dtype.is_integer and v.dtype.bits >= 32:
