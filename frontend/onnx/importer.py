@@ -18,7 +18,7 @@ from moec.frontend.onnx import fold, ranges, sequences
 from moec.frontend.onnx.assume import NOTHING, Facts, Undecided
 from moec.frontend.onnx.check import free_names
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext
-from moec.frontend.onnx.extern import attribute, element_name, element_type, extern
+from moec.frontend.onnx.extern import UNKNOWN, attribute, element_name, element_type, extern
 from moec.frontend.onnx.files import ExternalSource, ProtoSource, external
 from moec.frontend.onnx.registry import MICROSOFT, find
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
@@ -211,7 +211,7 @@ class Importer:
         dtype = element_type(int(v.type.dtype))
         if dtype is None:
             return None
-        return TensorType(dtype, tuple(d if isinstance(d, int) and d >= 0 else Dim("_") for d in v.shape))
+        return TensorType(dtype, tuple(d if isinstance(d, int) and d >= 0 else UNKNOWN for d in v.shape))
 
     # -- nodes ------------------------------------------------------------------------------------------
 
@@ -311,12 +311,14 @@ class Importer:
         if domain == MICROSOFT:
             raise why
         own = {name: attribute(name, a) for name, a in attrs.items()}
-        declared = [self._declared(o) for o in node.outputs]
+        said = [self._declared(o) for o in node.outputs]
+        # sizes that a model declares may be those of one run
+        declared = [None if d is None else d.with_shape([UNKNOWN] * d.rank) for d in said]
         if node.op_type in _CONTROL and not domain:
             from moec.frontend.onnx.control import declared as from_bodies
 
             known = from_bodies(self, node, operands)
-            declared = [d if d is not None else known[i] for i, d in enumerate(declared)]
+            declared = [d if known[i] is None else known[i] for i, d in enumerate(declared)]
         try:
             results = extern(c, domain, node.op_type, operands, own, used, declared, self._captured(node))
         except CompileError as e:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,12 @@ def check(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], *, native: bool 
     return imported
 
 
-def session(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """What ONNX Runtime gives for the model itself."""
+def session(proto: onnx.ModelProto | Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What ONNX Runtime gives for the model, or the file, itself."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
-    run = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = proto if isinstance(proto, Path) else proto.SerializeToString()
+    run = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return [np.asarray(x) for x in run.run(None, feeds)]
 
 
