@@ -19,6 +19,7 @@ from moec.frontend.onnx import (  # noqa: F401  (each registers its imports)
     index,
     linear,
     microsoft,
+    microsoft_attention,
     microsoft_moe,
     norm,
     padding,

@@ -93,6 +93,8 @@ def sizes_of_result(
     c: ImportContext, op_type: str, operands: Sequence[Value | None], attrs: dict[str, Any]
 ) -> tuple[Size, ...] | None:
     """The elements of the first result as sizes, where all operands are known as sizes; else None."""
+    if op_type == "Where":
+        return _chosen(c, operands)
     known = [None if v is None else c.elements(v) for v in operands]
     first = operands[0] if operands else None
     if first is None or known[0] is None:
@@ -140,6 +142,20 @@ def _slice(x: tuple[Size, ...], others: list[tuple[Size, ...]]) -> tuple[Size, .
     return x[slice(start, end, step)] if step > 0 else None
 
 
+def _chosen(c: ImportContext, operands: Sequence[Value | None]) -> tuple[Size, ...] | None:
+    """Where of sizes by a constant."""
+    condition = c.array(operands[0])
+    sides = [None if v is None else c.elements(v) for v in operands[1:]]
+    if condition is None or condition.ndim > 1 or sides[0] is None or sides[1] is None:
+        return None
+    chosen = condition.reshape(-1).tolist()
+    n = max(len(chosen), *map(len, (sides[0], sides[1])))
+    if any(len(side) not in (1, n) for side in (chosen, sides[0], sides[1])):
+        return None
+    columns = [[side[i % len(side)] for i in range(n)] for side in (chosen, sides[0], sides[1])]
+    return tuple(a if which else b for which, a, b in zip(*columns, strict=True))
+
+
 def _arithmetic(op_type: str, a: tuple[Size, ...], b: tuple[Size, ...]) -> tuple[Size, ...] | None:
     n = max(len(a), len(b))
     if len(a) not in (1, n) or len(b) not in (1, n):
@@ -165,16 +181,17 @@ def condition(c: ImportContext, op_type: str, operands: Sequence[Value | None], 
     if op_type == "Not" and first in c.open:
         of = c.open[first]
         c.open[result] = Fact(of.size, of.value, not of.equal)
-    if op_type != "Equal" or len(operands) != 2 or result.type.numel != 1:
+    if op_type != "Equal" or len(operands) != 2 or result.type.rank > 1:
         return None
-    known = [None if v is None or not v.dtype.is_integer else c.elements(v) for v in operands]
-    if known[0] is None or known[1] is None or len(known[0]) != 1 or len(known[1]) != 1:
+    a, b = (None if v is None or not v.dtype.is_integer else c.elements(v) for v in operands)
+    if a is None or b is None:
         return None
-    found = relation(known[0][0], known[1][0])
-    if isinstance(found, Fact):
-        answer = c.facts.decides(found)
-        if answer is None:
-            c.open[result] = found
-            return None
-        found = answer
-    return None if found is None else c.constant(np.full([1] * result.type.rank, found))
+    n = max(len(a), len(b)) if a and b else 0
+    if not n or any(len(side) not in (1, n) for side in (a, b)):
+        return None
+    found = [relation(a[i % len(a)], b[i % len(b)]) for i in range(n)]
+    answers = [c.facts.decides(f) if isinstance(f, Fact) else f for f in found]
+    first_open = found[0]
+    if n == 1 and answers[0] is None and isinstance(first_open, Fact):
+        c.open[result] = first_open
+    return None if None in answers else c.constant(np.array(answers, bool).reshape([n] * result.type.rank))

@@ -39,7 +39,9 @@ def _slices(
         if step < 1:
             raise c.refuse(f"step {step}")
         extent = x.shape[axis]
-        low, high = (_bound(c, b, extent) for b in (start, end))
+        # the last element: as many as min(1, size), an expression that says so
+        low = extent - _at_most_one(extent) if start == -1 else _bound(c, start, extent)
+        high = _bound(c, end, extent)
         if not ascends(low, high):
             high = low if isinstance(low, int) and isinstance(high, int) else low + _positive(high - low)
         x = c.slice(x, axis, low, high, step)
@@ -81,7 +83,11 @@ def ascends(low: Size, high: Size) -> bool:
 
 @imports("Gather")
 def gather(c: ImportContext, x: Value, index: Value, *, axis: int) -> Value:
-    return c.b.gather(x, index, axis=c.norm_axis(axis, x.type.rank))
+    axis = c.norm_axis(axis, x.type.rank)
+    known = c.array(index)
+    if known is not None and known.ndim == 0 and x.shape[axis] == 1 and int(known) in (0, -1):
+        return c.reshape(x, (*x.shape[:axis], *x.shape[axis + 1 :]))
+    return c.b.gather(x, index, axis=axis)
 
 
 @imports("GatherND", since=11)
