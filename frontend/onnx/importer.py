@@ -24,7 +24,7 @@ from moec.frontend.onnx.registry import MICROSOFT, find
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
 from moec.ir.arrays import NUMPY, OPAQUE, to_numpy
 from moec.ir.dims import parse_size
-from moec.ir.ops.extern import op_name, schema_at
+from moec.ir.ops.extern import op_name, schema_at, table
 
 _RESERVED = {d.value for d in DType} | {"none", "true", "false", "inf", "nan"}
 # torch moves these but computes with none of them
@@ -226,6 +226,8 @@ class Importer:
     def _import(self, node: onnx_ir.Node, location: Location) -> None:
         c = self.context
         domain = "" if node.domain == "ai.onnx" else node.domain
+        if not domain and (domain, node.op_type) not in table() and find(MICROSOFT, node.op_type, 1):
+            domain = MICROSOFT  # ONNX Runtime has some of its own operators in ONNX's domain
         c.op, c.b.location = f"{domain}.{node.op_type}" if domain else node.op_type, location
         if domain not in self.opsets and domain != MICROSOFT:
             raise CompileError(f"{c.op}: the model imports no opset of {domain or 'ai.onnx'}", code="opset")
