@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moec.frontend.onnx.context import ImportContext, Size
-from moec.ir import DType, Value
+from moec.ir import Dim, DType, Value
 from moec.ir.types import broadcast
 
 _SAME = {"tensor.reshape", "tensor.transpose", "tensor.expand", "tensor.slice", "tensor.gather", "tensor.split"}
@@ -33,6 +33,8 @@ def bounds(c: ImportContext, v: Value, depth: int = 0) -> tuple[Size, Size] | No
         return 0, first.shape[node.attrs["axis"]] - 1
     if node.op == "tensor.nonzero" and first is not None:
         return 0, first.type.numel
+    if node.op == "tensor.concat":
+        return _joined([bounds(c, o, depth + 1) if o is not None else None for o in node.operands])
     if node.op == "tensor.arange" and isinstance(node.attrs["start"], int) and node.attrs["step"] > 0:
         return node.attrs["start"], node.attrs["end"] - 1
     if node.op == "math.cast" and first is not None and first.dtype.is_integer and v.dtype.bits >= 32:
@@ -40,6 +42,16 @@ def bounds(c: ImportContext, v: Value, depth: int = 0) -> tuple[Size, Size] | No
     if (node.op in _SAME or (node.op in _INDICES and v.index == 0)) and first is not None:
         return bounds(c, first, depth + 1)
     return None
+
+
+def _joined(parts: list[tuple[Size, Size] | None]) -> tuple[Size, Size] | None:
+    """Bounds of all of these, which are not negative (what is at most one of several sizes is at most their sum)."""
+    highest: Size = 0
+    for part in parts:
+        if part is None or not isinstance(part[0], int) or part[0] < 0:
+            return None
+        highest = highest + part[1] if isinstance(part[1], Dim) or isinstance(highest, Dim) else max(highest, part[1])
+    return 0, highest
 
 
 def never_negative(c: ImportContext, v: Value) -> bool:
