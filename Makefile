@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory check-gpu judges judges-full fuzz fuzz-mutants tolerances clean
+.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -36,6 +36,10 @@ judges: $(STAMP)
 # the same with all samples
 judges-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/judges.py --full
+
+# the ONNX models inside two packages from PyPI, against ONNX Runtime alone
+onnx-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/onnx_models.py
 
 # how far honest backends are from float64, against the tolerances
 tolerances: $(STAMP)

@@ -94,7 +94,8 @@ def _imported(
         raise ArgumentTypeError(
             "an ONNX model says itself which sizes vary: dynamic_shapes does not apply", code="arguments"
         )
-    imported = import_onnx(model)
-    if args or kwargs:  # not needed, but wrong ones are better refused here than at the first call
-        bind_inputs(imported.graph, imported.signature.flatten(args, kwargs))
+    imported = import_onnx(model, args, kwargs)
+    names = imported.signature.input_names
+    if len(args) + len(kwargs or {}) == len(names):  # wrong ones are better refused here than at the first call
+        imported.signature.check_bounds(bind_inputs(imported.graph, imported.signature.flatten(args, kwargs)))
     return imported.graph, imported.signature

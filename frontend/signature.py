@@ -193,9 +193,10 @@ class Signature:
             raise ArtifactError(f"signature: field {field_name!r} is missing or malformed ({e})", code="load") from None
 
 
-def positional(graph: Graph) -> Signature:
-    """The call structure of a graph: tensors in the order of its inputs (or by their names); a tuple of outputs."""
-    names = tuple(str(v.name) for v in graph.inputs)
+def positional(graph: Graph, names: Sequence[str] | None = None) -> Signature:
+    """The call structure of a graph: tensors in the order of its inputs (or by their names), or arguments with these
+    names, not all of them inputs; a tuple of outputs."""
+    names = tuple(str(v.name) for v in graph.inputs) if names is None else tuple(names)
     return Signature(
         pytree.tree_structure((names, {})),
         pytree.tree_structure(tuple(graph.output_names)),
@@ -203,6 +204,20 @@ def positional(graph: Graph) -> Signature:
         names,
         outputs=tuple(("tensor", i) for i in range(len(graph.outputs))),
     )
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments given by position or name, none of which must be there. Raises ArgumentTypeError."""
+    if len(args) > len(names):
+        raise ArgumentTypeError(f"expected {len(names)} positional arguments, got {len(args)}", code="arguments")
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names:
+            raise ArgumentTypeError(f"no argument {name!r}; there are {', '.join(names)}", code="arguments")
+        if name in given:
+            raise ArgumentTypeError(f"argument {name!r} is given twice", code="arguments")
+        given[name] = value
+    return given
 
 
 def _names(data: Any) -> tuple[str, ...]:

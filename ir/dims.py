@@ -107,6 +107,10 @@ class Dim:
 
 
 def _floordiv(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    if b.is_Integer and b > 0:  # ⌊(⌊y⌋ + k) / b⌋ = ⌊(y + k) / b⌋: sizes behind many convolutions stay short
+        k, rest = a.as_coeff_Add()
+        if isinstance(rest, sympy.floor) and k.is_Integer:
+            a = rest.args[0] + k
     return sympy.floor(a / b)
 
 

@@ -14,7 +14,7 @@ def rotary(c: ImportContext, x: Value, cos: Value, sin: Value, positions: Value 
            num_heads: int, rotary_embedding_dim: int) -> Value:  # fmt: skip
     """x [B, H, S, D], or [B, S, H·D] with `num_heads`; caches [P, R/2] with positions [B, S], else [B, S, R/2]."""
     c.floats(x, cos, sin)
-    heads = _heads(c, x, num_heads) if x.type.rank == 3 else x
+    heads = heads_of(c, x, num_heads) if x.type.rank == 3 else x
     size = heads.shape[3]
     width = rotary_embedding_dim or size
     if not isinstance(width, int):
@@ -27,10 +27,10 @@ def rotary(c: ImportContext, x: Value, cos: Value, sin: Value, positions: Value 
     turned = c.slice(heads, 3, 0, width)
     turned = c.b.op("rope.apply", (turned, cos, sin), {"interleaved": bool(interleaved)})
     y = turned if width == size else c.concat([turned, c.slice(heads, 3, width, size)], 3)
-    return _flat(c, y) if x.type.rank == 3 else y
+    return flat_heads(c, y) if x.type.rank == 3 else y
 
 
-def _heads(c: ImportContext, x: Value, heads: int) -> Value:
+def heads_of(c: ImportContext, x: Value, heads: int) -> Value:
     """[B, S, H·D] → [B, H, S, D]"""
     b, s, width = x.shape
     if not heads or not isinstance(width, int) or width % heads:
@@ -38,7 +38,7 @@ def _heads(c: ImportContext, x: Value, heads: int) -> Value:
     return c.transpose(c.reshape(x, (b, s, heads, width // heads)), (0, 2, 1, 3))
 
 
-def _flat(c: ImportContext, x: Value) -> Value:
+def flat_heads(c: ImportContext, x: Value) -> Value:
     """[B, H, S, D] → [B, S, H·D]"""
     b, h, s, d = x.shape
     return c.reshape(c.transpose(x, (0, 2, 1, 3)), (b, s, h * d))
@@ -56,8 +56,8 @@ def attention(c: ImportContext, q: Value, k: Value, v: Value, mask: Value | None
         raise c.refuse(f"softmax_precision {softmax_precision}")
     rank = q.type.rank
     if rank == 3:
-        q = _heads(c, q, q_num_heads or 0)
-        k, v = _heads(c, k, kv_num_heads or 0), _heads(c, v, kv_num_heads or 0)
+        q = heads_of(c, q, q_num_heads or 0)
+        k, v = heads_of(c, k, kv_num_heads or 0), heads_of(c, v, kv_num_heads or 0)
     if past_k is not None and past_v is not None:
         k, v = c.concat([past_k, k], 2), c.concat([past_v, v], 2)
     size = q.shape[3]
@@ -80,7 +80,7 @@ def attention(c: ImportContext, q: Value, k: Value, v: Value, mask: Value | None
             raise c.refuse(f"a mask {mask.type} for {t} keys")
     factor = scale if scale is not None else 1 / math.sqrt(size)
     y = c.b.sdpa(q, k, v, mask, scale=factor, causal=causal, softcap=softcap or None)
-    y = _flat(c, y) if rank == 3 else y
+    y = flat_heads(c, y) if rank == 3 else y
     return [y, k, v][: c.outputs]
 
 

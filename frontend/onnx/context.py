@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moec.frontend.context import Context, Size
+from moec.frontend.onnx.assume import NOTHING, Fact, Needed
 from moec.frontend.symbols import Symbols
 from moec.ir import CompileError, Dim, DType, Graph, TensorType, Value, Weight
 from moec.ir.arrays import OPAQUE, dtype_of, from_numpy
@@ -27,7 +28,10 @@ class ImportContext(Context):
         self.outputs = 1  # how many outputs the operator has, up to the last that is used
         self.arrays: dict[Value, np.ndarray] = {}
         self.sizes: dict[Value, tuple[Size, ...]] = {}  # elements of integer tensors of rank 0 and 1, symbols in them
+        self.uniform: dict[Value, Any] = {}  # the number that every element is
         self.taken: set[str] = set()
+        self.facts = NOTHING
+        self.open: dict[Value, Fact] = {}  # conditions on sizes: what makes them true
 
     # -- what is known -------------------------------------------------------------------------------
 
@@ -95,6 +99,21 @@ class ImportContext(Context):
             i += 1
         self.taken.add(f"{stem}{i}")
         return Dim(f"{stem}{i}")
+
+    def need(self, a: Size, b: Size) -> None:
+        """Take for granted that two sizes are equal: without that the operator fails whenever it runs. Returns only
+        where they are. Raises CompileError where they cannot be, or where their inputs do not show it."""
+        inputs = {s for v in self.graph.inputs for s in v.type.symbols}
+        for size, value in ((a, b), (b, a)):
+            if a == b or not isinstance(size, Dim):
+                continue
+            more = value.symbols if isinstance(value, Dim) else frozenset()
+            fact = Fact(size, value)
+            fits = not more or (size.is_symbol and not size.symbols & more)
+            if fits and fact not in self.facts.known and size.symbols | more <= inputs:
+                raise Needed(fact)
+        if a != b:
+            raise self.refuse(f"needs {a} = {b}", code="type")
 
     # -- helpers --------------------------------------------------------------------------------------
 

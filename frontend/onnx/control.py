@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir
 
+from moec.frontend.onnx.assume import Facts, explore
+from moec.frontend.onnx.extern import UNKNOWN
 from moec.ir import CompileError, Dim, DType, TensorType, Value
 
 if TYPE_CHECKING:
@@ -99,9 +101,13 @@ def _scan(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]) 
 
 def body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorType]) -> list[TensorType]:
     """The types that a body gives for arguments of these types. Raises CompileError where it cannot be imported."""
+    return explore(lambda facts: _body_types(importer, body, arguments, facts), {}, importer.facts)
+
+
+def _body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorType], facts: Facts) -> list[TensorType]:
     from moec.frontend.onnx.importer import Importer
 
-    scratch = Importer(importer.model, {}, importer.folder)
+    scratch = Importer(importer.model, {}, importer.folder, facts)
     scratch.opsets, scratch.context.opset = importer.opsets, importer.opsets.get("", 1)
     scratch.context.taken = set(importer.context.taken)
     scratch.lists = {}  # sequences stay outside
@@ -116,12 +122,11 @@ def body_types(importer: Importer, body: onnx_ir.Graph, arguments: list[TensorTy
 
 
 def declared(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]) -> list[TensorType | None]:
-    """Types of the results of If, Loop and Scan from their bodies, sizes apart: those may differ from run to run."""
+    """Types of the results of If, Loop and Scan from their bodies; UNKNOWN sizes may differ from run to run."""
     types = [None if v is None else v.type for v in operands]
-    unknown = Dim("_")
 
     def ranks(found: list[TensorType]) -> list[TensorType | None]:
-        return [t.with_shape([unknown] * t.rank) for t in found]
+        return [t.with_shape([UNKNOWN] * t.rank) for t in found]
 
     if node.op_type == "If":
         branches = [node.attributes[a].as_graph() for a in ("then_branch", "else_branch")]
@@ -132,13 +137,27 @@ def declared(importer: Importer, node: onnx_ir.Node, operands: list[Value | None
         carried = [t for t in types[2:] if t is not None]
         arguments = [TensorType(DType.I64, ()), TensorType(DType.BOOL, ()), *carried]
         found = body_types(importer, body, arguments)[1:]
-        rows = found[len(carried) :]
-        return [*ranks(found[: len(carried)]), *ranks([t.with_shape([0, *t.shape]) for t in rows])]
+        states, rows = found[: len(carried)], found[len(carried) :]
+        if states != carried:  # sizes grow from one iteration to the next
+            return [*ranks(states), *ranks([t.with_shape([0, *t.shape]) for t in rows])]
+        count = _iterations(importer, body, operands)
+        return [*states, *(t.with_shape([UNKNOWN if count is None else count, *t.shape]) for t in rows)]
     count = node.attributes["num_scan_inputs"].as_int()
     given = [t for t in types if t is not None]
     states, scanned = given[:-count], given[-count:]
     found = body_types(importer, body, [*states, *(t.with_shape(t.shape[1:]) for t in scanned)])
     return [*ranks(found[: len(states)]), *ranks([t.with_shape([0, *t.shape]) for t in found[len(states) :]])]
+
+
+def _iterations(importer: Importer, body: onnx_ir.Graph, operands: list[Value | None]) -> int | Dim | None:
+    """How often a loop runs, where nothing ends it early; None where that is not known."""
+    c = importer.context
+    count, start = (operands[i] if i < len(operands) else None for i in (0, 1))
+    sizes = None if count is None else c.elements(count)
+    going = c.array(start)
+    if sizes is None or len(sizes) != 1 or (going is None and start is not None) or not _keeps_going(body):
+        return None
+    return sizes[0] if going is None or bool(going.reshape(-1)[0]) else 0
 
 
 def _keeps_going(body: onnx_ir.Graph) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moec.frontend.onnx.context import ImportContext
 from moec.frontend.onnx.extern import element_name, element_type
+from moec.frontend.onnx.ranges import never_negative
 from moec.frontend.onnx.registry import imports
 from moec.ir import DType, Value
 from moec.ir.arrays import OPAQUE
@@ -82,6 +83,8 @@ def sign(c: ImportContext, x: Value) -> Value:
 @imports("Div", since=7)
 def div(c: ImportContext, a: Value, b: Value) -> Value:
     if a.dtype in (DType.I64, DType.I32):  # it rounds to zero, ours down
+        if never_negative(c, a) and never_negative(c, b):
+            return c.b.floordiv(a, b)
         signs = c.b.mul(c.b.sign(a), c.b.sign(b))
         return c.b.mul(c.b.floordiv(c.b.abs(a), c.b.abs(b)), signs)
     c.floats(a, b)

@@ -14,6 +14,7 @@ from moec.ir import CompileError, Dim, DType, TensorType, Value
 from moec.ir.ops.extern import extern_op, graph_attr, inferred, op_name, schema_at, tensor_attr
 
 Declared = TensorType | None
+UNKNOWN = Dim("_")  # a size of a declared type that may be any
 
 
 def attribute(name: str, attr: Any) -> Any:
@@ -49,12 +50,16 @@ def extern(
     declared: Sequence[Declared],
     captured: dict[str, Value],
 ) -> list[Value | None]:
-    """Build an extern node. `used`: which outputs have a name; `declared`: what the model says of their types, for
-    ranks that inference does not know; `captured`: what the bodies read, by name. Raises CompileError where ONNX does
-    not know the operator, refuses it, or a result is no tensor of known rank."""
+    """Build an extern node. `used`: which outputs have a name; `declared`: what is known of their types where
+    inference knows less, UNKNOWN sizes in them; `captured`: what the bodies read, by name. Raises CompileError where
+    ONNX does not know the operator, refuses it, or a result is no tensor of known rank."""
     schema = schema_at(domain, op_type, c.opset)
     opdef = extern_op(op_name(domain, op_type))
     assert opdef is not None
+    last = max((i for i, u in enumerate(used) if u), default=-1)
+    # what is not optional has a name, whether it is used or not
+    single = [o.option == o.option.__class__.Single for o in schema.outputs]
+    used = [u or (i < last and i < len(single) and single[i]) for i, u in enumerate(used)]
     slots = tuple(i for i, u in enumerate(used) if u)
     has_body = any(isinstance(a, str) and a.startswith("graph:") for a in attrs.values())
     version = c.opset if has_body else schema.since_version
@@ -77,9 +82,13 @@ def extern(
         if sizes is None:
             rank = known.rank if known is not None else _rank(op_type, operands, attrs)
             sizes = None if rank is None else [None] * rank
+        if sizes is not None and known is not None and len(sizes) == known.rank:
+            exact = [None if s == UNKNOWN else s for s in known.shape]
+            sizes = [e if e is not None and not isinstance(s, int) else s for s, e in zip(sizes, exact, strict=True)]
         if dtype is None or sizes is None:
             raise c.refuse(f"the {'rank' if dtype else 'element type'} of result {slot} is known only at run time")
-        results.append(TensorType(dtype, tuple(_size(c, s, texts) for s in sizes)))
+        shape = tuple(s if isinstance(s, Dim) else _size(c, s, texts) for s in sizes)
+        results.append(TensorType(dtype, shape))
     given = {"version": version, "types": tuple(results), "slots": slots, "captures": tuple(captured), **attrs}
     node = c.graph.create(opdef, values, given, location=c.b.location)
     c.b.created.append(node)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from moec.frontend.onnx.assume import Fact, relation
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext, Size
 from moec.ir import CompileError, Dim, Value
 from moec.ir.arrays import NUMPY
@@ -92,6 +93,8 @@ def sizes_of_result(
     c: ImportContext, op_type: str, operands: Sequence[Value | None], attrs: dict[str, Any]
 ) -> tuple[Size, ...] | None:
     """The elements of the first result as sizes, where all operands are known as sizes; else None."""
+    if op_type == "Where":
+        return _chosen(c, operands)
     known = [None if v is None else c.elements(v) for v in operands]
     first = operands[0] if operands else None
     if first is None or known[0] is None:
@@ -139,6 +142,20 @@ def _slice(x: tuple[Size, ...], others: list[tuple[Size, ...]]) -> tuple[Size, .
     return x[slice(start, end, step)] if step > 0 else None
 
 
+def _chosen(c: ImportContext, operands: Sequence[Value | None]) -> tuple[Size, ...] | None:
+    """Where of sizes by a constant."""
+    condition = c.array(operands[0])
+    sides = [None if v is None else c.elements(v) for v in operands[1:]]
+    if condition is None or condition.ndim > 1 or sides[0] is None or sides[1] is None:
+        return None
+    chosen = condition.reshape(-1).tolist()
+    n = max(len(chosen), *map(len, (sides[0], sides[1])))
+    if any(len(side) not in (1, n) for side in (chosen, sides[0], sides[1])):
+        return None
+    columns = [[side[i % len(side)] for i in range(n)] for side in (chosen, sides[0], sides[1])]
+    return tuple(a if which else b for which, a, b in zip(*columns, strict=True))
+
+
 def _arithmetic(op_type: str, a: tuple[Size, ...], b: tuple[Size, ...]) -> tuple[Size, ...] | None:
     n = max(len(a), len(b))
     if len(a) not in (1, n) or len(b) not in (1, n):
@@ -156,3 +173,25 @@ def _arithmetic(op_type: str, a: tuple[Size, ...], b: tuple[Size, ...]) -> tuple
     ):
         return tuple(p // q for p, q in pairs)
     return None
+
+
+def condition(c: ImportContext, op_type: str, operands: Sequence[Value | None], result: Value) -> Value | None:
+    """The constant that a condition on sizes is; None where it is none, or is open (and then kept in `c.open`)."""
+    first = operands[0] if operands else None
+    if op_type == "Not" and first in c.open:
+        of = c.open[first]
+        c.open[result] = Fact(of.size, of.value, not of.equal)
+    if op_type != "Equal" or len(operands) != 2 or result.type.rank > 1:
+        return None
+    a, b = (None if v is None or not v.dtype.is_integer else c.elements(v) for v in operands)
+    if a is None or b is None:
+        return None
+    n = max(len(a), len(b)) if a and b else 0
+    if not n or any(len(side) not in (1, n) for side in (a, b)):
+        return None
+    found = [relation(a[i % len(a)], b[i % len(b)]) for i in range(n)]
+    answers = [c.facts.decides(f) if isinstance(f, Fact) else f for f in found]
+    first_open = found[0]
+    if n == 1 and answers[0] is None and isinstance(first_open, Fact):
+        c.open[result] = first_open
+    return None if None in answers else c.constant(np.array(answers, bool).reshape([n] * result.type.rank))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,18 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from moec.frontend.onnx import fold, sequences
+from moec.frontend.context import Number, as_number
+from moec.frontend.onnx import fold, ranges, sequences
+from moec.frontend.onnx.assume import NOTHING, Facts, Undecided
 from moec.frontend.onnx.check import free_names
 from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext
-from moec.frontend.onnx.extern import attribute, element_name, element_type, extern
-from moec.frontend.onnx.files import ExternalSource, ProtoSource
+from moec.frontend.onnx.extern import UNKNOWN, attribute, element_name, element_type, extern
+from moec.frontend.onnx.files import ExternalSource, ProtoSource, external
 from moec.frontend.onnx.registry import MICROSOFT, find
 from moec.ir import CompileError, Dim, DType, Graph, Location, TensorType, Value, Weight
-from moec.ir.arrays import OPAQUE
+from moec.ir.arrays import NUMPY, OPAQUE, to_numpy
 from moec.ir.dims import parse_size
-from moec.ir.ops.extern import schema_at
+from moec.ir.ops.extern import op_name, schema_at, table
 
 _RESERVED = {d.value for d in DType} | {"none", "true", "false", "inf", "nan"}
 # torch moves these but computes with none of them
@@ -31,23 +33,28 @@ _MOVES = {"Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsq
           "Expand", "Shape", "Size", "Dropout"}  # fmt: skip
 _CONTROL = ("If", "Loop", "Scan")
 _EXPRESSION = re.compile(r"[\w\s()+*/-]{1,100}", re.ASCII)
+_NAMED = re.compile(r"\w")  # "?" is no name: two of them are two sizes
 _MOST_TERMS = 8  # of a size: expanding more takes its time
+_READ_AT_ONCE = 512  # elements of floats that are read while importing: zeros, ones, scales
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass
 class Importer:
-    """Builds `graph` from an onnx_ir graph without functions. `folder` holds its external data; `refused` says of each
-    operator that came in as an extern op, why."""
+    """Builds `graph` from an onnx_ir graph without functions. `folder` holds its external data; `facts` are known of
+    sizes, `constants` take the place of inputs; `refused` says of each operator that came in as an extern op, why."""
 
     model: onnx_ir.Model
     protos: dict[str, onnx.TensorProto]
     folder: Path | None
+    facts: Facts = NOTHING
+    constants: Mapping[str, Number] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
     refused: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.context = ImportContext(self.graph)
+        self.context.facts = self.facts
         self.opsets = {("" if d == "ai.onnx" else d): v for d, v in self.model.opset_imports.items()}
         self.context.opset = self.opsets.get("", 1)
         self.env: dict[onnx_ir.Value, Value] = {}
@@ -58,28 +65,48 @@ class Importer:
     def run(self) -> Graph:
         source = self.model.graph
         self.graph.name = source.name or "graph"
-        self._inputs(source)
+        self.inputs()
         for name, v in source.initializers.items():
             self.env[v] = self._initializer(str(name), v)
         for i, node in enumerate(source):
             self._node(node, i)
         self._outputs(source)
         self._remove_dead()
+        left = {n.op for n in self.graph.nodes}
+        self.refused = {op: why for op, why in self.refused.items() if op_name(*op.rpartition(".")[::2]) in left}
         self.graph.verify()
         return self.graph
 
     # -- inputs, weights, outputs ---------------------------------------------------------------------
 
-    def _inputs(self, source: onnx_ir.Graph) -> None:
+    def inputs(self) -> None:
+        """The inputs of the graph, and constants in the place of some."""
+        source = self.model.graph
         given = [v for v in source.inputs if v.name not in source.initializers]
         texts = [d.value for v in given if v.shape is not None for d in v.shape if isinstance(d, onnx_ir.SymbolicDim)]
-        for text in dict.fromkeys(t for t in texts if t):
+        for text in dict.fromkeys(t for t in texts if t and _NAMED.search(t)):
             self.context.taken |= self._dim_symbols(text)
         for v in given:
             try:
-                self.env[v] = self.graph.add_input(str(v.name), self._type(v))
+                name, type = str(v.name), self._type(v)
+                if name in self.constants:
+                    self.env[v] = self._constant(type, self.constants[name])
+                else:
+                    self.env[v] = self.graph.add_input(name, type)
             except CompileError as e:
                 raise CompileError(f"input {v.name!r}: {e.message}", code=e.code, hint=e.hint) from None
+
+    def _constant(self, type: TensorType, number: Number) -> Value:
+        """A number in the place of an input."""
+        if any(isinstance(s, int) and s != 1 for s in type.shape):
+            raise CompileError(f"is {type}, {number!r} cannot stand for it", code="arguments")
+        try:
+            array = np.full([1] * type.rank, as_number(number, type.dtype), NUMPY[type.dtype])
+        except (OverflowError, ValueError):
+            array = np.array([])
+        if not array.size or array.reshape(-1)[0] != number:
+            raise CompileError(f"is {type}, {number!r} is none of those", code="arguments")
+        return self.context.constant(array)
 
     def _type(self, v: onnx_ir.Value) -> TensorType:
         if isinstance(v.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
@@ -99,7 +126,9 @@ class Importer:
             if isinstance(d, int):
                 sizes.append(d if d >= 0 else self.context.fresh("d"))
             else:
-                sizes.append(self._dim(d.value) if d.value else self.context.fresh("d"))
+                size = self._dim(d.value) if d.value and _NAMED.search(d.value) else self.context.fresh("d")
+                known = self.facts.value(size)
+                sizes.append(size if known is None else known)
         return TensorType(dtype, tuple(sizes))
 
     def _dim(self, text: str) -> int | Dim:
@@ -144,21 +173,21 @@ class Importer:
                 f"initializer {name!r} has elements of type {element_name(proto.data_type)}, which are not supported",
                 code="dtype",
             )
+        count = int(np.prod(proto.dims, dtype=np.int64))
         source: Any = ProtoSource(proto)
         if proto.data_location == onnx.TensorProto.EXTERNAL:
             assert self.folder is not None
-            from moec.frontend.onnx.files import external
-
             where = external(proto)
             source = ExternalSource(
                 self.folder, where.location, where.offset, tuple(proto.dims), proto.data_type, proto.name
             )
-        elif np.prod(proto.dims, dtype=np.int64) <= KNOWN_LIMIT and dtype.is_integer:
-            return self.context.constant(onnx.numpy_helper.to_array(proto), name)
+        array = to_numpy(source.load()) if count <= (KNOWN_LIMIT if dtype.is_integer else _READ_AT_ONCE) else None
+        if array is not None and (dtype.is_integer or not proto.dims):  # a number is no weight: rules look at it
+            return self.context.constant(array, name)
         weight = Weight(self.graph.fresh_weight_name(name), TensorType(dtype, tuple(proto.dims)), source)
         value = self.graph.add_weight(weight)
-        if proto.data_location != onnx.TensorProto.EXTERNAL and np.prod(proto.dims, dtype=np.int64) <= 64:
-            self.context.arrays[value] = onnx.numpy_helper.to_array(proto)
+        if array is not None:
+            self.context.arrays[value] = array
         return value
 
     def _outputs(self, source: onnx_ir.Graph) -> None:
@@ -182,7 +211,7 @@ class Importer:
         dtype = element_type(int(v.type.dtype))
         if dtype is None:
             return None
-        return TensorType(dtype, tuple(d if isinstance(d, int) and d >= 0 else Dim("_") for d in v.shape))
+        return TensorType(dtype, tuple(d if isinstance(d, int) and d >= 0 else UNKNOWN for d in v.shape))
 
     # -- nodes ------------------------------------------------------------------------------------------
 
@@ -197,6 +226,8 @@ class Importer:
     def _import(self, node: onnx_ir.Node, location: Location) -> None:
         c = self.context
         domain = "" if node.domain == "ai.onnx" else node.domain
+        if not domain and (domain, node.op_type) not in table() and find(MICROSOFT, node.op_type, 1):
+            domain = MICROSOFT  # ONNX Runtime has some of its own operators in ONNX's domain
         c.op, c.b.location = f"{domain}.{node.op_type}" if domain else node.op_type, location
         if domain not in self.opsets and domain != MICROSOFT:
             raise CompileError(f"{c.op}: the model imports no opset of {domain or 'ai.onnx'}", code="opset")
@@ -214,9 +245,18 @@ class Importer:
         results = self._results(node, domain, operands, used)
         for o, v in zip(node.outputs, results, strict=False):
             if v is not None:
+                v = self._narrowed(v)
                 if v.producer is not None:
                     v.origins |= {str(o.name)}
                 self.env[o] = v
+
+    def _narrowed(self, v: Value) -> Value:
+        """v with the sizes that are known of its axes; the bounds of the inputs' sizes make that all of it."""
+        for axis, size in enumerate(v.shape):
+            known = self.facts.value(size)
+            if known is not None:
+                v = self.context.slice(v, axis, 0, known)
+        return v
 
     def value(self, v: onnx_ir.Value) -> Value:
         """What a value of the model is in the graph. Raises CompileError for a sequence."""
@@ -260,24 +300,32 @@ class Importer:
             folded = fold.evaluated(c, onnx_ir.to_proto(node), domain, operands)
             if folded is not None:
                 return [None if a is None else c.constant(a, str(node.name or c.op)) for a in folded]
+        if not domain and not has_body and c.opset >= 7:
+            simple = ranges.simplified(c, node.op_type, operands, {n: a.value for n, a in attrs.items()})
+            if simple is not None:
+                return [simple]
         first = len(c.b.created)
         try:
-            return self._in_our_ops(domain, node.op_type, operands, attrs)
+            return self._in_our_ops(domain, node.op_type, operands, attrs, used)
         except CompileError as e:
             why = e
         self._undo(first)
         if domain == MICROSOFT:
             raise why
         own = {name: attribute(name, a) for name, a in attrs.items()}
-        declared = [self._declared(o) for o in node.outputs]
+        said = [self._declared(o) for o in node.outputs]
+        # sizes that a model declares may be those of one run
+        declared = [None if d is None else d.with_shape([UNKNOWN] * d.rank) for d in said]
         if node.op_type in _CONTROL and not domain:
             from moec.frontend.onnx.control import declared as from_bodies
 
             known = from_bodies(self, node, operands)
-            declared = [d if d is not None else known[i] for i, d in enumerate(declared)]
+            declared = [d if known[i] is None else known[i] for i, d in enumerate(declared)]
         try:
             results = extern(c, domain, node.op_type, operands, own, used, declared, self._captured(node))
         except CompileError as e:
+            if node.op_type == "If" and not domain and operands[0] in c.open:
+                raise Undecided(c.open[operands[0]], e.located(c.b.location)) from None
             if why.code == "no-import" or e.code == "unknown-op":
                 raise
             raise CompileError(f"{why.message}; {e.message}", code=e.code, hint=e.hint) from None
@@ -307,17 +355,22 @@ class Importer:
                 raise c.refuse(f"has no attribute {name!r} in opset {c.opset}", code="attribute")
 
     def _in_our_ops(
-        self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any]
+        self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any], used: list[bool]
     ) -> list[Value | None]:
         c = self.context
         results = self._native(domain, op_type, operands, attrs)
-        if len(results) < c.outputs or None in results[: c.outputs]:
+        if len(results) < c.outputs or any(u and r is None for u, r in zip(used, results, strict=False)):
             raise c.refuse("a result that only the operator itself has")
         first = results[0] if results else None
         if not domain and first is not None and first.type.rank <= 1:
             sizes = fold.sizes_of_result(c, op_type, operands, {k: a.value for k, a in attrs.items()})
+            if sizes is not None and all(isinstance(s, int) for s in sizes) and first not in c.arrays:
+                return [c.constant(np.array(sizes, NUMPY[first.dtype]).reshape([int(s) for s in first.shape]))]
             if sizes is not None:
                 c.sizes.setdefault(first, sizes)
+            decided = fold.condition(c, op_type, operands, first)
+            if decided is not None:
+                return [decided]
         return results
 
     def _undo(self, first: int) -> None:
@@ -348,6 +401,8 @@ class Importer:
                 values[name] = onnx.helper.get_attribute_value(default) if default.name else None
                 if isinstance(values[name], bytes):
                     values[name] = values[name].decode()
+                elif isinstance(values[name], list):
+                    values[name] = [v.decode() if isinstance(v, bytes) else v for v in values[name]]
         for name, a in attrs.items():
             if name not in taken:
                 raise c.refuse(f"attribute {name!r}")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
+
+from moec.frontend.onnx import grouped
 from moec.frontend.onnx.context import ImportContext, Size
+from moec.frontend.onnx.ranges import never_negative
 from moec.frontend.onnx.registry import imports
 from moec.ir import DType, Value
 from moec.ir.dims import product
+from moec.ir.dims import size as as_size
 
 
 @imports("Slice", since=10)
@@ -34,7 +39,9 @@ def _slices(
         if step < 1:
             raise c.refuse(f"step {step}")
         extent = x.shape[axis]
-        low, high = (_bound(c, b, extent) for b in (start, end))
+        # the last element: as many as min(1, size), an expression that says so
+        low = extent - _at_most_one(extent) if start == -1 else _bound(c, start, extent)
+        high = _bound(c, end, extent)
         if not ascends(low, high):
             high = low if isinstance(low, int) and isinstance(high, int) else low + _positive(high - low)
         x = c.slice(x, axis, low, high, step)
@@ -49,6 +56,8 @@ def _bound(c: ImportContext, bound: Size, extent: Size) -> Size:
         return extent
     if isinstance(bound, int) and bound <= -(2**31 - 1):
         return 0
+    if bound - extent == -1:  # of an empty axis it is its end, which is its start
+        return extent - _at_most_one(extent)
     if isinstance(bound, int):
         # sizes of x[:, 1:] and x[:, :-1] come out as the same expression
         return _positive(extent + bound) if bound < 0 else extent - _positive(extent - bound)
@@ -57,12 +66,12 @@ def _bound(c: ImportContext, bound: Size, extent: Size) -> Size:
     raise c.refuse(f"bound {bound} of an axis of size {extent}")
 
 
+def _at_most_one(s: Size) -> Size:
+    return min(s, 1) if isinstance(s, int) else as_size(sympy.Min(s.expr, 1))
+
+
 def _positive(s: Size) -> Size:
     """max(s, 0)"""
-    import sympy
-
-    from moec.ir.dims import size as as_size
-
     return max(s, 0) if isinstance(s, int) else s if ascends(0, s) else as_size(sympy.Max(s.expr, 0))
 
 
@@ -74,7 +83,11 @@ def ascends(low: Size, high: Size) -> bool:
 
 @imports("Gather")
 def gather(c: ImportContext, x: Value, index: Value, *, axis: int) -> Value:
-    return c.b.gather(x, index, axis=c.norm_axis(axis, x.type.rank))
+    axis = c.norm_axis(axis, x.type.rank)
+    known = c.array(index)
+    if known is not None and known.ndim == 0 and x.shape[axis] == 1 and int(known) in (0, -1):
+        return c.reshape(x, (*x.shape[:axis], *x.shape[axis + 1 :]))
+    return c.b.gather(x, index, axis=axis)
 
 
 @imports("GatherND", since=11)
@@ -151,6 +164,9 @@ def scatter_elements(
     if x.dtype is DType.BOOL and reduction == "add":
         raise c.refuse("adding booleans")
     axis = c.norm_axis(axis, x.type.rank)
+    counted = grouped.counts(c, x, index, source, axis) if reduction == "add" else None
+    if counted is not None:
+        return counted
     index = _non_negative(c, index, x.shape[axis])
     return c.b.scatter_elements(x, index, source, axis=axis, reduce=reduction or "none")
 
@@ -164,7 +180,7 @@ def _non_negative(c: ImportContext, index: Value, extent: Size) -> Value:
     """Indices from the end counted from the start, as i64."""
     index = c.cast(index, DType.I64)
     known = c.array(index)
-    if known is not None and (known >= 0).all():
+    if never_negative(c, index) or (known is not None and (known >= 0).all()):
         return index
     return c.b.where(c.b.lt(index, 0), c.b.add(index, c.value(extent, DType.I64)), index)
 

@@ -38,7 +38,6 @@ def _rms(c: ImportContext, x: Value, weight: Value, epsilon: float | None) -> Va
 
 
 @imports("SimplifiedLayerNormalization", domain=MICROSOFT)
-@imports("SimplifiedLayerNormalization")
 def simplified_layer_norm(c: ImportContext, x: Value, weight: Value, *, axis: int | None, epsilon: float | None,
                           stash_type: int | None) -> Value:  # fmt: skip
     if axis not in (None, -1, x.type.rank - 1):

@@ -103,18 +103,6 @@ def argmin(c: ImportContext, x: Value, *, axis: int, keepdims: int, select_last_
     return argmax(c, c.b.neg(x), axis=axis, keepdims=keepdims, select_last_index=select_last_index)
 
 
-@imports("GlobalAveragePool")
-def global_average(c: ImportContext, x: Value) -> Value:
-    c.floats(x)
-    return c.b.mean(x, axes=tuple(range(2, x.type.rank)), keepdim=True)
-
-
-@imports("GlobalMaxPool")
-def global_max(c: ImportContext, x: Value) -> Value:
-    c.floats(x)
-    return c.b.amax(x, axes=tuple(range(2, x.type.rank)), keepdim=True)
-
-
 def _softmax(name: str, op: str) -> None:
     @imports(name, since=13)
     def softmax(c: ImportContext, x: Value, *, axis: int) -> Value:
@@ -179,6 +167,8 @@ def _exclusive(c: ImportContext, total: Value, axis: int) -> Value:
 @imports("TopK", since=10)
 def topk(c: ImportContext, x: Value, k: Value, *, axis: int, largest: int | None, sorted: int | None) -> list[Value]:
     axis = c.norm_axis(axis, x.type.rank)
+    if c.elements(k) == (x.shape[axis],) and not isinstance(x.shape[axis], int):
+        return list(c.b.sort(x, axis=axis, descending=largest is None or bool(largest)))
     count = c.ints(k, "k")
     assert count is not None
     return list(c.b.topk(x, k=count[0], axis=axis, largest=largest is None or bool(largest)))

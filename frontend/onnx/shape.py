@@ -6,13 +6,16 @@ import math
 from typing import Any
 
 import numpy as np
+import sympy
 
 from moec.frontend.onnx.context import ImportContext, Size
+from moec.frontend.onnx.grouped import joined_products
 from moec.frontend.onnx.index import ascends
 from moec.frontend.onnx.registry import imports
 from moec.ir import Dim, DType, Value
 from moec.ir.arrays import dtype_of
 from moec.ir.dims import product
+from moec.ir.dims import size as as_size
 from moec.ir.types import broadcast
 
 
@@ -57,10 +60,6 @@ def _quotient(a: Size, b: Size) -> Size | None:
     """a / b where it divides whatever the symbols are; `floor` of anything else would be another size."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b
-    import sympy
-
-    from moec.ir.dims import size as as_size
-
     ratio = sympy.cancel(_expr(a) / _expr(b))
     if sympy.fraction(ratio)[1] != 1:
         return a // b if isinstance(b, int) else None
@@ -68,8 +67,6 @@ def _quotient(a: Size, b: Size) -> Size | None:
 
 
 def _expr(x: Size) -> Any:
-    import sympy
-
     return x.expr if isinstance(x, Dim) else sympy.Integer(x)
 
 
@@ -78,7 +75,12 @@ def reshape(c: ImportContext, x: Value, shape: Value, *, allowzero: int | None) 
     wanted = c.elements(shape)
     if wanted is None:
         raise c.refuse("the shape is known only at run time")
-    return c.reshape(x, _target(c, x, wanted, allowzero))
+    target = _target(c, x, wanted, allowzero)
+    many, wanted_many = x.type.numel, product(target)
+    if many != wanted_many and 0 not in (many, wanted_many):
+        left, right = sympy.fraction(sympy.cancel(_expr(many) / _expr(wanted_many)))
+        c.need(as_size(left), as_size(right))
+    return c.reshape(x, target)
 
 
 @imports("Reshape")
@@ -161,7 +163,13 @@ def tile(c: ImportContext, x: Value, repeats: Value) -> Value:
 
 @imports("Concat", since=4)
 def concat(c: ImportContext, *xs: Value, axis: int) -> Value:
-    return c.concat(list(xs), c.norm_axis(axis, xs[0].type.rank))
+    axis = c.norm_axis(axis, xs[0].type.rank)
+    for x in xs[1:]:
+        for i, (a, b) in enumerate(zip(xs[0].shape, x.shape, strict=True)):
+            if i != axis and isinstance(a, Dim) and isinstance(b, Dim) and a.is_symbol and b.is_symbol:
+                c.need(a, b)
+    found = joined_products(c, xs, axis)
+    return c.concat(list(xs), axis) if found is None else found
 
 
 @imports("Split", since=13)
@@ -210,25 +218,6 @@ def space_to_depth(c: ImportContext, x: Value, *, blocksize: int) -> Value:
     b = blocksize
     split = c.reshape(x, (n, channels, h // b, b, w // b, b))
     return c.reshape(c.transpose(split, (0, 3, 5, 1, 2, 4)), (n, channels * b * b, h // b, w // b))
-
-
-@imports("Pad", since=11)
-def pad(c: ImportContext, x: Value, pads: Value, value: Value | None = None, axes: Value | None = None, *,
-        mode: str) -> Value:  # fmt: skip
-    if mode != "constant":
-        raise c.refuse(f"mode {mode!r}")
-    amounts = c.ints(pads, "pads")
-    assert amounts is not None
-    chosen = c.ints(axes, "axes")
-    chosen = tuple(range(x.type.rank)) if chosen is None else tuple(c.norm_axis(a, x.type.rank) for a in chosen)
-    if min(amounts, default=0) < 0:
-        raise c.refuse("negative pads")
-    before, after = [0] * x.type.rank, [0] * x.type.rank
-    for i, axis in enumerate(chosen):
-        before[axis], after[axis] = amounts[i], amounts[i + len(chosen)]
-    fill = c.scalar(value, "the value")
-    fill = (False if x.dtype is DType.BOOL else 0.0 if x.dtype.is_float else 0) if fill is None else fill
-    return c.b.pad(x, before=tuple(before), after=tuple(after), value=fill)
 
 
 @imports("ConstantOfShape", since=9)

@@ -236,9 +236,9 @@ def evaluate(op: Any, operands: Any) -> tuple[torch.Tensor, ...]:
     for result, declared in zip(results, op.types, strict=True):
         if isinstance(result, list | dict) or result is None:
             raise CompileError(f"{op.opdef.name} gave a {type(result).__name__}, no tensor", code="execution")
+        if op.opdef.name == "extern.Loop" and result.shape == (0,) and declared.rank > 1:
+            result = result.reshape([s if isinstance(s, int) else 0 for s in (0, *declared.shape[1:])])
         t = from_numpy(result)
-        if op.opdef.name == "extern.Loop" and t.dim() == declared.rank + 1 and t.shape[-1] == 1:
-            t = t[..., 0]  # the evaluator collects scalars as rows of one
         # numpy promotes scalars and halves now and then; a wider float is the same number before its rounding
         found.append(t.to(declared.dtype.torch) if _is_widened(t, declared) else t)
     return tuple(found)
@@ -276,7 +276,9 @@ def _evaluator(name: str, names: tuple[str, ...], attrs: tuple, types: tuple) ->
     ]
     graph = helper.make_graph([node_proto(op, list(names), outs)], "extern", inputs, results)
     opsets = opset_imports(name, op.version)  # type: ignore[attr-defined]  # set from the attributes
-    return ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets))
+    from moec.ir.ops.extern_loop import Loop
+
+    return ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets), new_ops=[Loop])
 
 
 def opset_imports(name: str, version: int) -> list[Any]:

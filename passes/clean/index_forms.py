@@ -136,7 +136,9 @@ def _on_long_axes(form: IndexForm, shape: tuple[Size, ...]) -> IndexForm:
 
 def unraveled(index: Affine, at: tuple[Size, ...], table: tuple[Size, ...]) -> list[Affine] | None:
     """The position on each axis of a table of shape `table` that the row-major number `index` stands for, at every
-    index of shape `at`; None where that is not known."""
+    index of shape `at`; None where that is not known, or the table has no axes."""
+    if not table:
+        return None
     strides: list[Size] = [1]
     for s in reversed(table[1:]):
         strides.insert(0, strides[0] * s)

@@ -31,8 +31,12 @@ def why_not_inverse(inverse: Value, perm: Value) -> str | None:
     ordered = producer(inverse, "math.sort")
     if ordered is not None and inverse.index == 1 and ordered.operands[0] is perm:
         return None
-    put = producer(inverse, "tensor.index_put")
-    if put is not None and put.operands[1] is perm and not put.attrs["accumulate"]:
+    put, scatter = producer(inverse, "tensor.index_put"), producer(inverse, "tensor.scatter_elements")
+    if put is not None and put.attrs["accumulate"]:
+        put = None
+    if scatter is not None and scatter.attrs["reduce"] == "none" and perm.type.rank == 1:  # the same then
+        put = scatter
+    if put is not None and put.operands[1] is perm:
         return None if counts_up(put.operands[2]) else "the rows are put back in another order"
     return "the rows are not put back in their order"
 

@@ -9,6 +9,7 @@ from moec.passes.moe.fold_route import ROUTE_RULES
 from moec.passes.moe.raise_batched import BatchedExperts
 from moec.passes.moe.raise_dense import DenseExperts, ScaledInputExperts
 from moec.passes.moe.raise_grouped import GroupedExperts
+from moec.passes.moe.raise_looped import LoopedExperts
 from moec.passes.rewrite import Rewrite, RuleSet
 
 
@@ -26,4 +27,5 @@ class RaiseMoE(RuleSet):
         BatchedExperts(),
         DenseExperts(),
         ScaledInputExperts(),
+        LoopedExperts(),
     )

@@ -88,6 +88,20 @@ def test_large_sizes_stay_exact():
     assert ((Dim("B") + 1) // 2).evaluate({"B": 2**60}) == 2**59
 
 
+def test_nested_floors_of_sizes_become_one():
+    """Sizes behind a chain of strided convolutions, at every size the same as step by step."""
+    size: Dim | int = Dim("h")
+    for _ in range(5):
+        size = (size - 1) // 2 + 1
+    assert str(size).count("floor") == 1
+    for h in range(200):
+        n = h
+        for _ in range(5):
+            n = (n - 1) // 2 + 1
+        assert isinstance(size, Dim)
+        assert size.evaluate({"h": h}) == n
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

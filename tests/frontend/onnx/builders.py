@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -82,4 +84,20 @@ def check(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], *, native: bool 
     return imported
 
 
-__all__ = ["TensorProto", "assert_same", "check", "expected", "helper", "model", "numpy_helper", "one_op", "value"]
+def session(proto: onnx.ModelProto | Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What ONNX Runtime gives for the model, or the file, itself."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    source = proto if isinstance(proto, Path) else proto.SerializeToString()
+    run = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return [np.asarray(x) for x in run.run(None, feeds)]
+
+
+def agrees(compiled: Any, proto: onnx.ModelProto, feeds: dict[str, np.ndarray], rtol: float = 1e-5) -> None:
+    """A compiled model against ONNX Runtime on the model itself."""
+    got = compiled(**{n: from_numpy(a) for n, a in feeds.items()})
+    assert_same(got, session(proto, feeds), str({n: a.shape for n, a in feeds.items()}), rtol)
+
+
+__all__ = ["TensorProto", "agrees", "assert_same", "check", "expected", "helper", "model", "numpy_helper", "one_op",
+           "session", "value"]  # fmt: skip
