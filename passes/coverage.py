@@ -107,13 +107,8 @@ def why_left(node: Node, value: Value, quantization: Quantization, routers: set[
         return "computed in the graph, not a stored weight"
     if node.op == "linear.linear" and node.operand("x").type.rank < 2:
         return f"x {node.operand('x').type} has no token axis"
-    if node.op == "moe.experts":
-        if node.operand("gate_up_bias") is not None or node.operand("down_bias") is not None:
-            return "experts with biases have no scaled form"
-        if node.attrs["limit"] is not None:
-            return "clamped experts have no scaled form"
-        if node.operand("gate_up").weight is None or node.operand("down").weight is None:
-            return "computed in the graph, not a stored weight"
+    if node.op == "moe.experts" and (node.operand("gate_up").weight is None or node.operand("down").weight is None):
+        return "computed in the graph, not a stored weight"
     return None
 
 

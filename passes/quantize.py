@@ -20,8 +20,8 @@ class QuantizeFP8(Pass):
     `linear.linear` becomes `quant.scaled_linear` on codes of its input, one `quant.quantize` per value however
     many use it, and `moe.experts` becomes `quant.scaled_experts`. Weight-only
     (`quantization.activations=None`): the weights are dequantised where they are used. Routers (what feeds
-    `moe.route`), module paths in `quantization.keep`, experts with biases or clamps, and everything that is no
-    linear or expert weight (norms, embeddings) stay.
+    `moe.route`), module paths in `quantization.keep`, biases, and everything that is no linear or expert weight (norms,
+    embeddings) stay.
 
     Raises CompileError where less than `quantization.min_coverage` of the linear and expert weight bytes end up in FP8,
     and, when a weight's data is first read, on a NaN or infinity in it.
@@ -86,14 +86,15 @@ class _Rewriter:
     def _experts(self, node: Node) -> None:
         gate_up = self._quantised_weight(node.operand("gate_up"), node.attrs["interleaved"])
         down = self._quantised_weight(node.operand("down"))
-        attrs = {
-            "block": self.q.block,
-            "group": None if self.q.activations is None else self.q.group,
-            "activation": node.attrs["activation"],
-        }
+        attrs = {n: node.attrs[n] for n in ("activation", "limit", "alpha", "up_offset")}
+        attrs |= {"block": self.q.block, "group": None if self.q.activations is None else self.q.group}
         b = Builder(self.graph, before=node, location=node.location)
         routed = [node.operand("x"), node.operand("weights"), node.operand("experts")]
-        self._replace(node, b.op("quant.scaled_experts", [*routed, *gate_up, *down], attrs))
+        biases = [node.operand("gate_up_bias"), node.operand("down_bias")]
+        if node.attrs["interleaved"] and biases[0] is not None:
+            width = biases[0].shape[1]
+            biases[0] = b.concat(*(b.slice(biases[0], axis=1, start=i, end=width, step=2) for i in (0, 1)), axis=1)
+        self._replace(node, b.op("quant.scaled_experts", [*routed, *gate_up, *down, *biases], attrs))
 
     def _quantised_weight(self, value: Value, interleaved: bool = False) -> tuple[Value, Value]:
         """Codes and scales as new weights. `interleaved`: rows alternate gate, up; stored as gate rows, then up."""

@@ -77,15 +77,15 @@ class _Rewriter:
         stored, other = _stored(gate_up), _stored(down)
         if stored is None or other is None or stored.block != other.block or node.attrs["interleaved"]:
             return
-        if node.attrs["limit"] is not None or node.operand("gate_up_bias") or node.operand("down_bias"):
-            return  # they have no scaled form
         block = stored.block
         group = block[1] if self.activations else None
-        attrs = {"block": block, "group": group, "activation": node.attrs["activation"]}
+        attrs = {n: node.attrs[n] for n in ("activation", "limit", "alpha", "up_offset")}
+        attrs |= {"block": block, "group": group}
         routed = [node.operand("x"), node.operand("weights"), node.operand("experts")]
         weights = [*self._codes(gate_up, stored), *self._codes(down, other)]
+        biases = [node.operand("gate_up_bias"), node.operand("down_bias")]
         b = Builder(self.graph, before=node, location=node.location)
-        self._replace(node, b.op("quant.scaled_experts", [*routed, *weights], attrs))
+        self._replace(node, b.op("quant.scaled_experts", [*routed, *weights, *biases], attrs))
 
     def _codes(self, value: Value, stored: BlockScaledSource) -> tuple[Value, Value]:
         """Codes and scales as weights of their own."""

@@ -46,13 +46,11 @@ class Spec:
     def of(node: Node) -> Spec:
         at = node.operand
         x, weights, experts, gate_up, down = (at(n) for n in ("x", "weights", "experts", "gate_up", "down"))
+        biases = at("gate_up_bias"), at("down_bias")
         if node.op == "quant.scaled_experts":
             scales = at("gate_up_scale"), at("down_scale")
             a = node.attrs
-            return Spec(
-                node, x, weights, experts, gate_up, down, scales, (None, None), a["block"], a["group"], DType.F32
-            )
-        biases = at("gate_up_bias"), at("down_bias")
+            return Spec(node, x, weights, experts, gate_up, down, scales, biases, a["block"], a["group"], DType.F32)
         return Spec(node, x, weights, experts, gate_up, down, None, biases, (1, 1), None, carrier(x.dtype))
 
     @property
@@ -177,10 +175,11 @@ def _bias(e: Emitter, spec: Spec, which: int, interleave: bool) -> onnx.Value | 
     bias = spec.biases[which]
     if bias is None:
         return None
+    value = e.cast(e.value(bias), bias.dtype, spec.dtype)
     if which == 1 or spec.interleaved == interleave:
-        return e.value(bias)
+        return value
     order = torch.arange(2 * spec.hidden).reshape((2, -1) if interleave else (-1, 2)).T.reshape(-1)
-    return e.op("Gather", e.value(bias), order.numpy(), axis=1)
+    return e.op("Gather", value, order.numpy(), axis=1)
 
 
 def activation(e: Emitter, spec: Spec, h: onnx.Value) -> onnx.Value:

@@ -266,7 +266,8 @@ def _experts(op: Any) -> Any:
 def _scaled_experts(op: Any) -> Any:
     return run(
         "fp8_experts", op.x, op.weights, op.experts, op.gate_up, op.gate_up_scale, op.down, op.down_scale,
-        block=op.block, group=op.group, activation=op.activation,
+        op.gate_up_bias, op.down_bias, block=op.block, group=op.group, activation=op.activation, limit=op.limit,
+        alpha=op.alpha, up_offset=op.up_offset,
     )  # fmt: skip
 
 

@@ -201,10 +201,7 @@ class Experts:
         require(gu.rank == 3 and dn.rank == 3, f"gate_up {gu} and down {dn} must have rank 3")
         require(gu.dtype == dn.dtype == x.dtype, f"dtypes of x {x.dtype}, gate_up {gu.dtype}, down {dn.dtype} differ")
         check_expert_shapes(x, gu.shape, dn.shape)
-        for bias, size in ((self.gate_up_bias, gu.shape[1]), (self.down_bias, dn.shape[1])):
-            require(
-                bias is None or bias == TensorType(x.dtype, (gu.shape[0], size)), f"bias {bias}, expected [E, {size}]"
-            )
+        check_expert_biases(x, gu.shape, self.gate_up_bias, self.down_bias)
         require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {ACTIVATIONS}")
         check_limit(self.limit)
         return x
@@ -249,6 +246,13 @@ def check_expert_shapes(x: TensorType, gate_up: tuple, down: tuple) -> None:
     require(d == x.shape[1], f"x has {x.shape[1]} channels, gate_up takes {d}")
     require(isinstance(two_f, int) and two_f % 2 == 0, f"gate_up has an odd number of rows: {two_f}")
     require(down == (e, d, two_f // 2), f"down {list(down)}, expected [{e}, {d}, {two_f // 2}]")
+
+
+def check_expert_biases(x: TensorType, gate_up: tuple, first: TensorType | None, second: TensorType | None) -> None:
+    """Biases [E, 2f] and [E, d], or None, in the dtype of x [T, d] for gate_up [E, 2f, d]. Raises CompileError."""
+    for bias, size in ((first, gate_up[1]), (second, gate_up[2])):
+        want = TensorType(x.dtype, (gate_up[0], size))
+        require(bias is None or bias == want, f"bias {bias}, expected {want}")
 
 
 def check_expert_ids(experts: torch.Tensor, num: int) -> None:

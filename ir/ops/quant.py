@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from moec.ir.dims import ceil_div
 from moec.ir.errors import CompileError, require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
-from moec.ir.ops.moe import ACTIVATIONS, activate, check_expert_shapes, check_routing, combine_experts
+from moec.ir.ops.elementwise import check_limit
+from moec.ir.ops.moe import (
+    ACTIVATIONS,
+    activate,
+    check_expert_biases,
+    check_expert_shapes,
+    check_routing,
+    combine_experts,
+    swiglu_clamped,
+)
 from moec.ir.ops.overflow import overflows
 from moec.ir.types import DType, TensorType
 from moec.ir.weight import CheckedSource
@@ -222,9 +231,9 @@ class ScaledLinear:
 @op("quant.scaled_experts")
 class ScaledExperts:
     """`moe.experts` on FP8 weights: codes [E, 2f, d] and [E, d, f] with f32 scales per `block` of each
-    expert's matrix. x [T, d] is f32/bf16; with `group` the rows going into each of the two products are
-    quantised per (1, group) first (W8A8), with group=None they stay (weight-only). Products accumulate
-    in f32; the result has the dtype of x."""
+    expert's matrix, gate rows first, and optional biases [E, 2f] and [E, d] in the dtype of x. x [T, d] is f32/bf16;
+    with `group` the rows going into each of the two products are quantised per (1, group) first (W8A8), with
+    group=None they stay (weight-only). Products accumulate in f32; the result has the dtype of x."""
 
     x: Operand
     weights: Operand
@@ -233,9 +242,14 @@ class ScaledExperts:
     gate_up_scale: Operand
     down: Operand
     down_scale: Operand
+    gate_up_bias: OptionalOperand
+    down_bias: OptionalOperand
     block: Attr[tuple[int, int]] = (128, 128)
     group: Attr[int | None] = 128
     activation: Attr[str] = "silu"
+    limit: Attr[float | None] = None
+    alpha: Attr[float] = 1.702
+    up_offset: Attr[float] = 1.0
 
     def infer(self) -> TensorType:
         x, gu, dn = self.x, self.gate_up, self.down
@@ -248,6 +262,8 @@ class ScaledExperts:
         for what, got, codes in (("gate_up", self.gate_up_scale, gu), ("down", self.down_scale, dn)):
             want = scale_type(codes, self.block)
             require(got == want, f"{what}_scale {got}, expected {want}")
+        check_expert_biases(x, gu.shape, self.gate_up_bias, self.down_bias)
+        check_limit(self.limit)
         require(self.group is None or (isinstance(self.group, int) and self.group > 0), f"group {self.group!r}")
         require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {ACTIVATIONS}")
         return x
@@ -262,8 +278,13 @@ class ScaledExperts:
         def mlp(e: int, rows: torch.Tensor) -> torch.Tensor:
             gate_up = dequantize_blocks(self.gate_up[e], self.gate_up_scale[e], self.block)
             down = dequantize_blocks(self.down[e], self.down_scale[e], self.block)
-            gate, up = F.linear(rounded(rows), gate_up).chunk(2, dim=-1)
-            return F.linear(rounded(activate(gate, up, self.activation)), down).to(self.x.dtype)
+            biases = [None if b is None else b[e].to(torch.float32) for b in (self.gate_up_bias, self.down_bias)]
+            gate, up = F.linear(rounded(rows), gate_up, biases[0]).chunk(2, dim=-1)
+            if self.limit is None:
+                h = activate(gate, up, self.activation)
+            else:
+                h = swiglu_clamped(gate, up, self.limit, self.alpha, self.up_offset)
+            return F.linear(rounded(h), down, biases[1]).to(self.x.dtype)
 
         return combine_experts(self.x, self.weights, self.experts, self.gate_up.shape[0], mlp)
 
@@ -274,10 +295,12 @@ class ScaledExperts:
             b.dequantize(codes, scale, block=self.block, dtype=self.x.dtype)
             for codes, scale in ((self.gate_up, self.gate_up_scale), (self.down, self.down_scale))
         ]
-        return b.op("moe.experts", [self.x, self.weights, self.experts, *weights], {"activation": self.activation})
+        attrs = {n: getattr(self, n) for n in ("activation", "limit", "alpha", "up_offset")}
+        operands = [self.x, self.weights, self.experts, *weights, self.gate_up_bias, self.down_bias]
+        return b.op("moe.experts", operands, attrs)
 
     def undefined(self) -> bool:
-        return overflows(self.x, self.weights, self.gate_up_scale, self.down_scale)
+        return overflows(self.x, self.weights, self.gate_up_scale, self.down_scale, self.gate_up_bias, self.down_bias)
 
     @staticmethod
     def samples(r: Any) -> Any:
@@ -286,3 +309,6 @@ class ScaledExperts:
         gu, dn = quantize_blocks(r.floats(e, 2 * f, d), (2, 4)), quantize_blocks(r.floats(e, d, f), (2, 4))
         for group in (4, None):
             yield [x, w, idx, *gu, *dn], {"block": (2, 4), "group": group}
+            biases = r.floats(e, 2 * f), r.floats(e, d)
+            yield [x, w, idx, *gu, *dn, *biases], {"block": (2, 4), "group": group, "limit": 7.0}
+        yield [x, w, idx, *gu, *dn, None, biases[1]], {"block": (2, 4), "group": None, "activation": "relu"}

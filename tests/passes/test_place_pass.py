@@ -56,7 +56,7 @@ def test_any_weights_to_rounding(options):
 
 @pytest.mark.parametrize("quantise", [False, True])
 def test_a_permutation_is_bit_equal_on_any_weights(quantise):
-    g = moe_graph(biases=not quantise)
+    g = moe_graph(biases=True)
     g = QuantizeFP8().run(g) if quantise else g
     permuted = PlaceExperts(Placement(Mesh(1, 3, 2), [[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]])).run(g)
     permuted.verify()

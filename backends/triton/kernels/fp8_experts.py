@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moec.backends.triton.kernels.activation import ACTIVATIONS, gated
+from moec.backends.triton.kernels.activation import ACTIVATIONS, gated, gated_clamped
 from moec.backends.triton.kernels.checks import (
     E4M3,
     GROUP,
@@ -44,9 +44,10 @@ def scaled_product(x, w, xs, ws, SWAP: tl.constexpr, W8A8: tl.constexpr):
 
 @triton.jit
 def fp8_gate_up_kernel(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, h_ptr, hs_ptr, order_ptr, bounds_ptr, tile_expert_ptr, tile_start_ptr, E, F, D,
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, h_ptr, hs_ptr, order_ptr, bounds_ptr, tile_expert_ptr, tile_start_ptr,
+    E, F, D, limit, alpha, up_offset,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    SWAP: tl.constexpr, W8A8: tl.constexpr, ACTIVATION: tl.constexpr,
+    SWAP: tl.constexpr, W8A8: tl.constexpr, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATE_SCALAR: tl.constexpr, UP_SCALAR: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(F, BLOCK_N)
@@ -84,7 +85,16 @@ def fp8_gate_up_kernel(
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
-    h = gated(gate, up, ACTIVATION)
+    if HAS_BIAS:
+        biases = bias_ptr + expert * (2 * F) + n
+        gate_bias = tl.load(biases, mask=n < F, other=0.0).to(tl.float32)
+        up_bias = tl.load(biases + F, mask=n < F, other=0.0).to(tl.float32)
+        gate += gate_bias[:, None] if SWAP else gate_bias[None, :]
+        up += up_bias[:, None] if SWAP else up_bias[None, :]
+    if HAS_LIMIT:
+        h = gated_clamped(gate, up, limit, alpha, up_offset)
+    else:
+        h = gated(gate, up, ACTIVATION)
     if SWAP:
         h = tl.trans(h)
     h_mask = row_mask[:, None] & (n[None, :] < F)
@@ -109,9 +119,10 @@ def fp8_gate_up_kernel(
 
 @triton.jit
 def fp8_down_kernel(
-    h_ptr, hs_ptr, w_ptr, ws_ptr, weights_ptr, y_ptr, order_ptr, bounds_ptr, tile_expert_ptr, tile_start_ptr, E, D, F,
+    h_ptr, hs_ptr, w_ptr, ws_ptr, bias_ptr, weights_ptr, y_ptr, order_ptr, bounds_ptr, tile_expert_ptr,
+    tile_start_ptr, E, D, F,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    SWAP: tl.constexpr, W8A8: tl.constexpr, SCALAR: tl.constexpr,
+    SWAP: tl.constexpr, W8A8: tl.constexpr, SCALAR: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(D, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
@@ -142,6 +153,8 @@ def fp8_down_kernel(
         w_ptrs += BLOCK_K
     if SWAP:
         acc = tl.trans(acc)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert * D + n, mask=n < D, other=0.0).to(tl.float32)[None, :]
     acc *= tl.load(weights_ptr + slot, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     y_mask = row_mask[:, None] & (n[None, :] < D)
     tl.store(y_ptr + slot[:, None] * D + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=y_mask)
@@ -155,10 +168,15 @@ def fp8_experts(
     gate_up_scale: torch.Tensor,
     down: torch.Tensor,
     down_scale: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
     *,
     block: tuple[int, int] = (GROUP, GROUP),
     group: int | None = GROUP,
     activation: str = "silu",
+    limit: float | None = None,
+    alpha: float = 1.702,
+    up_offset: float = 1.0,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> torch.Tensor:
     """`experts` on FP8 weights: codes · scale per `block` of each expert's matrix → [T, d] in x's dtype.
@@ -166,7 +184,8 @@ def fp8_experts(
     x: [T, d] float32, bfloat16 or float16; weights: float [T, k]; experts: integer [T, k], where a number outside
     0..E-1 contributes nothing; gate_up: float8_e4m3fn [E, 2f, d] (f gate rows, then f up rows) with gate_up_scale
     float32 [E, ceil(2f/block[0]), ceil(d/block[1])]; down: float8_e4m3fn [E, d, f] with down_scale
-    [E, ceil(d/block[0]), ceil(f/block[1])].
+    [E, ceil(d/block[0]), ceil(f/block[1])]; biases [E, 2f] and [E, d] in x's dtype. activation, `limit`, `alpha` and
+    `up_offset` as of `experts`.
     With `group` (which must equal block[1], a power of two up to 128, at least 32 on a GPU) the rows of x and the
     hidden rows are quantised as by `quantize`, the latter from float32; with group=None they are not, and the hidden
     rows are rounded to x's dtype. Products are scaled per block[1] columns and accumulate in float32.
@@ -188,9 +207,13 @@ def fp8_experts(
     scale_rows, k = block
     require_codes("gate_up", gate_up, gate_up_scale, (num_experts, cdiv(2 * f, scale_rows), cdiv(d, k)))
     require_codes("down", down, down_scale, (num_experts, cdiv(d, scale_rows), cdiv(f, k)))
+    for name, bias, width in (("gate_up_bias", gate_up_bias, 2 * f), ("down_bias", down_bias, d)):
+        if bias is not None:
+            require_shape(name, bias, (num_experts, width))
+            require(bias.dtype == x.dtype, f"{name} must be {x.dtype} as x is, got {bias.dtype}")
     require_same_device(
         x=x, weights=weights, experts=experts, gate_up=gate_up, gate_up_scale=gate_up_scale, down=down,
-        down_scale=down_scale,
+        down_scale=down_scale, gate_up_bias=gate_up_bias, down_bias=down_bias,
     )  # fmt: skip
     slots = experts.numel()
     if slots == 0 or num_experts == 0 or d == 0:
@@ -214,18 +237,23 @@ def fp8_experts(
     one_scale = scale_rows % up_tile.n == 0
     launch(
         fp8_gate_up_kernel, (plan.tile_expert.numel() * cdiv(f, up_tile.n),),
-        xq, xs, gate_up.contiguous(), gate_up_scale.contiguous(), h, hs, *tile_map, num_experts, f, d,
+        xq, xs, gate_up.contiguous(), gate_up_scale.contiguous(),
+        None if gate_up_bias is None else gate_up_bias.contiguous(), h, hs, *tile_map, num_experts, f, d,
+        0.0 if limit is None else float(limit), float(alpha), float(up_offset),
         K=experts.shape[1], BLOCK_M=up_tile.m, BLOCK_N=up_tile.n, BLOCK_K=k, SCALE_ROWS=scale_rows,
-        SWAP=up_tile.swap, W8A8=group is not None, ACTIVATION=activation,
+        SWAP=up_tile.swap, W8A8=group is not None, ACTIVATION=activation, HAS_LIMIT=limit is not None,
+        HAS_BIAS=gate_up_bias is not None,
         GATE_SCALAR=one_scale, UP_SCALAR=one_scale and f % up_tile.n == 0,
         num_warps=up_tile.warps, num_stages=up_tile.stages,
     )  # fmt: skip
     y = torch.empty((slots, d), dtype=x.dtype, device=x.device)
     launch(
         fp8_down_kernel, (plan.tile_expert.numel() * cdiv(d, down_tile.n),),
-        h, hs, down.contiguous(), down_scale.contiguous(), weights.contiguous(), y, *tile_map, num_experts, d, f,
+        h, hs, down.contiguous(), down_scale.contiguous(), None if down_bias is None else down_bias.contiguous(),
+        weights.contiguous(), y, *tile_map, num_experts, d, f,
         BLOCK_M=down_tile.m, BLOCK_N=down_tile.n, BLOCK_K=k, SCALE_ROWS=scale_rows,
         SWAP=down_tile.swap, W8A8=group is not None, SCALAR=scale_rows % down_tile.n == 0,
+        HAS_BIAS=down_bias is not None,
         num_warps=down_tile.warps, num_stages=down_tile.stages,
     )  # fmt: skip
     return combine(y, experts.contiguous(), num_experts, x.dtype)

@@ -124,14 +124,18 @@ def test_stored_dequantize_is_exact(rng: torch.Generator):
 
 @pytest.mark.parametrize("group", [8, None])
 @pytest.mark.parametrize("form", ["unrolled", "loop"])
-def test_scaled_experts(group: int | None, form: str, rng: torch.Generator):
+@pytest.mark.parametrize(("biases", "limit"), [(0, None), (1, 0.7), (2, 0.7), (2, None)])
+def test_scaled_experts(group: int | None, form: str, biases: int, limit: float | None, rng: torch.Generator):
     e, d, f, k = 6, 20, 13, 3
     gu, gus = quantize_blocks(torch.randn(e, 2 * f, d, generator=rng), (8, 8))
     dn, dns = quantize_blocks(torch.randn(e, d, f, generator=rng), (8, 8))
+    gate_up_bias, down_bias = torch.randn(e, 2 * f, generator=rng), torch.randn(e, d, generator=rng)
 
     def build(b: Any, x: Any, w: Any, i: Any) -> Any:
         stored = [weight(b, n, t) for n, t in (("gu", gu), ("gus", gus), ("dn", dn), ("dns", dns))]
-        return b.scaled_experts(x, w, i, *stored, block=(8, 8), group=group)
+        added = [weight(b, n, t) for n, t in (("db", down_bias), ("gb", gate_up_bias))[:biases]]
+        added = [*added, None, None][:2][::-1]
+        return b.scaled_experts(x, w, i, *stored, *added, block=(8, 8), group=group, limit=limit)
 
     types = {"x": typed("f32", "T", d), "w": typed("f32", "T", k), "i": typed("i64", "T", k)}
     exe = compiled(graph_of(types, build), experts=form)

@@ -183,6 +183,24 @@ def test_fp8_experts(close, tokens, d, f, num_experts, k, block, kind):
     close(got, expected(x, weights, chosen, plain(*wide), num_experts))
 
 
+@pytest.mark.parametrize(("limit", "first"), [(None, True), (0.8, True), (0.8, False)])
+@pytest.mark.parametrize("tiles", [None, (Tile(16, 4, 4, swap=True), Tile(16, 4, 4, swap=True))])
+def test_fp8_experts_with_biases_and_a_limit(close, limit, first, tiles):
+    tokens, d, f, num_experts, block = 11, 22, 18, 4, (2, 4)
+    x, (weights, chosen) = torch.randn(tokens, d), routing("random", tokens, num_experts, 2)
+    gate_up, down = fp8_weights(num_experts, 2 * f, d, block), fp8_weights(num_experts, d, f, block)
+    biases = torch.randn(num_experts, 2 * f) if first else None, torch.randn(num_experts, d)
+    mlp = plain(blocks(*gate_up, block), blocks(*down, block), *biases, limit=limit)
+    got = run("fp8_experts", x, weights, chosen, *gate_up, *down, *biases, block=block, group=None, limit=limit,
+              tiles=tiles)  # fmt: skip
+    close(got, expected(x, weights, chosen, mlp, num_experts))
+    rows = run("fp8_experts", x, weights, chosen, *gate_up, *down, *biases, block=block, group=4, limit=limit,
+               tiles=tiles)  # fmt: skip
+    assert (rows - got).norm() < 0.1 * got.norm()
+    with pytest.raises(ValueError, match=r"down_bias must be torch\.float32 as x is, got torch\.float64"):
+        run("fp8_experts", x, weights, chosen, *gate_up, *down, None, biases[1].double(), block=block, group=None)
+
+
 @pytest.mark.parametrize(
     "tiles",
     [(Tile(16, 128, 128, swap=True), Tile(16, 64, 128, swap=True)), (Tile(64, 128, 128), Tile(64, 128, 128))],
