@@ -20,7 +20,7 @@ _STEPS = {
     "math.sigmoid": 4, "math.tanh": 4, "math.erf": 4, "math.silu": 6, "math.gelu": 8, "math.softplus": 4,
     "math.log1p": 4, "math.swiglu": 8, "math.glu": 24, "math.pow": 4, "rope.apply": 3, "norm.rms": 5, "norm.add_rms": 6,
     "norm.layer": 12, "moe.route": 8, "moe.experts": 12, "quant.scaled_experts": 12, "math.softmax": 5,
-    "math.log_softmax": 5,
+    "math.log_softmax": 5, "recurrent.lstm": 24, "recurrent.gru": 24, "recurrent.rnn": 6,
 }  # fmt: skip
 # roundings to the stored dtype in an op's definition, where there is more than one
 _ROUNDINGS = {
@@ -48,6 +48,8 @@ def reduction_length(node: Node, binding: Mapping[str, int]) -> int:
             return max(1, shape(0)[3] + shape(1)[2])
         case "attention.linear_attention":
             return max(1, shape(0)[3] + shape(0)[1])
+        case "recurrent.lstm" | "recurrent.gru" | "recurrent.rnn":
+            return max(1, shape(0)[2] + shape(2)[1]) * max(1, shape(0)[0])
         case "linear.conv":
             return max(1, math.prod(shape(1)[1:]))
         case "moe.experts" | "quant.scaled_experts":

@@ -5,9 +5,9 @@
 
 Models are small, with random weights (tests/model_matrix.py). `trace`, `reference` and `onnxruntime` are held against
 PyTorch's eager run at four shapes that were not traced: the largest error relative to the largest logit, 1e-4 at most.
-`generate` is greedy, three rows with padding on the left, 64 new tokens, past the window where a model has one, and
-must give the tokens of transformers' own `generate`. `fp8`: W8A8 on the reference; how far its logits are from those of
-f32 (‖error‖ / ‖logits‖, 0.2 at most) and which share of the linear and expert weights it covers.
+`generate` (causal models) is greedy, three rows with padding on the left, 64 new tokens, past the window where a model
+has one, and must give the tokens of transformers' own `generate`. `fp8`: W8A8 on the reference; how far its logits are
+from those of f32 (‖error‖ / ‖logits‖, 0.2 at most) and which share of the linear and expert weights it covers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from other_families import OTHERS
+from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -63,57 +65,95 @@ def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
 
 def measure(name: str) -> Row:
     """All columns of one family."""
-    from model_matrix import FAMILIES, Entry, build, call
-
-    import moec
-
     warnings.filterwarnings("ignore")
     start = time.perf_counter()
-    family = FAMILIES[name]
-    row = Row(name, family.config)
-    entry = Entry(name, family.attention[0])
-    model = build(entry, positions=128)
-    module, arguments = call(entry, model)
-    inputs = [torch.randint(3, 29, shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(SHAPES)]
-    with torch.no_grad():
-        wanted = [module(input_ids=ids, use_cache=False).logits for ids in inputs]
-
-    def compiled(**more: Any) -> Any:
-        return moec.compile(module, kwargs=arguments["kwargs"], dynamic_shapes=arguments["dynamic_shapes"], **more)
-
-    def logits(program: Any, ids: torch.Tensor) -> torch.Tensor:
-        return program(input_ids=ids, use_cache=False).logits
-
-    def trace() -> Cell:
-        graph = moec.trace(module, kwargs=arguments["kwargs"], dynamic_shapes=arguments["dynamic_shapes"])
-        return Cell(True, f"{len(graph)} nodes")
-
-    def backend(kind: str) -> Cell:
-        program = compiled(backend=kind, threads=1)
-        error = max(relative_error(w, logits(program, ids)) for w, ids in zip(wanted, inputs, strict=True))
-        return Cell(error <= TOLERANCE, f"{error:.1e}")
-
-    def fp8() -> Cell:
-        from moec.passes.coverage import quantized_coverage
-
-        program = compiled(backend="reference", quantize="fp8")
-        error = max(float((logits(program, ids) - w).norm() / w.norm()) for w, ids in zip(wanted, inputs, strict=True))
-        return Cell(error <= FP8_TOLERANCE, f"{error:.1e}, {quantized_coverage(program.graph).share:.0%}")
-
-    checks: dict[str, Callable[[], Cell]] = {
-        "trace": trace,
-        "reference": lambda: backend("reference"),
-        "onnxruntime": lambda: backend("onnxruntime"),
-        "generate": lambda: generated(model),
-        "fp8": fp8,
-    }
+    row, checks = (_other if name in OTHERS else _causal)(name)
     for column in COLUMNS:
+        if column not in checks:
+            row.cells[column] = Cell(None, "–")
+            continue
         try:
             row.cells[column] = checks[column]()
         except Exception as e:  # a cell says what went wrong, whatever it was
             row.cells[column] = Cell(False, f"{type(e).__name__}: {str(e).splitlines()[0]}"[:160])
     row.seconds = time.perf_counter() - start
     return row
+
+
+Checks = dict[str, Callable[[], Cell]]
+
+
+def _causal(name: str) -> tuple[Row, Checks]:
+    from model_matrix import FAMILIES, Entry, build, call
+
+    family = FAMILIES[name]
+    entry = Entry(name, family.attention[0])
+    model = build(entry, positions=128)
+    module, arguments = call(entry, model)
+    inputs = [
+        {"input_ids": torch.randint(3, 29, shape, generator=_random(i)), "use_cache": False}
+        for i, shape in enumerate(SHAPES)
+    ]
+    checks = _checks(module, arguments["kwargs"], arguments["dynamic_shapes"], inputs, lambda out: [out.logits])
+    return Row(name, family.config), checks | {"generate": lambda: generated(model)}
+
+
+def _other(name: str) -> tuple[Row, Checks]:
+    other = OTHERS[name]
+    torch.manual_seed(0)
+    inputs = [other.inputs(*shape, _random(i)) for i, shape in enumerate(SHAPES)]
+
+    def tensors(out: Any) -> list[torch.Tensor]:
+        leaves = pytree.tree_leaves(tuple(out.values()) if isinstance(out, dict) else out)
+        return [t for t in leaves if isinstance(t, torch.Tensor)]
+
+    example = other.inputs(2, 12, _random(9))
+    return Row(name, other.shown), _checks(other.build().eval(), example, other.dynamic, inputs, tensors)
+
+
+def _random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _checks(
+    module: torch.nn.Module, example: dict[str, Any], dynamic: Any, inputs: list[dict[str, Any]],
+    tensors: Callable[[Any], list[torch.Tensor]],
+) -> Checks:  # fmt: skip
+    import moec
+
+    with torch.no_grad():
+        wanted = [tensors(module(**given)) for given in inputs]
+
+    def compiled(**more: Any) -> Any:
+        return moec.compile(module, kwargs=example, dynamic_shapes=dynamic, **more)
+
+    def trace() -> Cell:
+        graph = moec.trace(module, kwargs=example, dynamic_shapes=dynamic)
+        return Cell(True, f"{len(graph)} nodes")
+
+    def backend(kind: str) -> Cell:
+        program = compiled(backend=kind, threads=1)
+        pairs = [p for w, g in zip(wanted, inputs, strict=True) for p in zip(w, tensors(program(**g)), strict=True)]
+        error = max(relative_error(w, got) for w, got in pairs)
+        return Cell(error <= TOLERANCE, f"{error:.1e}")
+
+    def fp8() -> Cell:
+        from moec.passes.coverage import quantized_coverage
+
+        program = compiled(backend="reference", quantize="fp8")
+        coverage = quantized_coverage(program.graph)
+        if not coverage.candidate_bytes:
+            return Cell(None, "no linear weights")
+        pairs = [(w[0], tensors(program(**g))[0]) for w, g in zip(wanted, inputs, strict=True)]
+        error = max(float((got - w).norm() / w.norm()) for w, got in pairs)
+        return Cell(error <= FP8_TOLERANCE, f"{error:.1e}, {coverage.share:.0%}")
+
+    return {
+        "trace": trace,
+        "reference": lambda: backend("reference"),
+        "onnxruntime": lambda: backend("onnxruntime"),
+        "fp8": fp8,
+    }
 
 
 def generated(model: Any) -> Cell:
@@ -179,10 +219,11 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     from model_matrix import FAMILIES
 
-    unknown = set(args.families) - set(FAMILIES)
+    known = [*FAMILIES, *OTHERS]
+    unknown = set(args.families) - set(known)
     if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
-    names = args.families or list(FAMILIES)
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    names = args.families or known
     rows: list[Row] = []
     with multiprocessing.get_context("spawn").Pool(min(args.workers, len(names)), _start, maxtasksperchild=4) as pool:
         for row in pool.imap(measure, names):

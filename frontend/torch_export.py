@@ -30,6 +30,7 @@ from moec.frontend.guards import fixed_axes, guards, ranges
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
 from moec.frontend.ranges import ANY, Ranges, narrowed
 from moec.frontend.recheck import recheck
+from moec.frontend.recurrent import RecurrentMode
 from moec.frontend.signature import Signature, as_constant
 from moec.frontend.stand_ins import standing_in
 from moec.ir import ArgumentTypeError, CompileError, Graph, Location
@@ -209,7 +210,8 @@ def _decompositions(lowerings: int) -> dict[Any, Any]:
 
 @contextmanager
 def _export_settings() -> Iterator[None]:
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True), GroupedMMMode():  # type: ignore[attr-defined]
+    open_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with open_sizes, GroupedMMMode(), RecurrentMode():
         yield
 
 

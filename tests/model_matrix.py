@@ -158,7 +158,7 @@ FAMILIES: dict[str, Family] = {
         "NemotronHConfig",
         WIDE_HEADS
         | {
-            "layers_block_type": ["mamba", "moe"],
+            "layers_block_type": ["mamba", "moe", "attention"],
             "moe_shared_expert_intermediate_size": 28,
             "mamba_num_heads": 4,
             "mamba_head_dim": 20,

@@ -20,6 +20,7 @@ from moec.backends.onnxruntime import (  # noqa: F401  (each registers its lower
     linear_attention,
     norm,
     quant,
+    recurrent,
     reduction,
     rope,
     route,

@@ -34,6 +34,7 @@ _REDUCES = "reduction or scan without a kernel of its own"
 _SORTS = "sorting"
 _PRODUCT = "product of two activations: torch's batched matmul"
 
+_STEPS = "one small product after the other"
 TORCH_OPS: dict[str, str] = {
     "tensor.constant": _MAKES, "tensor.full": _MAKES, "tensor.arange": _MAKES, "tensor.dim": _MAKES,
     "tensor.reshape": _MOVES, "tensor.transpose": _MOVES, "tensor.expand": _MOVES, "tensor.slice": _MOVES,
@@ -46,6 +47,7 @@ TORCH_OPS: dict[str, str] = {
     "math.softmax": _REDUCES, "math.log_softmax": _REDUCES, "math.sort": _SORTS, "math.topk": _SORTS,
     "linear.matmul": _PRODUCT, "linear.grouped_matmul": "grouped product outside moe.experts",
     "linear.conv": "convolution: torch's own",
+    "recurrent.lstm": _STEPS, "recurrent.gru": _STEPS, "recurrent.rnn": _STEPS,
     "quant.dequantize": "a weight that no FP8 kernel takes, expanded",
 }  # fmt: skip
 """Ops that run through their own reference in torch, on the device of their operands, and why."""

@@ -11,6 +11,7 @@ from moec.frontend.aten import (
     moe,
     norm,
     ranking,
+    recurrent,
     reduction,
     scan,
     shape,
@@ -19,5 +20,5 @@ from moec.frontend.aten.registry import LOWERINGS, lowers
 
 __all__ = [
     "LOWERINGS", "attention", "convolution", "create", "elementwise", "index", "linear", "lowers", "memory", "moe",
-    "norm", "ranking", "reduction", "scan", "shape",
+    "norm", "ranking", "recurrent", "reduction", "scan", "shape",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""RNN, GRU and LSTM over a known, small number of steps: one after another. Longer ones stay themselves."""
+"""RNN, GRU and LSTM: our ops, or with other activations and resets a small number of steps one after another."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ class _Cell:
 
     def gate(self, v: Value, i: int, axis: int) -> Value:
         return self.c.slice(v, axis, i * self.size, (i + 1) * self.size)
+
+    def sorted(self, v: Value | None, order: Sequence[int]) -> Value | None:
+        """The gates' rows in another order."""
+        if v is None or len(order) == 1:
+            return v
+        return self.c.concat([self.gate(v, i, 0) for i in order], 0)
+
+    def whole(self, name: str, order: Sequence[int], x: Value, state: list[Value], backwards: bool) -> list[Value]:
+        """All steps by an op of ours: rows [T, B, H] and the last states."""
+        w, r, wb, rb = (self.sorted(v, order) for v in (self.w, self.r, self.wb, self.rb))
+        attrs: dict[str, object] = {"reverse": backwards}
+        if name == "recurrent.gru":
+            biases = [wb, rb]
+        else:
+            biases = [None if wb is None or rb is None else self.c.b.add(wb, rb)]
+        if name == "recurrent.rnn":
+            attrs["activation"] = self.f[0]
+        return list(self.c.b.op(name, [x, w, r, *biases, *state], attrs))
 
     def recurrent(self, h: Value, first: int, last: int) -> Value:
         """h times the recurrent weights of gates first … last − 1, and their biases."""
@@ -79,6 +97,12 @@ def _gru_step(cell: _Cell, x: Value, h: Value, hidden: Callable[[Value], Value])
     return [b.add(b.mul(b.sub(1.0, z), n), b.mul(z, h))]
 
 
+# our op for a cell with the usual activations: its name, and where its gates lie among ONNX's
+_WHOLE: dict[Step, tuple[str, tuple[int, ...]]] = {
+    _lstm: ("recurrent.lstm", (0, 2, 3, 1)), _gru_linear: ("recurrent.gru", (1, 0, 2)), _rnn: ("recurrent.rnn", (0,)),
+}  # fmt: skip
+
+
 def _run(c: ImportContext, step: Step, default: list[str], x: Value, w: Value, r: Value, bias: Value | None,
          states: list[Value | None], *, activations: Strings, direction: str, hidden_size: int | None,
          layout: int | None, refused: dict[str, object]) -> list[Value]:  # fmt: skip
@@ -95,19 +119,27 @@ def _run(c: ImportContext, step: Step, default: list[str], x: Value, w: Value, r
         if s is not None:
             c.need(s.shape[1], batch)
     size = r.shape[2]
-    if not isinstance(steps, int) or not 0 < steps <= MOST_ITERATIONS or not isinstance(size, int):
-        raise c.refuse(f"over {steps} steps of {size} elements; 1 to {MOST_ITERATIONS} are written out")
     ways = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}.get(direction)
     if ways is None or w.shape[0] != len(ways) or hidden_size not in (None, size):
         raise c.refuse(f"direction {direction!r} and hidden_size {hidden_size} of weights {r.type}", code="type")
     kinds = [a.lower() for a in activations or default * len(ways)][: len(default) * len(ways)]
     if len(kinds) != len(default) * len(ways) or not set(kinds) <= _ACTIVATIONS:
         raise c.refuse(f"activations {kinds}")
+    name, order = _WHOLE.get(step, ("", ()))
+    if kinds != [a.lower() for a in default] * len(ways) and not (step is _rnn and "sigmoid" not in kinds):
+        name = ""
+    if not isinstance(size, int) or (not name and not (isinstance(steps, int) and 0 < steps <= MOST_ITERATIONS)):
+        raise c.refuse(f"over {steps} steps of {size} elements; 1 to {MOST_ITERATIONS} are written out")
     rows, last = [], []
     for d, backwards in enumerate(ways):
         cell = _Cell(c, d, w, r, bias, size, kinds[d * len(default) : (d + 1) * len(default)])
         state = [c.full((batch, size), 0.0, x.dtype) if s is None
                  else c.reshape(c.slice(s, 0, d, d + 1), (batch, size)) for s in states]  # fmt: skip
+        if name:
+            y, *state = cell.whole(name, order, x, state, backwards)
+            rows.append(c.reshape(y, (steps, 1, batch, size)))
+            last.append([c.reshape(s, (1, batch, size)) for s in state])
+            continue
         given = cell.given(x)
         seen: list[Value] = []
         for t in reversed(range(steps)) if backwards else range(steps):

@@ -11,6 +11,7 @@ from moec.ir.ops import (
     moe,
     norm,
     quant,
+    recurrent,
     reduction,
     rope,
     tensor,
@@ -18,5 +19,5 @@ from moec.ir.ops import (
 
 __all__ = [
     "attention", "call", "convolution", "elementwise", "extern_aten", "linear", "linear_attention", "moe", "norm",
-    "quant", "reduction", "rope", "tensor",
+    "quant", "recurrent", "reduction", "rope", "tensor",
 ]  # fmt: skip

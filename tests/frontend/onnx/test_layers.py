@@ -130,10 +130,26 @@ def test_recurrent_layers(name):
         agrees(moec.compile(proto, backend=backend), proto, feeds)
 
 
-def test_long_recurrent_layers_stay_themselves():
-    arrays, attrs = RECURRENT["LSTM"]
-    arrays = [np.repeat(arrays[0], 20, 0), *arrays[1:3]]
-    proto = one_op("LSTM", arrays, 3, constant=(1, 2), **attrs)
+@pytest.mark.parametrize("name", [n for n in RECURRENT if n != "GRU"])
+def test_recurrent_layers_of_unknown_length(name):
+    arrays, attrs = RECURRENT[name]
+    op = name.split()[0]
+    proto = one_op(op, arrays[:4], 3 if op == "LSTM" else 2, constant=(1, 2, 3), **attrs)
+    for axis, size in enumerate(("T", "B")):
+        proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = size
     imported = import_onnx(proto)
-    assert "over 100 steps" in imported.extern["LSTM"]
+    assert not imported.extern
+    assert len(imported.graph.find(f"recurrent.{op.lower()}")) == arrays[1].shape[0]
+    for backend in ("reference", "onnxruntime"):
+        compiled = moec.compile(proto, backend=backend)
+        for steps, batch in ((1, 1), (5, 3), (90, 2)):
+            agrees(compiled, proto, {"x0": floats(steps, batch, 4)})
+
+
+def test_long_recurrent_layers_of_another_kind_stay_themselves():
+    arrays, attrs = RECURRENT["GRU"]
+    arrays = [np.repeat(arrays[0], 20, 0), *arrays[1:3]]
+    proto = one_op("GRU", arrays, 2, constant=(1, 2), **attrs)
+    imported = import_onnx(proto)
+    assert "over 100 steps" in imported.extern["GRU"]
     agrees(moec.compile(proto, backend="onnxruntime"), proto, {"x0": arrays[0]})
