@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
@@ -55,14 +56,26 @@ class OpDef:
     doc: str
     commutative: bool = False
     elementwise: bool = False
-    file: str = ""
-    line: int = 0
     results: int | None = 1  # None: as many as `infer` says
     binds: tuple[str, ...] = ()  # attributes that name sizes which its results are the first to have
 
     @property
     def family(self) -> str:
         return self.name.split(".")[0]
+
+    @cached_property
+    def source(self) -> tuple[str, int]:
+        """File and line of the class, ("", 0) where it has none. Looked up when asked for: that parses the file, which
+        for every op at import takes longer than all else of the import."""
+        return source_of_class(self.cls)
+
+    @property
+    def file(self) -> str:
+        return self.source[0]
+
+    @property
+    def line(self) -> int:
+        return self.source[1]
 
     @property
     def decompose(self) -> Callable[..., Any] | None:
@@ -232,12 +245,12 @@ def op(
 
     def declare(cls: type) -> type:
         operands, attrs = [], {}
-        file, line = source_of_class(cls)
-        where = f"op {name} ({file}:{line})" if file else f"op {name}"
         try:
             hints = _hints(cls)
         except NameError as e:
-            raise CompileError(f"{where}: its fields name {e.name!r}, which is not defined", code="op") from None
+            raise CompileError(
+                f"{_place(name, cls)}: its fields name {e.name!r}, which is not defined", code="op"
+            ) from None
         for fname, hint in hints.items():
             if typing.get_origin(hint) is typing.ClassVar:
                 continue
@@ -248,31 +261,30 @@ def op(
                 kind, members = _declared_kind(hint.__origin__)
                 attrs[fname] = AttrSpec(fname, kind, getattr(cls, fname, REQUIRED), members)
             else:
-                raise CompileError(f"{where}: field {fname!r} must be an Operand or Attr[...]", code="op")
+                raise CompileError(f"{_place(name, cls)}: field {fname!r} must be an Operand or Attr[...]", code="op")
         if sum(k in _VARIADIC for _, k in operands) > 1:
-            raise CompileError(f"{where}: more than one variadic operand", code="op")
+            raise CompileError(f"{_place(name, cls)}: more than one variadic operand", code="op")
         for method in ("infer", "reference"):
             if not callable(getattr(cls, method, None)):
-                raise CompileError(f"{where} lacks {method}()", code="op")
+                raise CompileError(f"{_place(name, cls)} lacks {method}()", code="op")
         for attr in binds:
             if attr not in attrs:
-                raise CompileError(f"{where}: binds names {attr!r}, which is no attribute", code="op")
+                raise CompileError(f"{_place(name, cls)}: binds names {attr!r}, which is no attribute", code="op")
         doc = inspect.getdoc(cls) or ""
-        opdef = OpDef(
-            name, cls, tuple(operands), attrs, doc, commutative, elementwise, file, line, results, tuple(binds)
-        )
+        opdef = OpDef(name, cls, tuple(operands), attrs, doc, commutative, elementwise, results, tuple(binds))
         old = _OPS.get(name)
         if old is None:
             _BARE.setdefault(name.split(".")[1], []).append(name)
             _OPS[name] = opdef
-        elif old.file == file or _path(old.cls) == _path(cls):
+        elif _path(old.cls) == _path(cls) or old.file == opdef.file:
             # run again (a notebook cell, a reloaded module): what holds the op sees its new definition
+            vars(old).pop("source", None)
             vars(old).update(vars(opdef))
             global _redeclared
             _redeclared += 1
         else:
             raise CompileError(
-                f"{where} is already declared at {old.file}:{old.line}",
+                f"{_place(name, cls)} is already declared at {old.file}:{old.line}",
                 code="name",
                 hint="names are family.op: choose a family of your own",
             )
@@ -280,6 +292,12 @@ def op(
         return cls
 
     return declare
+
+
+def _place(name: str, cls: type) -> str:
+    """An op and its file:line, for a message."""
+    file, line = source_of_class(cls)
+    return f"op {name} ({file}:{line})" if file else f"op {name}"
 
 
 _redeclared = 0
