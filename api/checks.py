@@ -91,11 +91,11 @@ def check_pass(pass_: Pass, graph: Graph | str, *, tolerance: float | None = Non
 
 def apply_checked(p: Pass, graph: Graph) -> tuple[Graph, Record]:
     """Result and record of one pass. Raises AssertionError where it fails or changes its input, the data of its
-    weights included."""
+    weights included; the pass works on a copy, so that `graph` stays as it is all the same."""
     head = describe(p)
     data = _data(graph)
     try:
-        result, record = run_pass(p, graph)
+        result, record = run_pass(p, graph.clone())
     except CompileError as e:
         raise AssertionError(f"{head} fails\n{indent(str(e))}") from e
     changed = [name for name, d in _data(graph).items() if data.get(name) != d]

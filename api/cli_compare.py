@@ -52,8 +52,9 @@ def compare(
 ) -> None:
     """Compare a model on several backends, two models or saved folders, or either with saved outputs.
 
-    Exit code 0 where they agree, 1 where they differ, 2 for bad input. A graph.ir runs on the data of the .safetensors
-    file beside it, or on seeded random numbers; so do an .onnx file and a saved folder without --inputs.
+    Exit code 0 where they agree, 1 where they differ, 2 for bad input, 3 for a crash. A graph.ir runs on the data of
+    the .safetensors file beside it, or on seeded random numbers; so do an .onnx file and a saved folder without
+    --inputs.
     """
     options = {
         "passes": passes_of(passes),

@@ -95,6 +95,8 @@ class Culprit:
             yield f"  wrong      {self.divergence}"
         elif self.fault is not None:
             yield f"  wrong      {self.fault.kind}: {self.fault}"
+            if self.fault.hint:
+                yield f"  hint       {self.fault.hint}"
             d = self.fault.difference
             if d is not None and d.case is not None:
                 sizes = ", ".join(f"{n}={s}" for n, s in d.case.binding.items())

@@ -30,13 +30,15 @@ Kind = Literal["crash", "endless", "input changed", "invalid", "signature", "exe
 class Fault:
     """What is wrong: the pass raised (`crash`), or its rules do not end (`endless`), it changed its input, its result
     does not verify (`invalid`), has other inputs or outputs (`signature`), fails when it is run
-    (`execution`), or gives other values (`numbers`, with the `difference`). `rule`: named by the error itself."""
+    (`execution`), or gives other values (`numbers`, with the `difference`). `rule`: named by the error itself, as is
+    the `hint`."""
 
     kind: Kind
     message: str
     rule: Pass | None = None
     location: Location = field(default_factory=Location)
     difference: Difference | None = None
+    hint: str = ""
 
     def like(self, other: Fault) -> bool:
         """The same kind of fault, by the same rule where both name one; a crash with the same message up to sizes."""
@@ -62,19 +64,21 @@ def attempt(p: Pass | Analysis, graph: Graph) -> tuple[Graph | None, Fault | Non
     except CompileError as e:
         rule = getattr(e, "rule", None)
         kind: Kind = "endless" if e.code == "endless" else "crash"
-        return None, Fault(kind, e.message, rule, e.location or Location())
+        return None, Fault(kind, e.message, rule, e.location or Location(), hint=e.hint or "")
     except Exception as e:  # whatever a pass raises is what is looked for
         frame = traceback.extract_tb(e.__traceback__)[-1]
         return None, Fault("crash", f"{type(e).__name__}: {e} ({frame.filename}:{frame.lineno})")
     if not isinstance(result, Graph):
         return None, Fault("crash", f"run() returned {type(result).__name__}, not a Graph")
-    changed = structural_difference(graph, given)
-    if changed is not None:
-        return None, Fault("input changed", f"the pass changed its input graph itself: {changed}")
     try:
+        changed = structural_difference(graph, given)
+        if changed is not None:
+            return None, Fault("input changed", f"the pass changed its input graph itself: {changed}")
         result.verify()
     except CompileError as e:
-        return None, Fault("invalid", e.message, location=e.location or Location())
+        return None, Fault("invalid", e.message, location=e.location or Location(), hint=e.hint or "")
+    except Exception as e:  # a graph so broken that it cannot be looked at
+        return None, Fault("invalid", f"the graph it returns is broken: {type(e).__name__}: {e}")
     return result, None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moec.ir.cases import Case, candidate_bindings, fits, make_inputs, with_data
-from moec.ir.compare import difference
+from moec.ir.compare import difference, interface_difference
 from moec.ir.dims import evaluate
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Value
@@ -186,7 +186,7 @@ class Oracle:
         `other` without data get the data that the same names have here."""
         if _same(self.graph, other):
             return None
-        signature = _signature(self.graph, other)
+        signature = interface_difference(self.graph, other)
         if signature is not None:
             return Difference(signature)
         try:
@@ -346,14 +346,6 @@ def _same(before: Graph, after: Graph) -> bool:
     pairs = [(before, after), *((fn, after.functions[name]) for name, fn in before.functions.items())]
     sources = [(v.weight, b.weights[n].weight) for a, b in pairs for n, v in a.weights.items()]
     return all(v is not None and w is not None and v.source is w.source for v, w in sources)
-
-
-def _signature(before: Graph, after: Graph) -> str | None:
-    want, got = ([f"{v.name}: {v.type}" for v in g.inputs] for g in (before, after))
-    if want != got:
-        return f"inputs are ({', '.join(got)}), expected ({', '.join(want)})"
-    want, got = ([f"{n}: {v.type}" for n, v in zip(g.output_names, g.outputs, strict=True)] for g in (before, after))
-    return f"outputs are ({', '.join(got)}), expected ({', '.join(want)})" if want != got else None
 
 
 def _sharing_data(before: Graph, after: Graph, seed: int) -> Graph:

@@ -170,18 +170,18 @@ def normalise_attr(value: Any, spec: AttrSpec, op: str) -> Any:
     plain = {float: float, int: int, str: str, bool: bool, tuple: tuple, TensorType: TensorType}.get(spec.type)
     if plain is not None and (not isinstance(value, plain) or (plain is int and isinstance(value, bool))):
         raise CompileError(
-            f"{op}: attribute {spec.name!r} must be {plain.__name__}, got {_shown(value)}",
+            f"{op}: attribute {spec.name!r} must be {plain.__name__}, got {shown_value(value)}",
             code="attribute",
         )
     if not _is_attr_value(value):
-        raise CompileError(f"{op}: attribute {spec.name!r} cannot hold {_shown(value)}", code="attribute")
+        raise CompileError(f"{op}: attribute {spec.name!r} cannot hold {shown_value(value)}", code="attribute")
     if spec.members:
         items = value if spec.type is tuple else (value,)
         wrong = next((v for v in items if not _is_one_of(v, spec.members)), REQUIRED)
         if wrong is not REQUIRED:
             names = " or ".join("None" if t is type(None) else t.__name__ for t in spec.members)
             what = f"must hold {names}" if spec.type is tuple else f"must be {names}"
-            raise CompileError(f"{op}: attribute {spec.name!r} {what}, got {_shown(wrong)}", code="attribute")
+            raise CompileError(f"{op}: attribute {spec.name!r} {what}, got {shown_value(wrong)}", code="attribute")
     return value
 
 
@@ -201,10 +201,11 @@ def _is_one_of(value: Any, members: tuple[type, ...]) -> bool:
     return isinstance(value, members) and (not isinstance(value, bool) or bool in members)
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Type and text of what stands for an attribute, at most 80 characters of it."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a nest of thousands of tuples
+    except Exception:  # an integer of thousands of digits, a nest of thousands of tuples, an object of the user's
         text = "…"
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
