@@ -15,8 +15,11 @@ import torch
 from moec.ir import CompileError, Graph, Location, run
 from moec.ir.cases import Case, with_data
 from moec.ir.compare import difference as structural_difference
-from moec.ir.equivalence import Difference, Oracle
+from moec.ir.compare import interface_difference
+from moec.ir.equivalence import Difference, Oracle, not_finite
+from moec.ir.extremes import may_overflow
 from moec.ir.interpreter import bind_inputs
+from moec.ir.promote import promote
 from moec.passes.base import Analysis, Pass
 
 # a pass that quantises changes numbers by design; more than this, relative to the root mean square of an output,
@@ -162,6 +165,32 @@ class Judge:
             return run(graph, self.own.inputs)
         except CompileError as e:
             return Fault("execution", f"{e.message} ({self.own.label})", location=e.location or Location())
+
+
+class FiniteJudge(Judge):
+    """Of a graph whose weights are far larger than those of the model: whether others stay finite where it does. Their
+    values say nothing, it is too ill-conditioned for that."""
+
+    @cached_property
+    def own(self) -> Case:
+        return super().own if self.inputs is not None else Oracle(self.truth).usual
+
+    @cached_property
+    def _promoted(self) -> Graph:
+        return promote(with_data(self.truth))
+
+    def narrowed(self, fault: Fault) -> Judge:
+        return self
+
+    def examine(self, graph: Graph) -> Fault | None:
+        if not may_overflow(graph) or interface_difference(self.truth, graph) is not None:
+            return None
+        case = Case(f"{self.own.label}, float matrices times 10⁴", self.own.binding, self.own.inputs)
+        found = not_finite(self._promoted, promote(with_data(graph)), case)
+        return None if found is None else Fault("numbers", found.reason, difference=found)
+
+    def examine_loosely(self, graph: Graph) -> Fault | None:
+        return None
 
 
 def _finite(x: torch.Tensor) -> bool:
