@@ -3,7 +3,8 @@
     def test_fuse_swiglu():
         check_rewrite(FuseSwiGLU(), BEFORE, AFTER)
 
-Graphs are given as `Graph` or as text. Every failure is an AssertionError that names the rule and its file:line.
+Graphs are given as `Graph` or as text. Every failure is an AssertionError that names the rule and its file:line;
+`__tracebackhide__` has pytest show the line of the test, not those of this file.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def check_rewrite(
     see `check_pass`. Raises AssertionError with the rule's file:line and a diff, or with `moec.explain` where the
     rule does not fire.
     """
+    __tracebackhide__ = True
     head = describe(rule)
     source, wanted = with_data(_graph(before, "before", head), seed), _graph(after, "after", head)
     start, expected = (canonical_text(g, unused_weights=False) for g in (source, wanted))
@@ -52,6 +54,7 @@ def check_rewrite(
 def check_unchanged(rule: Pass, graph: Graph | str, because: str | None = None) -> None:
     """`rule` leaves `graph` as it is, and says `because` (part of a reason that `when` refuses with, or of what
     `moec.explain` prints). Raises AssertionError with the diff, or with the reasons that were given instead."""
+    __tracebackhide__ = True
     head = describe(rule)
     source = with_data(_graph(graph, "the graph", head))
     start = canonical_text(source)
@@ -80,6 +83,7 @@ def check_pass(pass_: Pass, graph: Graph | str, *, tolerance: float | None = Non
     round, such as quantisation. Warns where a single rule fires nowhere. Raises AssertionError naming the pass's
     file:line.
     """
+    __tracebackhide__ = True
     head = describe(pass_)
     source = with_data(_graph(graph, "the graph", head), seed)
     result, record = _checked(pass_, source, tolerance, seed)
@@ -96,6 +100,7 @@ def check_pass(pass_: Pass, graph: Graph | str, *, tolerance: float | None = Non
 def apply_checked(p: Pass, graph: Graph) -> tuple[Graph, Record]:
     """Result and record of one pass. Raises AssertionError where it fails or changes its input, the data of its
     weights included; the pass works on a copy, so that `graph` stays as it is all the same."""
+    __tracebackhide__ = True
     head = describe(p)
     data = _data(graph)
     try:
@@ -111,6 +116,7 @@ def apply_checked(p: Pass, graph: Graph) -> tuple[Graph, Record]:
 def check_meaning(head: str, before: Graph, after: Graph, tolerance: float | None = None, seed: int = 0) -> None:
     """Both give the same outputs, see `check_pass`; `head` starts the message. Raises AssertionError with the first
     difference, and where nothing can be compared."""
+    __tracebackhide__ = True
     meaning = meaning_of(head, before, tolerance, seed)
     difference = meaning.difference(after)
     if difference is not None:
@@ -120,6 +126,7 @@ def check_meaning(head: str, before: Graph, after: Graph, tolerance: float | Non
 
 def meaning_of(head: str, graph: Graph, tolerance: float | None, seed: int) -> Meaning:
     """What a graph means. Raises AssertionError where it does not run."""
+    __tracebackhide__ = True
     try:
         return Meaning(graph, tolerance, seed)
     except CompileError as e:
@@ -128,6 +135,7 @@ def meaning_of(head: str, graph: Graph, tolerance: float | None, seed: int) -> M
 
 
 def _check_says_something(head: str, meaning: Meaning) -> None:
+    __tracebackhide__ = True
     vacuous = meaning.oracle.vacuous()
     if vacuous:
         raise AssertionError(
@@ -139,6 +147,7 @@ def _check_says_something(head: str, meaning: Meaning) -> None:
 def check_idempotent(head: str, passes: Sequence[Pass], result: Graph) -> None:
     """Run again on their result, the passes change nothing. Passes with a `max` of applications are not asked to;
     those that say `once = True` (a class attribute) may refuse instead. Raises AssertionError with the diff."""
+    __tracebackhide__ = True
     if any(getattr(p, "max", None) is not None for p in passes):
         return
     again = result
@@ -164,6 +173,7 @@ def why_not(rule: Pass, graph: Graph, record: Record) -> str:
 
 def describe(rule: Any) -> str:
     """The rule and its file:line. Raises AssertionError for anything but a pass."""
+    __tracebackhide__ = True
     if isinstance(rule, type):
         raise AssertionError(f"{rule.__name__} is a class; give an instance, {rule.__name__}()")
     if not isinstance(rule, Pass):
@@ -178,6 +188,7 @@ def indent(text: str) -> str:
 
 def _checked(rule: Pass, graph: Graph, tolerance: float | None, seed: int) -> tuple[Graph, Record]:
     """The result of the rule with everything checked but what it looks like."""
+    __tracebackhide__ = True
     head = describe(rule)
     result, record = apply_checked(rule, graph)
     meaning = meaning_of(head, graph, tolerance, seed)
@@ -218,6 +229,7 @@ def _digest(weight: Weight) -> str:
 
 
 def _graph(graph: Graph | str, what: str, head: str) -> Graph:
+    __tracebackhide__ = True
     try:
         if isinstance(graph, str):
             return parse(graph)

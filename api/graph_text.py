@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 
 from moec.ir import Graph, Node, Value, Weight
-from moec.ir.printer import print_graph, print_node, symbol
+from moec.ir.printer import print_graph, print_node, shorten, symbol
 
 
 def canonical_text(graph: Graph, *, unused_weights: bool = True) -> str:
@@ -77,7 +77,7 @@ def _diff(want: list[str], have: list[str], first: str, second: str) -> str:
     around = 1000 if len(want) <= 40 else 3
     rows = list(difflib.unified_diff(want, have, first, second, lineterm="", n=around))
     more = [f"… {len(rows) - _MOST} more lines"] if len(rows) > _MOST else []
-    return "\n".join(rows[:_MOST] + more)
+    return "\n".join([shorten(row) for row in rows[:_MOST]] + more)
 
 
 class _Aligned:

@@ -143,6 +143,19 @@ def print_graph(graph: Graph, *, locations: bool = True, keyword: str = "graph")
     return "\n".join(lines) + ("\n" if keyword == "graph" else "")
 
 
+_LONG_LIST = re.compile(r"\[([^\[\]]{80,})\]")
+
+
+def shorten(line: str) -> str:
+    """A line for a message: of long lists, such as the numbers of a constant, the first and the last items."""
+
+    def short(match: re.Match[str]) -> str:
+        items = match.group(1).split(", ")
+        return f"[{', '.join(items[:4])}, … {len(items) - 5} more, {items[-1]}]" if len(items) > 8 else match.group()
+
+    return _LONG_LIST.sub(short, line)
+
+
 def excerpt(node: Node, *, around: int = 2) -> str:
     """The node with its neighbours, an arrow before it. It is for messages about graphs that are not valid: it prints
     any."""
@@ -154,5 +167,5 @@ def excerpt(node: Node, *, around: int = 2) -> str:
     names = _Names(graph)
     rows = []
     for i in range(max(0, at - around), min(len(nodes), at + around + 1)):
-        rows.append(("> " if i == at else "  ") + print_node(nodes[i], names, locations=False))
+        rows.append(("> " if i == at else "  ") + shorten(print_node(nodes[i], names, locations=False)))
     return "\n".join(rows)

@@ -199,14 +199,23 @@ def _earlier(rule: Rewrite, met: Sequence[tuple[str, Graph]]) -> str:
 
 def _listed(passes: Any) -> tuple[Any, ...]:
     """One pass alone is a list of it."""
-    return (passes,) if isinstance(passes, Pass | Analysis | Phase) else tuple(passes)
+    if isinstance(passes, str) or not isinstance(passes, Iterable):  # a class and a function are refused by name
+        return (passes,)
+    return tuple(passes)
 
 
 def _check_passes(passes: Iterable[Any]) -> None:
     for p in passes:
-        if not isinstance(p, Pass | Analysis):
-            hint = f"write {p.__name__}()" if isinstance(p, type) and issubclass(p, Pass | Analysis) else None
-            raise ArgumentValueError(f"{p!r} is not a Pass", code="pipeline", hint=hint)
+        if isinstance(p, Pass | Analysis):
+            continue
+        hint = None
+        if isinstance(p, str):
+            hint = f"text is read by moec.passes.parse_passes({p!r})"
+        elif isinstance(p, type) and issubclass(p, Pass | Analysis):
+            hint = f"write {p.__name__}()"
+        elif callable(p):
+            hint = "a pass is an object of a class: class Mine(Pass) with def run(self, graph)"
+        raise ArgumentValueError(f"{p!r} is not a Pass", code="pipeline", hint=hint)
 
 
 def run_pass(p: Pass | Analysis, graph: Graph) -> tuple[Graph, Record]:
