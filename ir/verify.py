@@ -150,6 +150,5 @@ def _check_attrs(node: Node) -> None:
             raise CompileError(
                 f"{node.op}: attribute {name!r} must be {type(value).__name__}, got {shown_value(given)}",
                 code="attribute",
-                hint=f"node.attrs takes the value as it is, here {shown_value(value)}; graph.create and b.{node.op} "
-                "convert it",
+                hint=f"node.attrs takes a value as it is, here {shown_value(value)}; graph.create and builders convert",
             )
