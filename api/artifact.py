@@ -32,7 +32,16 @@ from moec.frontend import Signature
 from moec.frontend.checkpoints import is_checkpoint
 from moec.frontend.containers import type_names
 from moec.generation import Generator, Stops
-from moec.ir import ArtifactError, CompileError, Graph, SafetensorsSource, TensorType, Weight, parse
+from moec.ir import (
+    ArgumentTypeError,
+    ArtifactError,
+    CompileError,
+    Graph,
+    SafetensorsSource,
+    TensorType,
+    Weight,
+    parse,
+)
 from moec.ir.opdef import known
 from moec.ir.weight import digest as digest_tensor
 from moec.program import Program, Settings, legalise, lower
@@ -227,13 +236,21 @@ def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
     }
 
 
-def load(folder: str | Path, *, threads: int | None = None) -> CompiledModel:
-    """A model that `CompiledModel.save` wrote; its outputs are bit-equal to the saved model's on the same machine.
+def load(folder: str | Path, *, threads: int | None = None, **unknown: Any) -> CompiledModel:
+    """A model that `CompiledModel.save` wrote, on the backend that it was compiled for; its outputs are bit-equal to
+    the saved model's on the same machine.
 
     threads: CPU threads, None for what it was compiled with. Every file is checked against its digest, nothing in
-    the folder is executed or unpickled. Raises ArtifactError naming the file or field, expected and got.
+    the folder is executed or unpickled. Raises ArtifactError naming the file or field, expected and got, and
+    ArgumentTypeError (a TypeError) for other options of `moec.compile`.
     """
-
+    if unknown:
+        raise ArgumentTypeError(
+            f"load() takes no {', '.join(map(repr, unknown))}: a saved model keeps the backend and the passes that it "
+            "was compiled with",
+            code="arguments",
+            hint="compile the model again, or what was saved: moec.compile(moec.load(folder).graph, backend=…)",
+        )
     root = Path(folder)
     if is_checkpoint(root) and not (root / MANIFEST).exists():
         raise ArtifactError(

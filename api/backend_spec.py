@@ -13,8 +13,10 @@ from moec.ir import ArgumentValueError
 
 def parse_backend(text: str) -> str | Backend:
     """`reference`, `onnxruntime`, `triton`, `eager` or `auto` as they are; `module:name` or `path.py:name` is the
-    Backend of that name there. Raises ArgumentValueError."""
+    Backend of that name there; an .onnx file, for comparisons, as it is. Raises ArgumentValueError."""
     text = text.strip()
+    if text.endswith(".onnx"):
+        return text
     place, colon, name = text.rpartition(":")
     if not colon:
         if text != "eager":

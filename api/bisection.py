@@ -15,11 +15,13 @@ from moec.backends import Backend, get_backend
 from moec.culprit import Culprit
 from moec.ir import Graph, Placement, Quantization
 from moec.ir.cases import with_data
-from moec.judging import Fault, Judge, attempt, is_lossy
+from moec.ir.compare import difference
+from moec.ir.extremes import may_overflow, with_large_weights
+from moec.judging import Fault, FiniteJudge, Judge, attempt, is_lossy
 from moec.passes.base import Analysis, Pass
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.passes.rewrite import Rewrite, RuleSet
-from moec.passes.rewriting.engine import Application, limited
+from moec.passes.rewriting.engine import Application, limited, source_of
 from moec.progress import progress
 from moec.reproduce import reproduce
 from moec.sources import acquire
@@ -51,7 +53,8 @@ def bisect(
     seconds: how long to look for a smaller graph; 0 for not at all.
 
     The truth is the traced graph in the reference interpreter, at the given args and at seeded inputs of several sizes,
-    floats promoted to float64 on both sides (`moec.ir.equivalence`), and once in its own dtypes. The passes are
+    floats promoted to float64 on both sides (`moec.ir.equivalence`), and once in its own dtypes; where exponentials are
+    left in the end, also whether it stays finite on large inputs and with large weights. The passes are
     searched by halving, then the applications of rules within the guilty pass, each time between a state that is
     right and one that is not: the first of several wrong rules is found, whatever the others do. A pass that
     quantises changes numbers by design: it is only accused of an error beyond half of an output's norm
@@ -70,10 +73,16 @@ def bisect(
         graph = with_data(graph)
         search = _Search(graph, pipeline.passes, inputs, step)
         found = search.run()
+        if not found and may_overflow(search.stages[-1]):
+            step("with large weights")
+            large = _Search(with_large_weights(graph), pipeline.passes, inputs, step, judge=FiniteJudge)
+            culprit = large.run()
+            if culprit.fault is not None and culprit.fault.kind == "numbers":  # refusals of such weights are none
+                search, found = large, culprit
         if not found and target.name != "reference" and search.inputs is not None:
             step(f"compare with {target.name}")
             found = blame(target, search.stages[-1], search.inputs)
-        found.notices[:0] = search.notices
+        found.notices[:0] = search.notices if found else [*search.notices, *search.idle()]
         if found and seconds > 0:
             step("minimise")
             suspects = [p for p in (*search.suspects, found.culprit, found.pass_) if p is not None]
@@ -91,6 +100,7 @@ class _Search:
     step: Step
     notices: list[str] = field(default_factory=list)
     suspects: list[Pass | Analysis] = field(default_factory=list)  # what may show the fault by itself
+    judge: type[Judge] = Judge
 
     def run(self) -> Culprit:
         self.stages = [self.graph]
@@ -105,7 +115,7 @@ class _Search:
         start = 0
         lossy = [i for i in range(last) if is_lossy(self.stages[i], self.stages[i + 1])]
         for end in (*lossy, last):
-            judge = Judge(self.stages[start], self.inputs, self.notices)
+            judge = self.judge(self.stages[start], self.inputs, self.notices)
             self._use_seeded_inputs(judge)
             self.step(f"judge passes {start + 1} to {end}")
             wrong = judge.examine(self.stages[end])
@@ -116,12 +126,21 @@ class _Search:
                 start = end + 1
                 name = self.passes[end].name
                 self.notices.append(f"{name} quantises: judged loosely, and what follows against its result")
-                too_far = Judge(self.stages[end], self.inputs).examine_loosely(self.stages[start])
+                too_far = self.judge(self.stages[end], self.inputs).examine_loosely(self.stages[start])
                 if too_far is not None:
                     return self._pass_culprit(end, too_far)
         if broken is not None:
             return self._within(judge, last, broken)
         return Culprit("none")
+
+    def idle(self) -> list[str]:
+        """What is to be said of passes of the user's own that changed nothing."""
+        steps = zip(self.passes, self.stages, self.stages[1:], strict=False)
+        return [
+            f"{p.name} ({source_of(p)}) changes nothing here"
+            for p, before, after in steps
+            if isinstance(p, Pass) and not type(p).__module__.startswith("moec.") and difference(before, after) is None
+        ]
 
     def _use_seeded_inputs(self, judge: Judge) -> None:
         if self.inputs is None:

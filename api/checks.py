@@ -3,7 +3,8 @@
     def test_fuse_swiglu():
         check_rewrite(FuseSwiGLU(), BEFORE, AFTER)
 
-Graphs are given as `Graph` or as text. Every failure is an AssertionError that names the rule and its file:line.
+Graphs are given as `Graph` or as text. Every failure is an AssertionError that names the rule and its file:line;
+`__tracebackhide__` has pytest show the line of the test, not those of this file.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from moec.graph_text import canonical_text, text_diff
+from moec.graph_text import canonical_text, graph_diff
 from moec.ir import CompileError, Graph, parse
 from moec.ir.cases import with_data
-from moec.ir.equivalence import Oracle
-from moec.ir.routers import selection_biases, without_biases
 from moec.ir.weight import Weight, digest
+from moec.meaning import Meaning, accusation, overflow_with_large_weights
 from moec.passes import Pass, Record, Rewrite, RuleSet, explain, run_pass
 from moec.passes.rewriting.engine import source_of
 
@@ -35,6 +35,7 @@ def check_rewrite(
     see `check_pass`. Raises AssertionError with the rule's file:line and a diff, or with `moec.explain` where the
     rule does not fire.
     """
+    __tracebackhide__ = True
     head = describe(rule)
     source, wanted = with_data(_graph(before, "before", head), seed), _graph(after, "after", head)
     start, expected = (canonical_text(g, unused_weights=False) for g in (source, wanted))
@@ -45,13 +46,15 @@ def check_rewrite(
     if got == start:
         raise AssertionError(f"{head} changes nothing\n{indent(why_not(rule, source, record))}")
     if got != expected:
-        raise AssertionError(f"{head} gives another graph than expected\n{text_diff(expected, got)}")
+        changes = graph_diff(wanted, result, ("expected", "got"), unused_weights=False)
+        raise AssertionError(f"{head} gives another graph than expected\n{changes}")
     return result
 
 
 def check_unchanged(rule: Pass, graph: Graph | str, because: str | None = None) -> None:
     """`rule` leaves `graph` as it is, and says `because` (part of a reason that `when` refuses with, or of what
     `moec.explain` prints). Raises AssertionError with the diff, or with the reasons that were given instead."""
+    __tracebackhide__ = True
     head = describe(rule)
     source = with_data(_graph(graph, "the graph", head))
     start = canonical_text(source)
@@ -59,7 +62,8 @@ def check_unchanged(rule: Pass, graph: Graph | str, because: str | None = None) 
     got = canonical_text(result)
     if got != start:
         fired = ", ".join(f"{n} × {k}" for k, n in record.fired.items())
-        raise AssertionError(f"{head} changes the graph{f' ({fired})' if fired else ''}\n{text_diff(start, got)}")
+        changes = graph_diff(source, result)
+        raise AssertionError(f"{head} changes the graph{f' ({fired})' if fired else ''}\n{changes}")
     if because is not None:
         reasons = why_not(rule, source, record)
         if because not in reasons:
@@ -79,10 +83,14 @@ def check_pass(pass_: Pass, graph: Graph | str, *, tolerance: float | None = Non
     round, such as quantisation. Warns where a single rule fires nowhere. Raises AssertionError naming the pass's
     file:line.
     """
+    __tracebackhide__ = True
     head = describe(pass_)
-    result, record = _checked(pass_, with_data(_graph(graph, "the graph", head), seed), tolerance, seed)
+    source = with_data(_graph(graph, "the graph", head), seed)
+    result, record = _checked(pass_, source, tolerance, seed)
     if isinstance(pass_, Rewrite) and not record.fired:
         warnings.warn(f"{head} fires nowhere in this graph, so nothing was compared", stacklevel=2)
+    elif not record.fired and canonical_text(source) == canonical_text(result):
+        warnings.warn(f"{head} changes nothing in this graph, so nothing was compared", stacklevel=2)
     return result
 
 
@@ -91,11 +99,12 @@ def check_pass(pass_: Pass, graph: Graph | str, *, tolerance: float | None = Non
 
 def apply_checked(p: Pass, graph: Graph) -> tuple[Graph, Record]:
     """Result and record of one pass. Raises AssertionError where it fails or changes its input, the data of its
-    weights included."""
+    weights included; the pass works on a copy, so that `graph` stays as it is all the same."""
+    __tracebackhide__ = True
     head = describe(p)
     data = _data(graph)
     try:
-        result, record = run_pass(p, graph)
+        result, record = run_pass(p, graph.clone())
     except CompileError as e:
         raise AssertionError(f"{head} fails\n{indent(str(e))}") from e
     changed = [name for name, d in _data(graph).items() if data.get(name) != d]
@@ -107,22 +116,27 @@ def apply_checked(p: Pass, graph: Graph) -> tuple[Graph, Record]:
 def check_meaning(head: str, before: Graph, after: Graph, tolerance: float | None = None, seed: int = 0) -> None:
     """Both give the same outputs, see `check_pass`; `head` starts the message. Raises AssertionError with the first
     difference, and where nothing can be compared."""
+    __tracebackhide__ = True
+    meaning = meaning_of(head, before, tolerance, seed)
+    difference = meaning.difference(after)
+    if difference is not None:
+        raise AssertionError(f"{head} changes the meaning: {difference}\n{graph_diff(before, after)}")
+    _check_says_something(head, meaning)
+
+
+def meaning_of(head: str, graph: Graph, tolerance: float | None, seed: int) -> Meaning:
+    """What a graph means. Raises AssertionError where it does not run."""
+    __tracebackhide__ = True
     try:
-        oracle = Oracle(before, seed)
+        return Meaning(graph, tolerance, seed)
     except CompileError as e:
         hint = "references run in float64 here; an op that knows other floats only refuses it in infer()"
         raise AssertionError(f"{head}: the graph itself does not run\n{indent(str(e))}\n  ({hint})") from e
-    difference = oracle.difference(after, tolerance)
-    if difference is None:
-        # a bias that is added for the selection only breaks ties of the logits
-        biases = selection_biases(before)
-        even = [without_biases(g, biases) for g in (before, after)]
-        if even[0] is not None and even[1] is not None:
-            difference = Oracle(even[0], seed).difference(even[1], tolerance)
-    if difference is not None:
-        shown = text_diff(canonical_text(before), canonical_text(after))
-        raise AssertionError(f"{head} changes the meaning: {difference}\n{shown}")
-    vacuous = oracle.vacuous()
+
+
+def _check_says_something(head: str, meaning: Meaning) -> None:
+    __tracebackhide__ = True
+    vacuous = meaning.oracle.vacuous()
     if vacuous:
         raise AssertionError(
             f"{head}: output {vacuous[0]!r} of the graph is mostly NaN or empty in every case, so that little is "
@@ -133,6 +147,7 @@ def check_meaning(head: str, before: Graph, after: Graph, tolerance: float | Non
 def check_idempotent(head: str, passes: Sequence[Pass], result: Graph) -> None:
     """Run again on their result, the passes change nothing. Passes with a `max` of applications are not asked to;
     those that say `once = True` (a class attribute) may refuse instead. Raises AssertionError with the diff."""
+    __tracebackhide__ = True
     if any(getattr(p, "max", None) is not None for p in passes):
         return
     again = result
@@ -145,7 +160,7 @@ def check_idempotent(head: str, passes: Sequence[Pass], result: Graph) -> None:
             raise AssertionError(f"{head} fails on its own result\n{indent(str(e))}") from e
     first, second = canonical_text(result), canonical_text(again)
     if first != second:
-        raise AssertionError(f"{head} changes its own result when run again\n{text_diff(first, second)}")
+        raise AssertionError(f"{head} changes its own result when run again\n{graph_diff(result, again)}")
 
 
 def why_not(rule: Pass, graph: Graph, record: Record) -> str:
@@ -158,6 +173,7 @@ def why_not(rule: Pass, graph: Graph, record: Record) -> str:
 
 def describe(rule: Any) -> str:
     """The rule and its file:line. Raises AssertionError for anything but a pass."""
+    __tracebackhide__ = True
     if isinstance(rule, type):
         raise AssertionError(f"{rule.__name__} is a class; give an instance, {rule.__name__}()")
     if not isinstance(rule, Pass):
@@ -172,9 +188,23 @@ def indent(text: str) -> str:
 
 def _checked(rule: Pass, graph: Graph, tolerance: float | None, seed: int) -> tuple[Graph, Record]:
     """The result of the rule with everything checked but what it looks like."""
+    __tracebackhide__ = True
     head = describe(rule)
     result, record = apply_checked(rule, graph)
-    check_meaning(head, graph, result, tolerance, seed)
+    meaning = meaning_of(head, graph, tolerance, seed)
+    difference = meaning.difference(result)
+    if difference is not None:
+        why = accusation(rule, graph, result, meaning.difference)
+        raise AssertionError(f"{head} changes the meaning: {difference}\n{why}")
+    _check_says_something(head, meaning)
+    overflow = overflow_with_large_weights(rule, graph, result, seed)
+    if overflow is not None:
+        large, fault = overflow
+        wrong, _ = run_pass(rule, large.clone())
+        raise AssertionError(
+            f"{head} changes the meaning where weights are large (float matrices times 10⁴): {fault(wrong)}\n"
+            f"{accusation(rule, large, wrong, fault)}"
+        )
     check_idempotent(head, [rule], result)
     return result, record
 
@@ -199,6 +229,7 @@ def _digest(weight: Weight) -> str:
 
 
 def _graph(graph: Graph | str, what: str, head: str) -> Graph:
+    __tracebackhide__ = True
     try:
         if isinstance(graph, str):
             return parse(graph)

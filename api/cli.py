@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -30,12 +31,16 @@ app.command()(bisect)
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a comparison that does not hold, 2 bad input."""
+    """Entry point. Exit codes: 0 done, 1 a comparison that does not hold or a culprit that was found, 2 bad input, 3 an
+    error of moec itself or of code that it was given."""
     try:
         app()
     except CompileError as e:
         Console(stderr=True).print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except Exception:  # Python's own exit code for it is 1, which is an answer here
+        traceback.print_exc()
+        sys.exit(3)
 
 
 @app.command("compile")

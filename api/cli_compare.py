@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +32,7 @@ def compare(
         str | None,
         typer.Option(
             help="comma-separated names, module:name or path.py:name; the first is the reference. "
-            f"Default: {BOTH}; with two models onnxruntime for both (saved folders run on their own)"
+            f"Default: {BOTH}; with two models onnxruntime for both (saved folders run on their own); eager: as it is"
         ),
     ] = None,
     passes: Passes = None,
@@ -52,8 +52,9 @@ def compare(
 ) -> None:
     """Compare a model on several backends, two models or saved folders, or either with saved outputs.
 
-    Exit code 0 where they agree, 1 where they differ, 2 for bad input. A graph.ir runs on the data of the .safetensors
-    file beside it, or on seeded random numbers; so do an .onnx file and a saved folder without --inputs.
+    Exit code 0 where they agree, 1 where they differ, 2 for bad input, 3 for a crash. A graph.ir runs on the data of
+    the .safetensors file beside it, or on seeded random numbers; so do an .onnx file and a saved folder without
+    --inputs.
     """
     options = {
         "passes": passes_of(passes),
@@ -102,14 +103,30 @@ def _compare(
         chosen = parse_backends(backends or "onnxruntime")
         if len(chosen) > 2:
             raise ArgumentValueError(f"--backends {backends}: one for both, or one for each", code="arguments")
-        other = _Subject.of(str(second), inputs, *sizes)
-        sides = [subject.on(chosen[0], options), other.on(chosen[-1], options, subject)]
-        model = sides[0] if subject.loaded is None else subject.model
-        options = {**options, "passes": Pipeline(()), "quantize": None}
-        return moec.compare(model, subject.args, subject.kwargs, backends=sides, **options)
+        return _two(subject, _Subject.of(str(second), inputs, *sizes), chosen[0], chosen[-1], options)
     if subject.loaded is not None:  # its graph has been through the passes
         options = {**options, "passes": Pipeline(tuple(options["passes"]))}
     return moec.compare(subject.model, subject.args, subject.kwargs, backends=sides, **options)
+
+
+def _two(subject: _Subject, other: _Subject, mine: Any, theirs: Any, options: dict[str, Any]) -> Comparison:
+    """One thing on a backend against another on a backend; one of them may be a module as it is ("eager")."""
+    import moec
+    from moec.passes import Pipeline
+
+    if mine == theirs == "eager":
+        raise ArgumentValueError("'eager' can be one of the two", code="arguments", hint="--backends eager,onnxruntime")
+    subject = subject.at(other)
+    sides = [
+        "eager" if mine == "eager" else subject.on(mine, options),
+        "eager" if theirs == "eager" else other.on(theirs, options, subject),
+    ]
+    if "eager" in sides:
+        model = (subject if mine == "eager" else other).model
+    else:
+        model = sides[0] if subject.loaded is None else subject.model
+        options = {**options, "passes": Pipeline(()), "quantize": None}
+    return moec.compare(model, subject.args, subject.kwargs, backends=sides, **options)
 
 
 def _is_file(text: str) -> bool:
@@ -118,12 +135,14 @@ def _is_file(text: str) -> bool:
 
 @dataclass
 class _Subject:
-    """A model with arguments; of a saved one, its graph with the tensors of its inputs."""
+    """A model with arguments; of a saved one, its graph with the tensors of its inputs. `seeded`: the arguments are
+    random numbers, for want of others."""
 
     model: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any] | None
     loaded: CompiledModel | None = None
+    seeded: bool = False
 
     @staticmethod
     def of(spec: str, inputs: Path | None, batch: int, seq: int) -> _Subject:
@@ -136,23 +155,31 @@ class _Subject:
         target = Target(loaded.graph, (), None) if loaded is not None else resolve(spec, batch, seq)
         named = None if inputs is None else read_tensors(inputs)
         if isinstance(target.model, moec.Graph) or is_onnx(target.model):
-            target = target.with_data()
-            args = target.args if named is None else _by_name([str(v.name) for v in target.model.inputs], named, inputs)
-            return _Subject(target.model, args, None, loaded)
+            filled = target.with_data()
+            args = filled.args if named is None else _by_name([str(v.name) for v in filled.model.inputs], named, inputs)
+            model = target.model if is_onnx(target.model) else filled.model
+            return _Subject(model, args, None, loaded, seeded=named is None and not target.args)
         return _Subject(target.model, () if named is not None else target.args, named)
+
+    def at(self, other: _Subject) -> _Subject:
+        """The same with the arguments of the other, where it has some of its own and this one seeded numbers."""
+        if not self.seeded or other.seeded or not (other.args or other.kwargs):
+            return self
+        return replace(self, args=other.args, kwargs=other.kwargs)
 
     def on(self, backend: str | Backend, options: dict[str, Any], like: _Subject | None = None) -> CompiledModel:
         """Compiled, on the backend (what is saved: on its own), at the arguments of `like`."""
         import moec
+        from moec.sources import is_onnx
 
         if self.loaded is not None:
             return self.loaded
         at = like or self
-        graph = isinstance(self.model, moec.Graph)
+        typed = isinstance(self.model, moec.Graph) or is_onnx(self.model)  # which needs no examples
         return moec.compile(
             self.model,
-            () if graph else at.args,
-            None if graph else at.kwargs,
+            () if typed else at.args,
+            None if typed else at.kwargs,
             backend=backend,
             passes=options["passes"],
             quantize=options["quantize"],

@@ -84,7 +84,9 @@ def bisect(
     batch: Batch = 2,
     seq: Seq = 24,
 ) -> None:
-    """Find the pass, rule and application that makes a model wrong; exit code 1 where there is one.
+    """Find the pass, rule and application that makes a model wrong.
+
+    Exit code 0 where nothing is wrong, 1 where there is a culprit, 2 for bad input, 3 for a crash.
 
     On an .ir file only the passes given by --pass run (the default ones where there are none); its inputs and weights
     come from the .safetensors file beside it, or are seeded random numbers.

@@ -24,13 +24,14 @@ from moec.decoder import (
     split_decoder,
 )
 from moec.frontend import Signature
+from moec.frontend.errors import translated
 from moec.generation import Generator, Stops
 from moec.ir import CompileError, Graph, Placement, Quantization
 from moec.passes.base import Pass
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Program, Settings, build
 from moec.progress import progress
-from moec.sources import acquire, describe
+from moec.sources import acquire, describe, warn_of_training
 from moec.speculation import Speculator
 
 
@@ -70,8 +71,10 @@ def compile(
         bits) and widens each where it is used, which is slower; the report has the bytes of both. Other backends hold
         FP8 weights in 8 bits either way.
 
-    Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises
-    CompileError naming the op, module path, file:line and what could be done.
+    A module is compiled as it is in evaluation, with a warning where it is in training mode and has dropout or batch
+    norms. Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises
+    ArgumentTypeError (a TypeError) for arguments that forward does not take, and CompileError naming the op, module
+    path, file:line and what could be done.
     """
     model = open_model(model)
     if isinstance(model, CheckpointModel):
@@ -84,6 +87,7 @@ def compile(
         dump=Path(dump) if dump is not None else None,
         memory=memory,
     )
+    warn_of_training(model)
     name = describe(model)
     seconds: dict[str, float] = {}
     can_generate = generates(module_of(model))
@@ -135,18 +139,19 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
         step("trace")
         start = time.perf_counter()
         first: Graph | None = None
-        try:
-            decoder, past_of = cached_decoder(module)
-            graph, least = _decoder_graph(model, decoder, *example(past_of))
-        except CompileError:
-            split = split_decoder(module)
-            if split is None:
-                raise
-            prompt, decoder, past_of = split
-            example_prompt, shapes = prompt_example()
-            first, least = _decoder_graph(model, prompt, example_prompt, shapes, fewest=example_prompt[0].shape[1])
-            check_padding(prompt, least)
-            graph, _ = _decoder_graph(model, decoder, *example(past_of, length=1))
+        with translated(module, "running the model with its cache"):
+            try:
+                decoder, past_of = cached_decoder(module)
+                graph, least = _decoder_graph(model, decoder, *example(past_of))
+            except CompileError:
+                split = split_decoder(module)
+                if split is None:
+                    raise
+                prompt, decoder, past_of = split
+                example_prompt, shapes = prompt_example()
+                first, least = _decoder_graph(model, prompt, example_prompt, shapes, fewest=example_prompt[0].shape[1])
+                check_padding(prompt, least)
+                graph, _ = _decoder_graph(model, decoder, *example(past_of, length=1))
         seconds["trace cached"] = time.perf_counter() - start
         cached = build(graph, settings.under("cached"), step)
         prompted = None if first is None else build(first, settings.under("prompt"), step)
@@ -165,7 +170,8 @@ def _speculator(model: Any, settings: Settings, seconds: dict[str, float]) -> Sp
     with progress(f"compile {describe(model)} with its drafts") as step:
         step("trace")
         start = time.perf_counter()
-        decoder, args, shapes = draft_decoder(module_of(model))
+        with translated(module_of(model), "running the model with its drafts"):
+            decoder, args, shapes = draft_decoder(module_of(model))
         graph, _ = acquire(_with_weights(model, decoder), args, None, shapes)
         seconds["trace speculative"] = time.perf_counter() - start
         return Speculator(build(graph, settings, step), Stops.of(module_of(model)))

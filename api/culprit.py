@@ -9,7 +9,7 @@ from typing import Literal
 
 from moec.comparing import Divergence
 from moec.ir import Graph, Location
-from moec.ir.printer import print_graph
+from moec.ir.printer import print_graph, shorten
 from moec.judging import Fault
 from moec.minimise import Minimised
 from moec.passes.base import Analysis, Pass
@@ -95,6 +95,8 @@ class Culprit:
             yield f"  wrong      {self.divergence}"
         elif self.fault is not None:
             yield f"  wrong      {self.fault.kind}: {self.fault}"
+            if self.fault.hint:
+                yield f"  hint       {self.fault.hint}"
             d = self.fault.difference
             if d is not None and d.case is not None:
                 sizes = ", ".join(f"{n}={s}" for n, s in d.case.binding.items())
@@ -110,11 +112,11 @@ class Culprit:
             near = [i for i, n in enumerate(self.before.nodes, 1) if self.location and n.location == self.location]
             if near:
                 yield "  before"
-                yield from (f"    {lines[i]}" for i in near[:_LINES])
+                yield from (f"    {shorten(lines[i])}" for i in near[:_LINES])
             return
         rows = list(hunks(list(compare_lines(lines, listing(self.after, Names(self.after, names))))))
         yield "  before (-) and after (+)"
-        yield from (f"    {row}" for row in rows[:_LINES])
+        yield from (f"    {shorten(row)}" for row in rows[:_LINES])
         if len(rows) > _LINES:
             yield f"    … {len(rows) - _LINES} more lines"
 
@@ -125,7 +127,7 @@ class Culprit:
             sizes = (_count(len(g), "node"), _count(len(g.inputs), "input"), _count(len(g.weights), "weight"))
             yield f"  minimised  {', '.join(sizes)}{where}"
             if self.path is None:
-                yield from (f"    {line}" for line in print_graph(g, locations=False).splitlines()[:_LINES])
+                yield from (f"    {shorten(line)}" for line in print_graph(g, locations=False).splitlines()[:_LINES])
         if self.repro:
             yield f"  repro      {self.repro}"
 

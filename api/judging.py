@@ -15,8 +15,11 @@ import torch
 from moec.ir import CompileError, Graph, Location, run
 from moec.ir.cases import Case, with_data
 from moec.ir.compare import difference as structural_difference
-from moec.ir.equivalence import Difference, Oracle
+from moec.ir.compare import interface_difference
+from moec.ir.equivalence import Difference, Oracle, not_finite
+from moec.ir.extremes import may_overflow
 from moec.ir.interpreter import bind_inputs
+from moec.ir.promote import promote
 from moec.passes.base import Analysis, Pass
 
 # a pass that quantises changes numbers by design; more than this, relative to the root mean square of an output,
@@ -30,13 +33,15 @@ Kind = Literal["crash", "endless", "input changed", "invalid", "signature", "exe
 class Fault:
     """What is wrong: the pass raised (`crash`), or its rules do not end (`endless`), it changed its input, its result
     does not verify (`invalid`), has other inputs or outputs (`signature`), fails when it is run
-    (`execution`), or gives other values (`numbers`, with the `difference`). `rule`: named by the error itself."""
+    (`execution`), or gives other values (`numbers`, with the `difference`). `rule`: named by the error itself, as is
+    the `hint`."""
 
     kind: Kind
     message: str
     rule: Pass | None = None
     location: Location = field(default_factory=Location)
     difference: Difference | None = None
+    hint: str = ""
 
     def like(self, other: Fault) -> bool:
         """The same kind of fault, by the same rule where both name one; a crash with the same message up to sizes."""
@@ -62,19 +67,21 @@ def attempt(p: Pass | Analysis, graph: Graph) -> tuple[Graph | None, Fault | Non
     except CompileError as e:
         rule = getattr(e, "rule", None)
         kind: Kind = "endless" if e.code == "endless" else "crash"
-        return None, Fault(kind, e.message, rule, e.location or Location())
+        return None, Fault(kind, e.message, rule, e.location or Location(), hint=e.hint or "")
     except Exception as e:  # whatever a pass raises is what is looked for
         frame = traceback.extract_tb(e.__traceback__)[-1]
         return None, Fault("crash", f"{type(e).__name__}: {e} ({frame.filename}:{frame.lineno})")
     if not isinstance(result, Graph):
         return None, Fault("crash", f"run() returned {type(result).__name__}, not a Graph")
-    changed = structural_difference(graph, given)
-    if changed is not None:
-        return None, Fault("input changed", f"the pass changed its input graph itself: {changed}")
     try:
+        changed = structural_difference(graph, given)
+        if changed is not None:
+            return None, Fault("input changed", f"the pass changed its input graph itself: {changed}")
         result.verify()
     except CompileError as e:
-        return None, Fault("invalid", e.message, location=e.location or Location())
+        return None, Fault("invalid", e.message, location=e.location or Location(), hint=e.hint or "")
+    except Exception as e:  # a graph so broken that it cannot be looked at
+        return None, Fault("invalid", f"the graph it returns is broken: {type(e).__name__}: {e}")
     return result, None
 
 
@@ -158,6 +165,32 @@ class Judge:
             return run(graph, self.own.inputs)
         except CompileError as e:
             return Fault("execution", f"{e.message} ({self.own.label})", location=e.location or Location())
+
+
+class FiniteJudge(Judge):
+    """Of a graph whose weights are far larger than those of the model: whether others stay finite where it does. Their
+    values say nothing, it is too ill-conditioned for that."""
+
+    @cached_property
+    def own(self) -> Case:
+        return super().own if self.inputs is not None else Oracle(self.truth).usual
+
+    @cached_property
+    def _promoted(self) -> Graph:
+        return promote(with_data(self.truth))
+
+    def narrowed(self, fault: Fault) -> Judge:
+        return self
+
+    def examine(self, graph: Graph) -> Fault | None:
+        if not may_overflow(graph) or interface_difference(self.truth, graph) is not None:
+            return None
+        case = Case(f"{self.own.label}, float matrices times 10⁴", self.own.binding, self.own.inputs)
+        found = not_finite(self._promoted, promote(with_data(graph)), case)
+        return None if found is None else Fault("numbers", found.reason, difference=found)
+
+    def examine_loosely(self, graph: Graph) -> Fault | None:
+        return None
 
 
 def _finite(x: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,14 +67,65 @@ def acquire(
         )
     module = module_of(model)
     if isinstance(module, nn.Module | torch.export.ExportedProgram):
-        with traceable_caches():
-            traced: Traced = trace(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        try:
+            with traceable_caches():
+                traced: Traced = trace(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        except CompileError:
+            if isinstance(module, nn.Module):
+                _check_arguments(module, args, kwargs or {})
+            raise
         if isinstance(model, CheckpointModel):
             model.bind(traced)
         return traced.graph, traced.signature
     if is_onnx(model):
         return _imported(model, tuple(args), kwargs, dynamic_shapes)
     raise refuse(model)
+
+
+def _check_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """That `forward` can be called so. Raises ArgumentTypeError, as a call of the compiled model does. It is asked of
+    what failed: a decorator may call with more than its text says."""
+    try:
+        forward = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return
+    text = None
+    try:
+        given = forward.bind_partial(*args, **kwargs).arguments
+    except TypeError as e:
+        text = str(e)
+    else:
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = [n for n, p in forward.parameters.items() if p.default is p.empty and p.kind not in variadic]
+        missing = [n for n in required if n not in given]
+        text = f"missing arguments: {', '.join(missing)}" if missing else None
+    if text is not None:
+        name = type(module).__name__
+        hint = f"the model is traced at example arguments, which {name}.forward{forward} has to take"
+        raise ArgumentTypeError(f"{name}: {text}", code="arguments", hint=hint)
+
+
+# what numbers between 0 and 1 that a module drops values by are called
+_RATES = ("dropout", "attention_dropout", "attn_dropout")
+
+
+def warn_of_training(model: Any) -> None:
+    """Warn where a module that is in training mode would compute something else in it: what is compiled is its
+    evaluation."""
+    module = module_of(model)
+    if not isinstance(module, nn.Module):
+        return
+    for name, m in module.named_modules():
+        rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else 0.0
+        rate = rate or max((r for r in (getattr(m, n, 0.0) for n in _RATES) if isinstance(r, float)), default=0.0)
+        if m.training and (rate > 0 or isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            what = type(m).__name__ + (f" with p={rate}" if rate else "")
+            warnings.warn(
+                f"{type(module).__name__} is in training mode, and compiled as in evaluation: {name or 'it'} ({what}) "
+                "does something else in training; model.eval() says that this is meant",
+                stacklevel=3,
+            )
+            return
 
 
 def is_onnx(model: Any) -> bool:

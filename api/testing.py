@@ -72,6 +72,7 @@ def assert_backends_agree(
         def test_my_model(backend):
             assert_backends_agree(model, (x,), backends=("reference", backend))
     """
+    __tracebackhide__ = True  # pytest shows the test's own line, not this one with the model in full
     comparison = compare(model, args, kwargs, backends=backends, tolerance=tolerance, **options)
     if not comparison.ok:
         raise BackendsDisagree(comparison)

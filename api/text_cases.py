@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moec.checks import apply_checked, check_idempotent, check_meaning, why_not
-from moec.graph_text import canonical_text, text_diff
+from moec.graph_text import canonical_text, graph_diff, text_diff
 from moec.ir import CompileError, Graph, parse
 from moec.ir.cases import with_data
 from moec.passes import Pass
@@ -183,7 +183,7 @@ def _judge(case: TextCase, passes: tuple[Pass, ...], graph: Graph) -> Outcome:
             return Outcome(f"{case.where}: {case.run} gives another graph than expected\n{text_diff(wanted, got)}", new)
     elif case.unchanged or case.refused:
         if got != start:
-            return Outcome(f"{case.where}: {case.run} changes the graph\n{text_diff(start, got)}", new)
+            return Outcome(f"{case.where}: {case.run} changes the graph\n{graph_diff(graph, result)}", new)
     else:
         return Outcome(
             f"{case.where}: the case expects nothing; run pytest with --accept to write down\n" + "\n".join(new), new

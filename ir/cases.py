@@ -122,10 +122,16 @@ def _random_weight(v: Value, seed: int) -> torch.Tensor:
 
 
 def make_inputs(
-    graph: Graph, binding: Mapping[str, int], seed: int = 0, *, positive: bool = False, wide: bool = False
+    graph: Graph,
+    binding: Mapping[str, int],
+    seed: int = 0,
+    *,
+    positive: bool = False,
+    wide: bool = False,
+    large: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Seeded inputs. Floats are normal (`positive`: |x| + 0.1; `wide`: of all magnitudes from 0.01 to 30, which
-    meet clamps on both sides), float masks 0 or −10⁴. Integers that index
+    meet clamps on both sides; `large`: from 1 to 10⁴), float masks 0 or −10⁴. Integers that index
     something stay below its size, and name nothing twice in a row where they choose experts or places to
     write; offsets of groups ascend to the number of rows; positions count up
     and start again; masks are 0 or 1. Of masks the first and last columns are alive, so every row sees something."""
@@ -133,8 +139,9 @@ def make_inputs(
     inputs = tuple(_input(v, binding, r) for v in graph.inputs)
     for v, t in zip(graph.inputs, inputs, strict=True):
         if v.dtype.is_float and not _masks(v):
-            if wide:
-                exponent = torch.linspace(-2, 1.5, t.numel())[torch.randperm(t.numel(), generator=r)]
+            if wide or large:
+                low, high = (0.0, 4.0) if large else (-2.0, 1.5)
+                exponent = torch.linspace(low, high, t.numel())[torch.randperm(t.numel(), generator=r)]
                 t.copy_(t.to(torch.float32).sign() * 10 ** exponent.reshape(t.shape))
             elif positive:
                 t.copy_(t.to(torch.float32).abs() + 0.1)

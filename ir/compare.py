@@ -42,6 +42,15 @@ def difference(a: Graph, b: Graph) -> str | None:
     return None
 
 
+def interface_difference(before: Graph, after: Graph) -> str | None:
+    """How the inputs or outputs of `after` have other names or types, in words, or None."""
+    want, got = ([f"{v.name}: {v.type}" for v in g.inputs] for g in (before, after))
+    if want != got:
+        return f"inputs are ({', '.join(got)}), expected ({', '.join(want)})"
+    want, got = ([f"{n}: {v.type}" for n, v in zip(g.output_names, g.outputs, strict=True)] for g in (before, after))
+    return f"outputs are ({', '.join(got)}), expected ({', '.join(want)})" if want != got else None
+
+
 def _node_difference(x: Node, y: Node, mapping: dict[Value, Value]) -> str | None:
     if x.op != y.op:
         return f"op {x.op} against {y.op}"

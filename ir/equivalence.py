@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from moec.ir.cases import Case, candidate_bindings, fits, make_inputs, with_data
-from moec.ir.compare import difference
+from moec.ir.compare import difference, interface_difference
 from moec.ir.dims import evaluate
 from moec.ir.errors import CompileError
+from moec.ir.extremes import first_infinite, may_overflow
 from moec.ir.graph import Graph, Value
 from moec.ir.interpreter import run
 from moec.ir.promote import Promoted, is_wide, promote_with_slack
@@ -69,7 +71,8 @@ class Oracle:
 
     The cases are at least three bindings of the dims (all 1, odd, larger; each symbol 0 where the graph runs
     there), normal inputs and some of many magnitudes, and where the graph chooses among floats also ties, all
-    tokens to one expert, every expert in turn. `inputs`: run on these tensors only (in the graph's own dtypes).
+    tokens to one expert, every expert in turn. A graph with exponentials also has to stay finite on inputs up to 10⁴
+    where this one does. `inputs`: run on these tensors only (in the graph's own dtypes).
     `pins`: whether something may stand in the place of logits, which presumes that they can take any value.
     Raises CompileError where the graph itself runs under no binding.
     """
@@ -186,7 +189,7 @@ class Oracle:
         `other` without data get the data that the same names have here."""
         if _same(self.graph, other):
             return None
-        signature = _signature(self.graph, other)
+        signature = interface_difference(self.graph, other)
         if signature is not None:
             return Difference(signature)
         try:
@@ -217,7 +220,21 @@ class Oracle:
                     reason, error, allowed, index = found
                     a, b = (t[index].item() if index or not t.dim() else None for t in (reference.outputs[i], got[i]))
                     return Difference(reason, case, name, error, allowed, index, a, b)
-        return None
+        if self.inputs is not None or not may_overflow(promoted.graph):
+            return None
+        return not_finite(self._promoted.graph, promoted.graph, self.large)
+
+    @property
+    def usual(self) -> Case:
+        """The case of the largest sizes, with normal inputs."""
+        return max((c for c in self.cases if c.pin is None), key=lambda c: sum(c.binding.values()))
+
+    @cached_property
+    def large(self) -> Case:
+        """Inputs up to 10⁴, at the largest sizes."""
+        binding = self.usual.binding
+        label = ", ".join(f"{n}={s}" for n, s in binding.items()) or f"seed {self.seed}"
+        return Case(f"{label}, large inputs", binding, make_inputs(self.graph, binding, self.seed, large=True))
 
 
 class _Routers:
@@ -246,6 +263,20 @@ class _Routers:
     @property
     def all_found(self) -> bool:
         return len(self._found) == self.count
+
+
+def not_finite(before: Graph, after: Graph, case: Case) -> Difference | None:
+    """Where `after` is not finite in a case and `before` is (both promoted), or None; also where one of them does not
+    run on it, which is for others to say."""
+    try:
+        found = first_infinite(evaluate_promoted(before, case), evaluate_promoted(after, case))
+    except CompileError:
+        return None
+    if found is None:
+        return None
+    i, index, a, b = found
+    reason = "it is not finite where the original is"
+    return Difference(reason, case, before.output_names[i], math.inf, 0.0, index, a, b)
 
 
 def first_difference(
@@ -346,14 +377,6 @@ def _same(before: Graph, after: Graph) -> bool:
     pairs = [(before, after), *((fn, after.functions[name]) for name, fn in before.functions.items())]
     sources = [(v.weight, b.weights[n].weight) for a, b in pairs for n, v in a.weights.items()]
     return all(v is not None and w is not None and v.source is w.source for v, w in sources)
-
-
-def _signature(before: Graph, after: Graph) -> str | None:
-    want, got = ([f"{v.name}: {v.type}" for v in g.inputs] for g in (before, after))
-    if want != got:
-        return f"inputs are ({', '.join(got)}), expected ({', '.join(want)})"
-    want, got = ([f"{n}: {v.type}" for n, v in zip(g.output_names, g.outputs, strict=True)] for g in (before, after))
-    return f"outputs are ({', '.join(got)}), expected ({', '.join(want)})" if want != got else None
 
 
 def _sharing_data(before: Graph, after: Graph, seed: int) -> Graph:

@@ -58,8 +58,11 @@ class Location:
     def describe(self) -> str:
         if not self.frames:
             return "?"
-        head = str(self.frames[0]) if len(self.frames) == 1 else f"{self.module or '(model)'}, {self.frames[0]}"
-        return head if len(self.frames) == 1 else f"{head} and {len(self.frames) - 1} more"
+        first, more = self.frames[0], len(self.frames) - 1
+        if not more:
+            return str(first)
+        common = "" if self.module and self.module == first.module else f"{self.module or '(model)'}, "
+        return f"{common}{first} and {more} more"
 
     def __bool__(self) -> bool:
         return bool(self.frames)

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
@@ -55,14 +56,26 @@ class OpDef:
     doc: str
     commutative: bool = False
     elementwise: bool = False
-    file: str = ""
-    line: int = 0
     results: int | None = 1  # None: as many as `infer` says
     binds: tuple[str, ...] = ()  # attributes that name sizes which its results are the first to have
 
     @property
     def family(self) -> str:
         return self.name.split(".")[0]
+
+    @cached_property
+    def source(self) -> tuple[str, int]:
+        """File and line of the class, ("", 0) where it has none. Looked up when asked for: that parses the file, which
+        for every op at import takes longer than all else of the import."""
+        return source_of_class(self.cls)
+
+    @property
+    def file(self) -> str:
+        return self.source[0]
+
+    @property
+    def line(self) -> int:
+        return self.source[1]
 
     @property
     def decompose(self) -> Callable[..., Any] | None:
@@ -157,18 +170,18 @@ def normalise_attr(value: Any, spec: AttrSpec, op: str) -> Any:
     plain = {float: float, int: int, str: str, bool: bool, tuple: tuple, TensorType: TensorType}.get(spec.type)
     if plain is not None and (not isinstance(value, plain) or (plain is int and isinstance(value, bool))):
         raise CompileError(
-            f"{op}: attribute {spec.name!r} must be {plain.__name__}, got {_shown(value)}",
+            f"{op}: attribute {spec.name!r} must be {plain.__name__}, got {shown_value(value)}",
             code="attribute",
         )
     if not _is_attr_value(value):
-        raise CompileError(f"{op}: attribute {spec.name!r} cannot hold {_shown(value)}", code="attribute")
+        raise CompileError(f"{op}: attribute {spec.name!r} cannot hold {shown_value(value)}", code="attribute")
     if spec.members:
         items = value if spec.type is tuple else (value,)
         wrong = next((v for v in items if not _is_one_of(v, spec.members)), REQUIRED)
         if wrong is not REQUIRED:
             names = " or ".join("None" if t is type(None) else t.__name__ for t in spec.members)
             what = f"must hold {names}" if spec.type is tuple else f"must be {names}"
-            raise CompileError(f"{op}: attribute {spec.name!r} {what}, got {_shown(wrong)}", code="attribute")
+            raise CompileError(f"{op}: attribute {spec.name!r} {what}, got {shown_value(wrong)}", code="attribute")
     return value
 
 
@@ -188,10 +201,11 @@ def _is_one_of(value: Any, members: tuple[type, ...]) -> bool:
     return isinstance(value, members) and (not isinstance(value, bool) or bool in members)
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Type and text of what stands for an attribute, at most 80 characters of it."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a nest of thousands of tuples
+    except Exception:  # an integer of thousands of digits, a nest of thousands of tuples, an object of the user's
         text = "…"
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
@@ -232,12 +246,12 @@ def op(
 
     def declare(cls: type) -> type:
         operands, attrs = [], {}
-        file, line = source_of_class(cls)
-        where = f"op {name} ({file}:{line})" if file else f"op {name}"
         try:
             hints = _hints(cls)
         except NameError as e:
-            raise CompileError(f"{where}: its fields name {e.name!r}, which is not defined", code="op") from None
+            raise CompileError(
+                f"{_place(name, cls)}: its fields name {e.name!r}, which is not defined", code="op"
+            ) from None
         for fname, hint in hints.items():
             if typing.get_origin(hint) is typing.ClassVar:
                 continue
@@ -248,31 +262,30 @@ def op(
                 kind, members = _declared_kind(hint.__origin__)
                 attrs[fname] = AttrSpec(fname, kind, getattr(cls, fname, REQUIRED), members)
             else:
-                raise CompileError(f"{where}: field {fname!r} must be an Operand or Attr[...]", code="op")
+                raise CompileError(f"{_place(name, cls)}: field {fname!r} must be an Operand or Attr[...]", code="op")
         if sum(k in _VARIADIC for _, k in operands) > 1:
-            raise CompileError(f"{where}: more than one variadic operand", code="op")
+            raise CompileError(f"{_place(name, cls)}: more than one variadic operand", code="op")
         for method in ("infer", "reference"):
             if not callable(getattr(cls, method, None)):
-                raise CompileError(f"{where} lacks {method}()", code="op")
+                raise CompileError(f"{_place(name, cls)} lacks {method}()", code="op")
         for attr in binds:
             if attr not in attrs:
-                raise CompileError(f"{where}: binds names {attr!r}, which is no attribute", code="op")
+                raise CompileError(f"{_place(name, cls)}: binds names {attr!r}, which is no attribute", code="op")
         doc = inspect.getdoc(cls) or ""
-        opdef = OpDef(
-            name, cls, tuple(operands), attrs, doc, commutative, elementwise, file, line, results, tuple(binds)
-        )
+        opdef = OpDef(name, cls, tuple(operands), attrs, doc, commutative, elementwise, results, tuple(binds))
         old = _OPS.get(name)
         if old is None:
             _BARE.setdefault(name.split(".")[1], []).append(name)
             _OPS[name] = opdef
-        elif old.file == file or _path(old.cls) == _path(cls):
+        elif _path(old.cls) == _path(cls) or old.file == opdef.file:
             # run again (a notebook cell, a reloaded module): what holds the op sees its new definition
+            vars(old).pop("source", None)
             vars(old).update(vars(opdef))
             global _redeclared
             _redeclared += 1
         else:
             raise CompileError(
-                f"{where} is already declared at {old.file}:{old.line}",
+                f"{_place(name, cls)} is already declared at {old.file}:{old.line}",
                 code="name",
                 hint="names are family.op: choose a family of your own",
             )
@@ -280,6 +293,12 @@ def op(
         return cls
 
     return declare
+
+
+def _place(name: str, cls: type) -> str:
+    """An op and its file:line, for a message."""
+    file, line = source_of_class(cls)
+    return f"op {name} ({file}:{line})" if file else f"op {name}"
 
 
 _redeclared = 0

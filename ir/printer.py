@@ -11,6 +11,7 @@ from typing import Any
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Node, Value
 from moec.ir.location import Frame, Location
+from moec.ir.opdef import shown_value
 from moec.ir.types import DType, TensorType
 
 _PLAIN = re.compile(r"[A-Za-z_0-9][A-Za-z_0-9.$-]*\Z")
@@ -47,6 +48,14 @@ def print_attr(value: Any) -> str:
         case int() | Dim() | TensorType():
             return str(value)
     raise TypeError(f"not an attribute: {value!r}")
+
+
+def _shown_attr(value: Any) -> str:
+    """As `print_attr`; what no attribute may hold, which only a broken graph has, as text that does not parse."""
+    try:
+        return print_attr(value)
+    except TypeError:
+        return f"<{shown_value(value)}>"
 
 
 def print_frame(frame: Frame) -> str:
@@ -86,7 +95,7 @@ def print_node(node: Node, names: Any, *, locations: bool = True) -> str:
     text = f"{results} = {node.op}({', '.join(map(names, node.operands))})"
     shown = {k: v for k, v in node.attrs.items() if not _is_default(node, k, v)}
     if shown:
-        text += " {" + ", ".join(f"{k}={print_attr(v)}" for k, v in shown.items()) + "}"
+        text += " {" + ", ".join(f"{k}={_shown_attr(v)}" for k, v in shown.items()) + "}"
     if locations:
         for extra in (print_location(node.location), print_origins(*(r.origins for r in node.results))):
             text += f" {extra}" if extra else ""
@@ -94,6 +103,8 @@ def print_node(node: Node, names: Any, *, locations: bool = True) -> str:
 
 
 def _is_default(node: Node, name: str, value: Any) -> bool:
+    if name not in node.opdef.attrs:
+        return False
     default = node.opdef.attrs[name].default
     return (
         type(default) is type(value) and default == value and print_attr(default) == print_attr(value)
@@ -106,7 +117,8 @@ def _header(graph: Graph, keyword: str) -> str:
     for v in graph.inputs:
         extra = print_origins(v.origins) if v.origins != {v.name} else ""
         ins.append(f"{names(v)}: {v.type}" + (f" {extra or 'origin()'}" if v.origins != {v.name} else ""))
-    outs = [f"%{symbol(n)}: {v.type}" for n, v in zip(graph.output_names, graph.outputs, strict=True)]
+    pairs = itertools.zip_longest(graph.output_names, graph.outputs)  # of a broken graph, of two lengths
+    outs = [f"%{symbol(n or '?')}: {'?' if v is None else v.type}" for n, v in pairs]
     name = "" if graph.name == "graph" and keyword == "graph" else f" @{symbol(graph.name)}"
     return f"{keyword}{name}({', '.join(ins)}) -> ({', '.join(outs)}) {{"
 
@@ -131,15 +143,29 @@ def print_graph(graph: Graph, *, locations: bool = True, keyword: str = "graph")
     return "\n".join(lines) + ("\n" if keyword == "graph" else "")
 
 
+_LONG_LIST = re.compile(r"\[([^\[\]]{80,})\]")
+
+
+def shorten(line: str) -> str:
+    """A line for a message: of long lists, such as the numbers of a constant, the first and the last items."""
+
+    def short(match: re.Match[str]) -> str:
+        items = match.group(1).split(", ")
+        return f"[{', '.join(items[:4])}, … {len(items) - 5} more, {items[-1]}]" if len(items) > 8 else match.group()
+
+    return _LONG_LIST.sub(short, line)
+
+
 def excerpt(node: Node, *, around: int = 2) -> str:
-    """The node with its neighbours, an arrow before it."""
+    """The node with its neighbours, an arrow before it. It is for messages about graphs that are not valid: it prints
+    any."""
     graph = node.graph
-    if graph is None:
+    nodes = [] if graph is None else list(graph.nodes)
+    at = next((i for i, n in enumerate(nodes) if n is node), None)
+    if graph is None or at is None:
         return node.op
     names = _Names(graph)
-    nodes = list(graph.nodes)
-    at = next(i for i, n in enumerate(nodes) if n is node)
     rows = []
     for i in range(max(0, at - around), min(len(nodes), at + around + 1)):
-        rows.append(("> " if i == at else "  ") + print_node(nodes[i], names, locations=False))
+        rows.append(("> " if i == at else "  ") + shorten(print_node(nodes[i], names, locations=False)))
     return "\n".join(rows)

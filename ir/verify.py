@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from moec.ir.compare import same_attrs
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Node, Value
-from moec.ir.opdef import infer_types
+from moec.ir.opdef import infer_types, shown_value
 from moec.ir.printer import SURROGATE, excerpt
 from moec.ir.runtime_sizes import check_symbols, introduces
 from moec.ir.types import DType
@@ -29,6 +30,12 @@ def verify(graph: Graph, functions: Mapping[str, Graph] | None = None) -> None:
             raise e.located(node.location, excerpt(node)) from None
         defined.update(node.results)
         known.update(introduces(node))
+    if len(graph.outputs) != len(graph.output_names):
+        raise CompileError(
+            f"the graph has {len(graph.outputs)} outputs and {len(graph.output_names)} names for them",
+            code="structure",
+            hint="change an output with graph.set_output(slot, value), add one with graph.add_output(value, name)",
+        )
     for slot, v in enumerate(graph.outputs):
         if v not in defined or slot not in v.output_slots:
             raise CompileError(f"output {graph.output_names[slot]!r} is not a value of the graph", code="structure")
@@ -124,8 +131,7 @@ def _check_node(node: Node, graph: Graph, defined: set[Value], known: set[str], 
         if (node, i) not in v.uses:
             raise CompileError(f"operand {i} of {node.op} misses its use record", code="structure")
     node.opdef.pad_operands(node.operands)
-    if node.opdef.complete_attrs(node.attrs) != node.attrs and not _has_nan(node.attrs):
-        raise CompileError(f"attributes of {node.op} are not normalised: {node.attrs}", code="structure")
+    _check_attrs(node)
     expected = infer_types(node.opdef, node.operands, node.attrs, functions)
     actual = tuple(r.type for r in node.results)
     if expected != actual:
@@ -134,6 +140,15 @@ def _check_node(node: Node, graph: Graph, defined: set[Value], known: set[str], 
     check_symbols(node, known)
 
 
-def _has_nan(attrs: Mapping[str, object]) -> bool:
-    flat = [x for v in attrs.values() for x in (v if isinstance(v, tuple) else (v,))]
-    return any(isinstance(x, float) and x != x for x in flat)
+def _check_attrs(node: Node) -> None:
+    """That the attributes are as `Graph.create` would have stored them: all are there, with values of their types."""
+    for name, value in node.opdef.complete_attrs(node.attrs).items():
+        if name not in node.attrs:
+            raise CompileError(f"{node.op}: attribute {name!r} is missing", code="attribute")
+        given = node.attrs[name]
+        if not same_attrs({name: value}, {name: given}):
+            raise CompileError(
+                f"{node.op}: attribute {name!r} must be {type(value).__name__}, got {shown_value(given)}",
+                code="attribute",
+                hint=f"node.attrs takes a value as it is, here {shown_value(value)}; graph.create and builders convert",
+            )

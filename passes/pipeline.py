@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.ir import ArgumentValueError, CompileError, Graph, Placement, Quantization
+from moec.ir.compare import interface_difference
 from moec.passes.base import Analysis, Pass, Record, active_record
 from moec.passes.clean.canonicalise import Canonicalise
 from moec.passes.clean.cleanup import CommonSubexpressions, DeadCode, FoldConstants
@@ -198,14 +199,23 @@ def _earlier(rule: Rewrite, met: Sequence[tuple[str, Graph]]) -> str:
 
 def _listed(passes: Any) -> tuple[Any, ...]:
     """One pass alone is a list of it."""
-    return (passes,) if isinstance(passes, Pass | Analysis | Phase) else tuple(passes)
+    if isinstance(passes, str) or not isinstance(passes, Iterable):  # a class and a function are refused by name
+        return (passes,)
+    return tuple(passes)
 
 
 def _check_passes(passes: Iterable[Any]) -> None:
     for p in passes:
-        if not isinstance(p, Pass | Analysis):
-            hint = f"write {p.__name__}()" if isinstance(p, type) and issubclass(p, Pass | Analysis) else None
-            raise ArgumentValueError(f"{p!r} is not a Pass", code="pipeline", hint=hint)
+        if isinstance(p, Pass | Analysis):
+            continue
+        hint = None
+        if isinstance(p, str):
+            hint = f"text is read by moec.passes.parse_passes({p!r})"
+        elif isinstance(p, type) and issubclass(p, Pass | Analysis):
+            hint = f"write {p.__name__}()"
+        elif callable(p):
+            hint = "a pass is an object of a class: class Mine(Pass) with def run(self, graph)"
+        raise ArgumentValueError(f"{p!r} is not a Pass", code="pipeline", hint=hint)
 
 
 def run_pass(p: Pass | Analysis, graph: Graph) -> tuple[Graph, Record]:
@@ -227,6 +237,7 @@ def run_pass(p: Pass | Analysis, graph: Graph) -> tuple[Graph, Record]:
             )
         else:
             result.verify()
+            _check_interface(graph, result)
     except CompileError as e:
         where = "" if isinstance(e, RuleError) else f" ({source_of(p)})"
         e.args = (f"pass {p.name}{where}: {e.message}",)
@@ -240,6 +251,17 @@ def run_pass(p: Pass | Analysis, graph: Graph) -> tuple[Graph, Record]:
     record.seconds = time.perf_counter() - start
     record.nodes_after = len(result)
     return result, record
+
+
+def _check_interface(before: Graph, after: Graph) -> None:
+    """That a call still finds its arguments and results by name. Raises CompileError."""
+    names = [([v.name for v in g.inputs], g.output_names) for g in (before, after)]
+    if names[0] != names[1]:
+        raise CompileError(
+            interface_difference(before, after) or "its inputs or outputs have other names",
+            code="pass",
+            hint="a pass keeps the inputs and outputs of a graph",
+        )
 
 
 def fingerprint(graph: Graph) -> int:

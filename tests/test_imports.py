@@ -135,6 +135,24 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
+def test_import_looks_up_no_source():
+    """Where an op's class stands is parsed out of its file: too slow to do for all of them."""
+    code = """
+import inspect, torch
+def refuse(cls): raise AssertionError(f"looked up at import: {cls}")
+found, inspect.getsourcelines = inspect.getsourcelines, refuse
+import moec
+moec.compile, moec.Graph, moec.load
+from moec.ir.opdef import lookup
+inspect.getsourcelines = found
+silu = lookup("math.silu")
+assert inspect.getsourcelines(silu.cls)[1] == silu.line, (silu.file, silu.line)
+assert silu.file.endswith("elementwise.py"), silu.file
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_names_are_attribute_errors():
     import moec
 

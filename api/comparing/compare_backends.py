@@ -16,7 +16,8 @@ import torch
 
 from moec.backends import Backend, get_backend
 from moec.comparing import transport
-from moec.comparing.contenders import Compiled, Contender, Eager, Fresh, Saved
+from moec.comparing.contenders import ONNX, Compiled, Contender, Eager, Fresh, Saved
+from moec.comparing.fitting import fit
 from moec.comparing.localise import Localised, blame, bounds_of, divergence_of, localise
 from moec.comparing.matching import corresponding
 from moec.comparing.result import Comparison, Divergence, OutputResult
@@ -29,7 +30,7 @@ from moec.passes.base import Pass
 from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Settings, run_passes
 from moec.progress import progress
-from moec.sources import acquire, positional
+from moec.sources import acquire, describe, is_onnx, positional
 from moec.tolerance import Bound, Tolerance, check_tolerance, given_bound, scale_of
 
 Step = Callable[[str], None]
@@ -60,8 +61,9 @@ def compare(
     model, args, kwargs, dynamic_shapes, passes, quantize, placement, fallback, threads: as in `moec.compile`; every
         backend runs the graph after the same passes. For a Graph, args are the tensors of its inputs. A CompiledModel,
         or the folder that one was saved to, is compared as the graph that it holds.
-    backends: at least two of: a name, a Backend, a CompiledModel (compiled from this model at these arguments), a
-        `.safetensors` or `.npz` file of outputs by name, or "eager" for the model itself in PyTorch.
+    backends: at least two of: a name, a Backend, a CompiledModel of this model (or of its ONNX export: inputs and
+        outputs are matched by name, else by position), the path of an `.onnx` file, which is compiled for ONNX Runtime,
+        a `.safetensors` or `.npz` file of outputs by name, or "eager" for the model itself in PyTorch.
     isolated: False ("propagated"): every backend computes on its own values; outputs are compared, and values inside at
         points that survive in both graphs, in order; the node to blame is then found among what leads to the first that
         differs. True: every node gets the reference's operands and is judged by itself, which is how FP8 is judged.
@@ -94,13 +96,16 @@ def compare(
         after, _ = run_passes(graph, base, step)
         _check_names(tolerance, after)
         with _workspace(save) as folder:
-            run = _Run(model, (args, kwargs or {}), signature, after, inputs, base, tolerance, processes, folder, step)
+            source = describe(model) if held is None else held.name
+            call = (args, kwargs or {})
+            run = _Run(model, source, call, signature, after, inputs, base, tolerance, processes, folder, step)
             return run.compare(backends, _quantises(after) if isolated is None else isolated)
 
 
 @dataclass(eq=False)
 class _Run:
     model: Any
+    source: str  # its name
     call: tuple[Sequence[Any], Mapping[str, Any]]
     signature: Signature
     after: Graph
@@ -123,12 +128,16 @@ class _Run:
         bounds = bounds_of(guided, self.tolerance)
         outputs = [
             given_bound(bounds.get(v, Bound(0.0, "a weight")), self.tolerance, v.producer, name)
-            for name, v in zip(self.after.output_names, guided.graph.outputs, strict=True)
+            for name, v in zip(self.after.output_names, guide.outputs, strict=True)
         ]
         for other in others:
             self.step(f"run {other.name}")
-            pairs = {} if guide.legal is None or other.legal is None else corresponding(guide.legal, other.legal)
+            pairs = {}
+            if guide.legal is not None and other.legal is not None:
+                pairs = corresponding(guide.legal, other.legal, foreign=guide.is_foreign(other))
             theirs = other.run(self.inputs, list(dict.fromkeys(pairs.values())), self._at(other))
+            if guide.is_foreign(other):
+                pairs = _of_one_shape(pairs, guided, other, theirs)
             comparison.fallbacks[other.name] = other.fallbacks
             found = None
             if isolated and other.settings is not None:
@@ -153,7 +162,13 @@ class _Run:
 
     def _contender(self, backend: Any) -> Contender:
         if isinstance(backend, CompiledModel):
-            return Compiled(f"compiled {backend.backend}", backend.settings, self._fitting(backend))
+            return self._compiled(backend)
+        if is_onnx(backend):
+            from moec.compiler import compile
+
+            self.step(f"compile {describe(backend)}")
+            fallback, threads = self.base.fallback, self.base.threads
+            return self._compiled(compile(backend, backend="onnxruntime", fallback=fallback, threads=threads))
         if backend == "eager":
             if not isinstance(self.model, torch.nn.Module):
                 raise ArgumentValueError(
@@ -164,6 +179,10 @@ class _Run:
             return Saved(Path(backend), self.after.output_names)
         return self._fresh(replace(self.base, backend=get_backend(backend)))
 
+    def _compiled(self, compiled: CompiledModel) -> Compiled:
+        name = compiled.name if compiled.name.endswith(ONNX) else f"compiled {compiled.backend}"
+        return Compiled(name, compiled, fit(compiled, self.after, self.source, self.inputs))
+
     def _fresh(self, settings: Settings) -> Fresh:
         obstacle = transport.obstacle(self.after, settings)
         apart = _weight_bytes(self.after) >= LARGE if self.processes is None else self.processes
@@ -173,24 +192,12 @@ class _Run:
                     f"processes=True, but {settings.backend.name} cannot run in another process: {obstacle}",
                     code="arguments",
                 )
-            return Fresh(self.after, settings)
+            return Fresh(self.after, self.source, settings)
         if self.packed is None:
             self.step("write the weights")
             self.packed = self.folder / "packed"
             transport.pack(self.after, self.packed)
-        return Fresh(self.after, settings, self.packed, self.folder / "inputs")
-
-    def _fitting(self, compiled: CompiledModel) -> Any:
-        program = compiled.program
-        shapes = [[v.type for v in g.inputs] for g in (self.after, program.graph)]
-        if shapes[0] != shapes[1] or program.graph.output_names != self.after.output_names:
-            raise ArgumentValueError(
-                f"{compiled!r} was compiled with inputs {', '.join(map(str, shapes[1]))}, the model has "
-                f"{', '.join(map(str, shapes[0]))} here",
-                code="arguments",
-                hint="compile the model at the same arguments and dynamic_shapes",
-            )
-        return program
+        return Fresh(self.after, self.source, settings, self.packed, self.folder / "inputs")
 
     def _guide(self, first: Contender, base: Store) -> tuple[Contender, Values]:
         """Whose values the others' are held against: the first contender's, or the reference's where that has none."""
@@ -218,19 +225,23 @@ class _Run:
         self.step(f"compare {other.name}")
         again = self.folder / f"pinned-{other.folder}"
         found = localise(guide, guided, other, theirs, pairs, self.inputs, self.tolerance, again)
+        at_output = self._at_an_output(found, guide, other, theirs)
+        if at_output is None and guide.is_foreign(other):
+            # what was taken for the same value inside need not be: it may show where outputs part, and no more
+            found.rows, found.first, found.flips = [], None, [f for f in found.flips if f.near_tie]
+            comparison.notes.append(f"{other.name}: of another source than {guide.name}, so outputs alone were judged")
         comparison.routing_flips += found.flips
         comparison.values += found.rows
         if found.first is None:
-            found.first = self._at_an_output(found, other, theirs)
+            found.first = at_output
         if found.first is None:
             return None, found
         self.step(f"blame {other.name}")
         return blame(found, other, theirs, pairs, self.tolerance, self.step), found
 
-    def _at_an_output(self, found: Localised, other: Contender, theirs: Store) -> Divergence | None:
-        """The node of the first output out of tolerance, where no value inside is."""
-        graph = found.reference.graph
-        for i, v in enumerate(graph.outputs):
+    def _at_an_output(self, found: Localised, guide: Contender, other: Contender, theirs: Store) -> Divergence | None:
+        """The node of the first output out of tolerance."""
+        for i, v in enumerate(guide.outputs):
             if v.producer is None:
                 continue
             expected = found.reference.output(i)
@@ -252,7 +263,7 @@ class _Run:
         """Notes on what the tables do not say."""
         if other.legal is not None:
             seen = Values(other.legal, theirs)
-            for i, (name, v) in enumerate(zip(other.legal.output_names, other.legal.outputs, strict=True)):
+            for i, (name, v) in enumerate(zip(self.after.output_names, other.outputs, strict=True)):
                 if v.producer is None or v not in seen:
                     continue
                 plain, tapped = theirs.get(f"output{i}"), seen.get(v)
@@ -299,6 +310,14 @@ def _held(model: Any) -> CompiledModel | None:
 
 def _all(contender: Contender) -> list[Value]:
     return [] if contender.legal is None else [v for v in ordered(contender.legal) if v.producer is not None]
+
+
+def _of_one_shape(pairs: Mapping[Value, Value], guided: Values, other: Contender, theirs: Store) -> dict[Value, Value]:
+    """The pairs whose values have one shape in this run: symbols of two sources say nothing of each other."""
+    assert other.legal is not None
+    got = Values(other.legal, theirs)
+    known = {a: b for a, b in pairs.items() if a in guided and b in got}
+    return {a: b for a, b in known.items() if guided.type(a).shape == got.type(b).shape}
 
 
 def _quantises(graph: Graph) -> bool:

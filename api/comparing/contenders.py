@@ -16,23 +16,27 @@ from torch.utils import _pytree as pytree
 from moec.backends import BACKENDS
 from moec.backends.reference.backend import ReferenceBackend
 from moec.comparing import execute, transport
+from moec.comparing.fitting import Fit
 from moec.comparing.nodes import NodeResult
 from moec.comparing.routing import Pinned, RoutingFlip
 from moec.comparing.store import Store, Values, ordered
+from moec.compiled import CompiledModel
 from moec.difference import Difference
 from moec.frontend.torch_export import evaluating
 from moec.ir import ArgumentValueError, Graph, Node, Value
-from moec.program import Program, Settings, legalise, lower
+from moec.program import Settings, legalise, lower
 from moec.tolerance import Tolerance
 
 Step = Callable[[str], None]
+ONNX = ".onnx"  # how the name of a model from a file ends
 
 
 class Contender(ABC):
     """One side of a comparison. `settings`: of its backend, None where there is none; `legal`: the graph whose values
-    it can show, None where it only has outputs."""
+    it can show, None where it only has outputs. `source`: the name of the model that it is of."""
 
     name: str
+    source: str = ""
     folder: str = ""  # its name as that of a folder
     settings: Settings | None = None
     legal: Graph | None = None
@@ -43,6 +47,23 @@ class Contender(ABC):
     def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
         """The outputs (`output0`, …) and values of `legal` (see `Values`) in a store in `folder`."""
 
+    def is_foreign(self, other: Contender) -> bool:
+        """Whether the other's graph is of another source (one is an ONNX export of the model): values inside that have
+        one name need not be one value."""
+        if self.legal is None or other.legal is None:
+            return False
+        sides = [
+            (c.source.endswith(ONNX), [v.name for v in c.legal.inputs], c.legal.output_names)
+            for c in (self, other)
+            if c.legal is not None
+        ]
+        return sides[0] != sides[1]
+
+    @property
+    def outputs(self) -> list[Value]:
+        """The values of `legal` that are the model's outputs, in the model's order."""
+        return [] if self.legal is None else self.legal.outputs
+
     def nodes(self, values: Values, nodes: Sequence[Node], tolerance: Tolerance, step: Step) -> list[NodeResult]:
         """Nodes by themselves on this backend, fed with the reference's `values`."""
         assert self.settings is not None
@@ -52,8 +73,10 @@ class Contender(ABC):
 class Fresh(Contender):
     """A graph on a backend, legalised here; lowered and run here, or in a process of its own where it is `packed`."""
 
-    def __init__(self, graph: Graph, settings: Settings, packed: Path | None = None, inputs: Path | None = None):
-        self.name, self.settings = settings.backend.name, settings
+    def __init__(
+        self, graph: Graph, source: str, settings: Settings, packed: Path | None = None, inputs: Path | None = None
+    ):
+        self.name, self.source, self.settings = settings.backend.name, source, settings
         self.legal, _, self._left = legalise(graph, settings)
         self.fallbacks = len(self._left)
         self._packed, self._inputs = packed, inputs
@@ -149,14 +172,23 @@ class Fresh(Contender):
 class Compiled(Contender):
     """A model that is compiled or loaded already; it runs here."""
 
-    def __init__(self, name: str, settings: Settings, program: Program):
-        self.name, self.settings, self.program = name, settings, program
+    def __init__(self, name: str, compiled: CompiledModel, fit: Fit):
+        self.name, self.source, self.settings = name, compiled.name, compiled.settings
+        self.program = program = compiled.program
         self.legal = program.legal
         self.fallbacks = len(program.fallbacks)
+        self._fit = fit
+
+    @property
+    def outputs(self) -> list[Value]:
+        return [self.program.legal.outputs[i] for i in self._fit.outputs]
 
     def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
         store = Store(folder / "values")
-        execute.run_program(self.program.executable, inputs, taps, Values(self.program.legal, store))
+        own = [inputs[i] for i in self._fit.inputs]
+        execute.run_program(
+            self.program.executable, own, taps, Values(self.program.legal, store), order=self._fit.outputs
+        )
         return store
 
 

@@ -20,10 +20,18 @@ from moec.tolerance import Tolerance
 Step = Callable[[str], None]
 
 
-def run_program(executable: Executable, inputs: Sequence[torch.Tensor], taps: Sequence[Value], values: Values) -> None:
-    """The outputs of a plain run, and `taps` of further ones, to `values` (of the executable's graph)."""
-    for i, tensor in enumerate(executable.run(inputs)):
-        values.store.put(f"output{i}", tensor)
+def run_program(
+    executable: Executable,
+    inputs: Sequence[torch.Tensor],
+    taps: Sequence[Value],
+    values: Values,
+    order: Sequence[int] | None = None,
+) -> None:
+    """The outputs of a plain run, and `taps` of further ones, to `values` (of the executable's graph). order: which
+    outputs to keep as the first, second, …; None: as they come."""
+    outputs = executable.run(inputs)
+    for i, k in enumerate(range(len(outputs)) if order is None else order):
+        values.store.put(f"output{i}", outputs[k])
     for v, t in zip(executable.graph.inputs, inputs, strict=True):
         values.put(v, t)
     if taps:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from moec.ir import Graph, Value
 
 
-def corresponding(a: Graph, b: Graph) -> dict[Value, Value]:
+def corresponding(a: Graph, b: Graph, *, foreign: bool = False) -> dict[Value, Value]:
     """For node results of `a`, the value of `b` of the same shape that shares an origin; where a node of one op
-    exists once per location in both graphs, its results correspond too, in order."""
+    exists once per location in both graphs, its results correspond too, in order. foreign: the graphs are of two
+    sources, where an origin may name one value here and another there, so that only the second holds, for any shape of
+    the same rank (symbols differ)."""
+
+    def fits(mine: Value, yours: Value) -> bool:
+        return len(mine.shape) == len(yours.shape) if foreign else mine.shape == yours.shape
+
     by_origin: dict[tuple[str, tuple], Value] = {}
-    for node in b.nodes:
+    for node in () if foreign else b.nodes:
         for r in node.results:
             for origin in r.origins:
                 by_origin.setdefault((origin, r.shape), r)
@@ -22,7 +28,7 @@ def corresponding(a: Graph, b: Graph) -> dict[Value, Value]:
                 found = next((by_origin[o, r.shape] for o in sorted(r.origins) if (o, r.shape) in by_origin), None)
                 if found is None and len(nodes) == len(twins) == 1:
                     twin = twins[0].results
-                    found = twin[r.index] if len(twin) > r.index and twin[r.index].shape == r.shape else None
+                    found = twin[r.index] if len(twin) > r.index and fits(r, twin[r.index]) else None
                 if found is not None and found.dtype.is_float == r.dtype.is_float:
                     pairs[r] = found
     return pairs

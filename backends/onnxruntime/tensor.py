@@ -15,8 +15,10 @@ from moec.ir import DType, Node
 def constant(e: Emitter, node: Node) -> onnx.Value:
     kind = node.attrs["type"]
     # through torch: it rounds to FP8 and 16-bit floats
-    values = np.array(node.opdef.instance([], node.attrs).reference().double() if kind.dtype.is_float
-                      else node.attrs["value"])  # fmt: skip
+    if kind.dtype.is_float:
+        values = node.opdef.instance([], node.attrs).reference().double().numpy()
+    else:
+        values = np.array(node.attrs["value"])
     return e.constant(values.astype(numpy_type(kind.dtype)).reshape(kind.shape))
 
 

@@ -112,9 +112,7 @@ def extern_op(name: str) -> OpDef | None:
         attrs |= {a: AttrSpec(a, Any, None) for a in schema.attributes}
     doc = (versions[-1].doc or "").strip()
     cls = type(versions[-1].name, (Extern,), {"__doc__": doc, "__module__": __name__})
-    opdef = OpDef(
-        name, cls, (("inputs", "optional variadic"),), attrs, doc, results=None, binds=("types",), file=__file__, line=1
-    )
+    opdef = OpDef(name, cls, (("inputs", "optional variadic"),), attrs, doc, results=None, binds=("types",))
     cls.opdef = opdef  # type: ignore[attr-defined]  # as the decorator of other ops does
     return opdef
 
