@@ -125,7 +125,9 @@ class CausalMask(Rewrite):
         if part.low is not None and part.low != float("-inf"):
             return False
         form = choice_form(part.value)
-        holds = form.where(part.allowed) if form is not None and part.allowed is not None else None
+        if form is None or (part.allowed is None and {form.yes, form.no} != {0, float("-inf")}):
+            return False
+        holds = form.where(0 if part.allowed is None else part.allowed)
         return is_causal(holds, m.q.shape[2], m.k.shape[2])
 
     def replace(self, b: Any, m: Match) -> Any:

@@ -9,6 +9,7 @@ from moec.passes.moe.fold_route import ROUTE_RULES
 from moec.passes.moe.raise_batched import BatchedExperts
 from moec.passes.moe.raise_dense import DenseExperts, ScaledInputExperts
 from moec.passes.moe.raise_grouped import GroupedExperts
+from moec.passes.moe.raise_scattered import SCATTERED_RULES
 from moec.passes.rewrite import Rewrite, RuleSet
 
 
@@ -21,6 +22,7 @@ class RaiseMoE(RuleSet):
 
     rules: tuple[Rewrite, ...] = (
         *GLU_RULES,
+        *SCATTERED_RULES,
         *ROUTE_RULES,
         GroupedExperts(),
         BatchedExperts(),
