@@ -181,6 +181,17 @@ class NoOpShape(Rewrite):
 
 
 @dataclass(frozen=True)
+class GatherBehindOne(Rewrite):
+    """gather(x [1, T, …], i, axis=1) → gather(x [T, …], i), reshaped"""
+
+    def pattern(self, p: Any, x: Any, i: Any) -> Any:
+        return p.gather(p.typed(x, shape=(1, ...)), i, axis=1)
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return b.reshape(b.gather(b.reshape(m.x, shape=m.x.shape[1:]), m.i, axis=0), shape=m.root.shape)
+
+
+@dataclass(frozen=True)
 class SliceOfConcat(Rewrite):
     """slice(concat(…)) that is exactly some of the parts → those parts"""
 
@@ -369,6 +380,7 @@ RULES: tuple[Rewrite, ...] = (
     CastOfReshape(),
     ReshapeOfReshape(),
     *(NoOpShape(f"tensor.{op}") for op in ("reshape", "expand", "slice", "transpose", "concat", "split")),
+    GatherBehindOne(),
     SliceOfConcat(),
     TransposeOfTranspose(),
     Square(),

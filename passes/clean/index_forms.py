@@ -325,14 +325,16 @@ def _unequal(node: Node, forms: list[IndexForm]) -> IndexForm:
 
 
 def _not(node: Node, forms: list[IndexForm]) -> IndexForm:
-    x = forms[0]
-    if not isinstance(x, Holds):
+    return negation(forms[0]) if isinstance(forms[0], Holds) else None
+
+
+def negation(holds: Holds) -> Holds | None:
+    """Where it does not hold; None for several conditions, of which one fails."""
+    if not holds.conditions:
+        return ALWAYS if holds.never else NEVER
+    if len(holds.conditions) > 1:
         return None
-    if not x.conditions:
-        return ALWAYS if x.never else NEVER
-    if len(x.conditions) > 1:
-        return None
-    (condition,) = x.conditions
+    (condition,) = holds.conditions
     return Holds(frozenset({condition.times(-1).plus(Affine.of(-1))}))
 
 
@@ -385,6 +387,14 @@ def _affine_at(form: Affine, index: Mapping[int, Affine]) -> Affine:
     for axis, factor in form.terms:
         total = total.plus(index[axis].times(factor))
     return total
+
+
+def moved_by(node: Node, holds: Holds) -> Holds | None:
+    """Where the result of an op that only moves elements holds, its operand being true where `holds`."""
+    if node.op not in ("tensor.reshape", "tensor.expand", "tensor.transpose", "tensor.slice"):
+        return None
+    form = _RULES[node.op](node, [holds])
+    return _on_long_axes(form, node.results[0].shape) if isinstance(form, Holds) else None  # type: ignore[return-value]
 
 
 _RULES: dict[str, Callable[[Node, list[IndexForm]], IndexForm]] = {

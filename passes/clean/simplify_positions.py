@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moec.ir import Value
 from moec.passes.clean.index_forms import Affine, Holds, Size, index_form, unflattened, unraveled
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
@@ -91,9 +92,44 @@ class GatherInOrder(Rewrite):
         return b.reshape(x, shape=m.root.shape)
 
 
+# (op, result) that hold indices, which are not negative
+_INDICES = {
+    ("tensor.nonzero", 0), ("math.topk", 1), ("math.sort", 1), ("math.argmax", 0),
+    ("math.argmin", 0), ("moe.route", 1),
+}  # fmt: skip
+_MOVING = ("tensor.reshape", "tensor.expand", "tensor.transpose", "tensor.slice", "tensor.split", "tensor.gather")
+
+
+def counts_from_zero(v: Value) -> bool:
+    """Whether v holds indices, none of them negative, by the op that gives them."""
+    while v.producer is not None:
+        if (v.producer.op, v.index) in _INDICES:
+            return True
+        if v.producer.op not in _MOVING:
+            return False
+        source = v.producer.operands[0]
+        assert source is not None
+        v = source
+    return False
+
+
+@dataclass(frozen=True)
+class WrappedIndex(Rewrite):
+    """where(x < 0, x + n, x) → x, where x are indices that count from 0 (torch counts negative ones from the end)"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return p.where(p.lt(x, 0), p.add(x, p.any("size")), x)
+
+    def when(self, m: Match) -> Refused | None:
+        return None if counts_from_zero(m.x) else m.no(f"{m.x.type} may be negative", at=m.x)
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return m.x
+
+
 @dataclass(frozen=True)
 class SimplifyPositions(RuleSet):
     """Conditions, choices and gathers that positions alone decide."""
 
-    rules: tuple[Rewrite, ...] = (DecidedWhere(), TrueConjunct(), GatherInOrder())
+    rules: tuple[Rewrite, ...] = (DecidedWhere(), TrueConjunct(), GatherInOrder(), WrappedIndex())
     quiet: bool = True

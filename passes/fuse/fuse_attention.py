@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from moec.ir import DType, Value
 from moec.passes.clean.canonicalise import TransposeOfTranspose
-from moec.passes.fuse.fuse_mask import MASK_RULES, allowed_where, attention, attention_again, keeps_own_key
+from moec.passes.fuse.fuse_mask import MASK_RULES, allowed_where, attention, attention_again, keeps_own_key, lowest
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 
@@ -74,13 +72,7 @@ class EagerAttention(Rewrite):
         scores = p.either(p.mul(raw, p.const("scale")), p.div(raw, p.const("divisor")), raw)
         inner = p.either(p.div(scores, p.const("softcap")), p.mul(scores, p.const("inverse_cap")))
         scores = p.either(p.mul(p.tanh(inner), p.const("cap")), scores)
-        masked = p.either(
-            p.add(scores, p.any("mask")),
-            p.where(p.any("keep"), scores, p.const("low")),
-            p.where(p.not_(p.any("keep")), p.const("low"), scores),
-            p.where(p.any("drop"), p.const("low"), scores),
-            scores,
-        )
+        masked = p.either(_masked(p, p.either(_masked(p, scores, "inner_"), scores), ""), scores)
         wide = p.maybe(lambda s: p.cast(s, dtype=p.attr("wide")), masked)
         if self.sunk:
             wide = p.concat(wide, p.bind("column", p.expand(p.any("sinks"), shape=p.attr())), axis=-1)
@@ -106,19 +98,23 @@ class EagerAttention(Rewrite):
 
     @staticmethod
     def _check_mask(m: Match) -> Refused | None:
-        mask = m.get("mask")
-        if mask is not None and (mask.dtype != m.q.dtype or mask.type.rank > 4):
-            return m.no(f"mask {mask.type} cannot be added in attention", at=mask)
-        choice = m.get("keep") or m.get("drop")
-        if choice is not None and choice.type.rank > 4:
-            return m.no(f"mask {choice.type} has more axes than the scores", at=choice)
-        low = m.get("low")
-        if low is not None and low > 0.99 * torch.finfo(m.q.dtype.torch).min:
-            return m.no(f"the mask writes {low}, which is not the lowest number", at=choice)
-        if low is not None and m.q.dtype == "f16" and not _never_empty(m):
-            return m.no(
-                "a query may be allowed no key at all, and f16 scores count beside the lowest number", at=choice
-            )
+        for each in ("", "inner_"):
+            mask, low = m.get(f"{each}mask"), m.get(f"{each}low")
+            if mask is not None and (mask.dtype != m.q.dtype or mask.type.rank > 4):
+                return m.no(f"mask {mask.type} cannot be added in attention", at=mask)
+            choice = m.get(f"{each}keep") or m.get(f"{each}drop")
+            if choice is not None and choice.type.rank > 4:
+                return m.no(f"mask {choice.type} has more axes than the scores", at=choice)
+            if low is not None and not lowest(low, m.q):
+                return m.no(f"the mask writes {low}, which is not the lowest number", at=choice)
+            if low is not None and m.q.dtype == "f16" and not _never_empty(m, each):
+                return m.no(
+                    "a query may be allowed no key at all, and f16 scores count beside the lowest number", at=choice
+                )
+        masks = [m.get(f"{each}mask") for each in ("", "inner_") if m.get(f"{each}mask") is not None]
+        lows = [m.get(f"{each}low") for each in ("", "inner_") if m.get(f"{each}low") is not None]
+        if len({*lows, *([float("-inf")] if masks and lows else [])}) > 1:
+            return m.no(f"one mask writes {max(lows)}, which is not what the other one writes or adds to")
         return None
 
     @staticmethod
@@ -132,15 +128,37 @@ class EagerAttention(Rewrite):
 
     def replace(self, b: Any, m: Match) -> Any:
         scale = float(m.get("scale", 1.0)) / float(m.get("divisor", 1.0))
-        mask, low = m.get("mask"), m.get("low")
-        if low is not None:
-            allowed = m.get("keep") if m.get("keep") is not None else b.not_(m.drop)
-            zero, lowest = b.const(0.0, m.q.dtype), b.const(low, m.q.dtype)
-            mask = allowed if _never_empty(m) else b.where(allowed, zero, lowest)
+        masks = [m.get(f"{each}mask") for each in ("inner_", "") if m.get(f"{each}mask") is not None]
+        chosen = [each for each in ("inner_", "") if m.get(f"{each}low") is not None]
+        if chosen:
+            allowed = self._allowed(b, m, chosen)
+            if masks or not all(_never_empty(m, each) for each in chosen) or len(chosen) > 1:
+                zero, low = b.const(0.0, m.q.dtype), b.const(m.get(f"{chosen[0]}low"), m.q.dtype)
+                allowed = b.where(allowed, zero, low)
+            masks.append(allowed)
+        mask = masks[0] if len(masks) == 1 else b.add(*masks) if masks else None
         k = b.transpose(m.keys, perm=(0, 1, 3, 2))
         cap = m.get("cap")
         sinks = b.reshape(m.sinks, shape=m.q.shape[1:2]) if self.sunk else None
         return b.sdpa(m.q, k, m.v, mask, sinks, scale=scale, softcap=None if cap is None else float(cap))
+
+    @staticmethod
+    def _allowed(b: Any, m: Match, chosen: list[str]) -> Value:
+        """Where all conditions of the masks that choose let attend."""
+        both = [m.get(f"{each}keep") or b.not_(m.get(f"{each}drop")) for each in chosen]
+        allowed: Value = both[0] if len(both) == 1 else b.and_(*both)
+        return allowed
+
+
+def _masked(p: Any, scores: Any, name: str) -> Any:
+    """Scores with a mask, added or chosen by, captured under names that begin with `name`."""
+    keep, drop, low = p.any(f"{name}keep"), p.any(f"{name}drop"), p.const(f"{name}low")
+    return p.either(
+        p.add(scores, p.any(f"{name}mask")),
+        p.where(keep, scores, low),
+        p.where(p.not_(keep), low, scores),
+        p.where(drop, low, scores),
+    )
 
 
 def _same_cap(m: Match) -> bool:
@@ -149,8 +167,8 @@ def _same_cap(m: Match) -> bool:
     return m.cap > 0 and abs(inner - m.cap) <= 1e-5 * m.cap
 
 
-def _never_empty(m: Match) -> bool:
-    keep = m.get("keep")
+def _never_empty(m: Match, name: str) -> bool:
+    keep = m.get(f"{name}keep")
     return keep is not None and keeps_own_key(allowed_where(keep), m.q.shape[2], m.keys.shape[3])
 
 

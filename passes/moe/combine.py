@@ -1,7 +1,7 @@
-"""What tells which expert a dense computation is weighted by: the combine matrix [T, E] and its columns.
+"""What tells which expert a dense computation is weighted by: the combine matrix [..., E] and its columns.
 
 It comes from the routing: scatter(0, experts, weights), Σ_j one_hot(experts)·weights, or per expert
-Σ_j (experts = e)·weights.
+Σ_j (experts = e)·weights. Weights and experts are [..., k], with the axes that tokens have there.
 """
 
 from __future__ import annotations
@@ -9,20 +9,51 @@ from __future__ import annotations
 from typing import Any
 
 from moec.ir import Node, Value
-from moec.passes.moe.structure import is_filled, producer, through
+from moec.passes.moe.structure import is_filled, producer, reshaped, through
 from moec.passes.rewriting.match_values import scalar_constant
 
 Routing = tuple[Value, Value]
+Column = tuple[Value, Value, int]
+
+# ops that give indices along an axis: (op, result)
+_CHOICES = {("math.topk", 1): "axis", ("math.argmax", 0): "axis", ("math.sort", 1): "axis", ("moe.route", 1): None}
+
+
+def num_experts(experts: Value) -> int | None:
+    """How many experts the ids can name, by the op that chose them; None where that is not known."""
+    found = through(experts, "tensor.reshape", "tensor.slice", "math.cast")
+    node = found.producer if found is not None else None
+    if found is None or node is None or (node.op, found.index) not in _CHOICES:
+        return None
+    scores = node.operands[0]
+    assert scores is not None
+    num = scores.shape[node.attrs["axis"] if _CHOICES[node.op, found.index] else -1]
+    return num if isinstance(num, int) else None
+
+
+def flat(b: Any, v: Value) -> Value:
+    """Weights or experts [..., k] as [tokens, k]."""
+    if v.type.rank == 2:
+        return v
+    tokens: Any = 1
+    for s in v.shape[:-1]:
+        tokens = tokens * s
+    return reshaped(b, v, (tokens, v.shape[-1]))
 
 
 def combine_matrix(v: Value | None) -> Routing | None:
-    """(weights, experts) [T, k] where v [T, E] holds each expert's weight for each token, 0 if not chosen."""
-    v = through(v, "math.cast")
+    """(weights, experts) where v [..., E] holds each expert's weight for each token, 0 if not chosen."""
+    while v is not None and v.producer is not None and v.producer.op in ("math.cast", "tensor.reshape"):
+        (inner,) = v.producer.operands
+        if inner is None or inner.type.rank == 0 or inner.shape[-1] != v.shape[-1]:
+            return None
+        v = inner
     scatter = producer(v, "tensor.scatter_elements")
     if scatter is not None:
         zeros, experts, weights = scatter.operands
         writes = scatter.attrs["axis"] == -1 and scatter.attrs["reduce"] in ("none", "add")
-        return (weights, experts) if writes and is_filled(zeros, 0) else None
+        same = zeros.shape[:-1] == experts.shape[:-1]
+        return (weights, experts) if writes and same and is_filled(zeros, 0) else None
     total = producer(v, "math.sum")
     if total is None or total.attrs["axes"] != (-2,) or total.attrs["keepdim"]:
         return None
@@ -30,13 +61,23 @@ def combine_matrix(v: Value | None) -> Routing | None:
     for hot, factor in _orders(product):
         one_hot = producer(through(hot, "math.cast"), "tensor.one_hot")
         weights = through(factor, "tensor.reshape", "math.cast")
-        if one_hot is not None and weights is not None and weights.shape == one_hot.operands[0].shape:
-            return weights, one_hot.operands[0]
+        if one_hot is None or weights is None or factor.shape[-1] != 1:
+            continue
+        experts = one_hot.operands[0]
+        if same_sizes(weights, experts) and factor.shape[:-1] == experts.shape:
+            return weights, experts
     return None
 
 
-def combine_column(v: Value | None) -> tuple[Value, Value, int] | None:
-    """(weights, experts, e) where v [T, 1] is expert e's weight for each token."""
+def same_sizes(weights: Value, experts: Value) -> bool:
+    """Whether both are [..., k] over as many tokens, which stand in the same order."""
+    if weights.type.rank == 0 or experts.type.rank == 0 or weights.shape[-1] != experts.shape[-1]:
+        return False
+    return weights.type.numel == experts.type.numel
+
+
+def combine_column(v: Value | None) -> Column | None:
+    """(weights, experts, e) where v [..., 1] is expert e's weight for each token."""
     v = through(v, "tensor.reshape", "math.cast")
     cut = producer(v, "tensor.slice")
     if cut is not None:
@@ -44,14 +85,33 @@ def combine_column(v: Value | None) -> tuple[Value, Value, int] | None:
         start, end = cut.attrs["start"], cut.attrs["end"]
         return (*routing, start) if routing and cut.attrs["axis"] == -1 and end == start + 1 else None
     total = producer(v, "math.sum")
-    if total is None or total.attrs["axes"] != (-1,):
+    if total is not None and total.attrs["axes"] != (-1,):
         return None
-    for mask, weights in _orders(producer(through(total.operands[0], "math.cast"), "math.mul")):
-        equal = producer(through(mask, "math.cast"), "math.eq")
-        for experts, number in _orders(equal):
-            e = scalar_constant(number)
-            if isinstance(e, int) and experts.shape == weights.shape:
-                return weights, experts, e
+    inner = through(total.operands[0], "math.cast") if total is not None else v
+    found = _where_chosen(inner)
+    # of one choice there is no sum
+    return found if found is not None and (total is not None or found[1].shape[-1] == 1) else None
+
+
+def _where_chosen(v: Value | None) -> Column | None:
+    """(weights, experts, e) where v is weights where experts is e, and 0 elsewhere."""
+    choice = producer(v, "math.where")
+    pairs = _orders(producer(v, "math.mul"))
+    if choice is not None:
+        pairs = [choice.operands[:2]] if is_filled(choice.operands[2], 0) else []
+    for mask, weights in pairs:
+        chosen = equals(mask)
+        if chosen is not None and chosen[0].shape == weights.shape:
+            return weights, *chosen
+    return None
+
+
+def equals(mask: Value | None) -> tuple[Value, int] | None:
+    """(experts, e) where a mask holds where experts is e."""
+    for experts, number in _orders(producer(through(mask, "math.cast"), "math.eq")):
+        e = scalar_constant(number)
+        if isinstance(e, int) and not isinstance(e, bool):
+            return experts, e
     return None
 
 

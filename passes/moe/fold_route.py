@@ -21,10 +21,24 @@ def _route(p: Any, **fixed: Any) -> Any:
     return p.route(p.any("logits"), p.optional("bias"), **attrs)
 
 
+def _shaped(p: Any, weights: Any) -> Any:
+    """The weights [T, k] of a route, perhaps with the axes that tokens have in the model."""
+    return p.maybe(lambda v: p.reshape(v, shape=p.attr("shaped")), weights)
+
+
+def _why_not_shaped(m: Match) -> Refused | None:
+    """Refuses weights in a shape that is not [..., k]."""
+    shape = m.get("shaped")
+    if shape is not None and (not shape or shape[-1] != m.k):
+        return m.no(f"the weights of {m.k} chosen experts are read as {list(shape)}")
+    return None
+
+
 def _again(b: Any, m: Match, **changed: Any) -> Any:
     """The matched route with some attributes changed."""
     attrs = {a: m.get(a) for a in _ROUTE_ATTRS if m.get(a) is not None}
-    return b.route(m.logits, m.bias, **{**attrs, **changed})
+    weights, experts = b.route(m.logits, m.bias, **{**attrs, **changed})
+    return weights if weights.type == m.root.type else b.reshape(weights, shape=m.root.shape), experts
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class RouteNormalize(Rewrite):
 
     def pattern(self, p: Any) -> Any:
         weights, experts = _route(p, normalize=False, scale=1.0, normalize_eps=0.0, normalize_min=0.0)
+        weights = _shaped(p, weights)
         total = p.sum(p.maybe(p.abs, weights), axes=(-1,), keepdim=True)
         total = p.maybe(lambda v: with_number(p, "math.add", v, "eps"), total)
         return p.div(weights, p.maybe(lambda v: p.clamp(v, low=p.attr("least"), high=None), total)), experts
@@ -44,7 +59,7 @@ class RouteNormalize(Rewrite):
             return m.no(f"the sum of the weights is changed by {eps}, at least {least}")
         if m.scoring == "topk_softmax" and (eps or least > 1):
             return m.no("weights that add up to 1 are divided by something else")
-        return None
+        return _why_not_shaped(m)
 
     def replace(self, b: Any, m: Match) -> Any:
         if m.scoring == "topk_softmax":
@@ -69,6 +84,7 @@ class RouteScale(Rewrite):
 
     def pattern(self, p: Any) -> Any:
         weights, experts = _route(p)
+        weights = _shaped(p, weights)
         op = p.div if self.divided else p.mul
         if self.wide:
             return p.cast(op(p.cast(weights, dtype="f32"), p.const("factor")), dtype=p.attr("dtype")), experts
@@ -77,7 +93,7 @@ class RouteScale(Rewrite):
     def when(self, m: Match) -> Refused | None:
         if self.wide and m.dtype != m.logits.dtype:
             return m.no(f"the weights of {m.logits.dtype} logits become {m.dtype}", at=m.logits)
-        return m.no("the weights are divided by 0") if self.divided and m.factor == 0 else None
+        return m.no("the weights are divided by 0") if self.divided and m.factor == 0 else _why_not_shaped(m)
 
     def replace(self, b: Any, m: Match) -> Any:
         return _again(b, m, scale=m.scale / float(m.factor) if self.divided else m.scale * float(m.factor))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import combine_rows, same_rows
+from moec.passes.moe.combine import Routing, combine_rows, flat, same_rows
 from moec.passes.moe.structure import gated_unit, narrowed, reshaped, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused, Rewrite
 
@@ -30,6 +30,14 @@ def _why_not_bias(m: Match, name: str, num: Any, width: Any) -> str | None:
     return f"{name} {bias.type} read as {list(m.get(f'{name}_as'))}"
 
 
+def _tokens(routing: Routing) -> Any:
+    """How many tokens a routing is of."""
+    tokens: Any = 1
+    for s in routing[1].shape[:-1]:
+        tokens = tokens * s
+    return tokens
+
+
 @dataclass(frozen=True)
 class DenseExperts(Rewrite):
     """Σ_e combine[:, e] · mlp_e(x) with stacked weights, biased or not → moe.experts"""
@@ -42,7 +50,7 @@ class DenseExperts(Rewrite):
         routing = combine_rows(m.factors)
         if routing is None:
             return m.no("the factors are not a routing's combine matrix", at=m.factors)
-        x = same_rows(m.rows, routing[1].shape[0])
+        x = same_rows(m.rows, _tokens(routing))
         if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
         num, width, _ = expert_weights.shape_of(m, "gate_up")
@@ -53,7 +61,7 @@ class DenseExperts(Rewrite):
     def replace(self, b: Any, m: Match) -> Any:
         routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
-        weights, experts = routing
+        weights, experts = (flat(b, v) for v in routing)
         matrices = expert_weights.build(b, m, "gate_up"), expert_weights.build(b, m, "down")
         biases = m.get("gate_up_bias"), m.get("down_bias")
         rows = same_rows(m.rows, experts.shape[0])
@@ -80,7 +88,7 @@ class ScaledInputExperts(Rewrite):
         routing = combine_rows(m.factors)
         if routing is None:
             return m.no("the factors are not a routing's combine matrix", at=m.factors)
-        x = same_rows(m.rows, routing[1].shape[0])
+        x = same_rows(m.rows, _tokens(routing))
         if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
         reason = why_not_halves(m, expert_weights.shape_of(m, "gate_up")[1])
@@ -89,7 +97,7 @@ class ScaledInputExperts(Rewrite):
     def replace(self, b: Any, m: Match) -> Any:
         routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
-        weights, experts = routing
+        weights, experts = (flat(b, v) for v in routing)
         (tokens, k), d = experts.shape, m.root.shape[-1]
         x = same_rows(m.rows, tokens)
         assert x is not None  # when() saw it

@@ -109,7 +109,10 @@ class RouteTopK(Rewrite):
 @dataclass(frozen=True)
 class RouteGathered(Rewrite):
     """experts = topk(choice), weights = gather(scores, experts), the choice being the scores, the scores
-    with a bias, or either limited to the best groups → route without normalisation"""
+    with a bias, or either limited to the best groups → route without normalisation
+
+    The choice may also be the logits of a softmax, whose order is theirs to rounding.
+    """
 
     scoring: str = "sigmoid"
 
@@ -120,10 +123,15 @@ class RouteGathered(Rewrite):
     def pattern(self, p: Any, logits: Any) -> Any:
         scores = p.shared(_scored(p, logits, self.scoring))
         choice = p.either(p.shared(p.add(scores, p.any("bias"))), scores)
-        _, experts = p.topk(p.either(choice, _best_groups(p, choice)), k=p.attr("k"), axis=-1)
+        among = p.either(choice, _best_groups(p, choice))
+        if self.scoring == "softmax":
+            among = p.either(among, p.bind("raw", logits))
+        _, experts = p.topk(among, k=p.attr("k"), axis=-1)
         return p.gather_elements(scores, experts, axis=-1), experts
 
     def when(self, m: Match) -> Refused | None:
+        if m.get("raw") is not None and m.logits.dtype.bits < 32:
+            return m.no(f"softmax in {m.logits.dtype} may make different logits equal", at=m.logits)
         return _why_not(m)
 
     def replace(self, b: Any, m: Match) -> Any:
@@ -202,7 +210,10 @@ class RouteScattered(Rewrite):
 
 @dataclass(frozen=True)
 class RouteTop1(Rewrite):
-    """max(scores(logits)), argmax of the same → route with k = 1 (Switch Transformer)"""
+    """max(scores(logits)), argmax of the same → route with k = 1 (Switch Transformer)
+
+    The softmax may have the argmax of the logits: where two are as large to rounding, either is right.
+    """
 
     scoring: str = "softmax"
 
@@ -213,9 +224,12 @@ class RouteTop1(Rewrite):
     def pattern(self, p: Any, logits: Any) -> Any:
         scores = p.shared(_scored(p, logits, self.scoring))
         best = p.amax(scores, axes=(-1,), keepdim=p.attr("keep_weight"))
-        return best, p.argmax(scores, axis=-1, keepdim=p.attr("keep_index"))
+        among = p.either(scores, p.bind("raw", logits)) if self.scoring == "softmax" else scores
+        return best, p.argmax(among, axis=-1, keepdim=p.attr("keep_index"))
 
     def when(self, m: Match) -> Refused | None:
+        if m.get("raw") is not None and m.logits.dtype.bits < 32:
+            return m.no(f"softmax in {m.logits.dtype} may make different logits equal", at=m.logits)
         return _why_not(m)
 
     def replace(self, b: Any, m: Match) -> Any:

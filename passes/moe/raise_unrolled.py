@@ -1,4 +1,4 @@
-"""Experts in an unrolled loop, one module each, to `moe.experts`."""
+"""Experts in an unrolled loop, one module each, to `moe.experts`: on every token, or on those that chose them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import combine_column
-from moec.passes.moe.structure import gated_unit, glu, is_filled, narrowed, producer, unit_attrs, why_not_halves
-from moec.passes.rewrite import Match, Refused, Rewrite
+from moec.passes.moe.combine import Column, combine_column
+from moec.passes.moe.expert_modules import experts_of, separate, together, why_not_all, why_not_rows
+from moec.passes.moe.expert_weights import maybe_cast
+from moec.passes.moe.hits import weighed
+from moec.passes.moe.structure import is_filled
+from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 
 @dataclass(frozen=True)
-class RaiseUnrolledExperts(Rewrite):
+class UnrolledExperts(Rewrite):
     """Σ_e column_e · mlp_e(x) (+ others), one MLP per expert with weights of its own → moe.experts on their stack
 
     gate and up are two linear layers or one; all E experts must be there, each once. The stacked weights are built when
@@ -21,83 +23,82 @@ class RaiseUnrolledExperts(Rewrite):
     """
 
     def pattern(self, p: Any, x: Any) -> Any:
-        separate, merged = p.repeat(self._expert(p, x, False)), p.repeat(self._expert(p, x, True))
-        return p.either(p.tree("add", separate, p.rest("others")), p.tree("add", merged, p.rest("others")))
+        def split(gate: Any, gate_bias: Any, up: Any, up_bias: Any, unit: Any, down: Any, down_bias: Any,
+                  factor: Any) -> Any:  # fmt: skip
+            return p.mul(separate(p, x, gate, gate_bias, up, up_bias, unit, down, down_bias), factor)
+
+        def merged(gate_up: Any, gate_up_bias: Any, unit: Any, down: Any, down_bias: Any, factor: Any) -> Any:
+            return p.mul(together(p, x, gate_up, gate_up_bias, unit, down, down_bias), factor)
+
+        # one alone is a shared expert
+        return p.either(*(p.tree("add", p.repeat(mlp, least=2), p.rest("others")) for mlp in (split, merged)))
 
     @staticmethod
-    def _expert(p: Any, x: Any, merged: bool) -> Any:
-        def separate(
-            gate: Any, gate_bias: Any, up: Any, up_bias: Any, unit: Any, down: Any, down_bias: Any, factor: Any
-        ) -> Any:
-            g = p.linear_linear(x, gate, p.optional(gate_bias.name))
-            u = p.linear_linear(x, up, p.optional(up_bias.name))
-            act = p.bind(unit, glu(p, g, u))
-            return p.mul(p.linear_linear(act, down, p.optional(down_bias.name)), factor)
-
-        def together(gate_up: Any, gate_up_bias: Any, unit: Any, down: Any, down_bias: Any, factor: Any) -> Any:
-            h = p.linear_linear(x, gate_up, p.optional(gate_up_bias.name))
-            act = p.bind(unit, gated_unit(p, h))
-            return p.mul(p.linear_linear(act, down, p.optional(down_bias.name)), factor)
-
-        return together if merged else separate
+    def _columns(m: Match) -> list[Column | None]:
+        return [combine_column(f) if f.shape == (*m.x.shape[:-1], 1) else None for f in m.factor]
 
     def when(self, m: Match) -> Refused | None:
-        columns = [combine_column(f) for f in m.factor]
-        routings = {c[:2] for c in columns if c is not None}
-        if len(routings) != 1 or None in columns:
-            return m.no("the factors are not columns of one routing's combine matrix")
-        weights, _ = routings.pop()
-        route = producer(weights, "moe.route")
-        if route is None:
-            return m.no("the number of experts is known behind moe.route only", at=weights)
-        if m.x.type.rank != 2 or m.root.type != m.x.type:
-            return m.no(f"x is {m.x.type}, the sum {m.root.type}", at=m.x)
-        found, num = [c[2] for c in columns if c is not None], route.operands[0].shape[-1]
-        if sorted(found) != list(range(num)):
-            return m.no(f"experts {sorted(found)} of {num}")
-        if len({self._form(v) for v in m.unit}) > 1:
-            return m.no("the experts have different activations or layouts")
-        for rows in (*self._matrices(m), *self._biases(m)):
-            if rows is not None and any(v is None or v.weight is None for row in rows for v in row):
-                return m.no("some expert's weights are computed, or it lacks a bias that others have")
-        if m.get("gate") is None:
-            reason = why_not_halves(m, m.gate_up[0].shape[0])
-            return m.no(reason) if reason else None
-        return None
-
-    @staticmethod
-    def _form(unit: Value) -> tuple[Any, ...]:
-        """What the gated units of all experts must have in common."""
-        node = unit.producer
-        assert node is not None
-        assert node.operands[0] is not None
-        gate = node.operands[0].producer
-        return node.op, tuple(sorted(node.attrs.items(), key=str)), gate.op if gate is not None else ""
-
-    @staticmethod
-    def _ordered(m: Match, *names: str) -> list[tuple[Any, ...]] | None:
-        """Each expert's captures in the order of the experts; None where all are absent."""
-        order = sorted(range(len(m.factor)), key=lambda i: combine_column(m.factor[i])[2])  # type: ignore[index]  # when() saw it
-        rows = [tuple(m.get(n)[i] for n in names) for i in order]
-        return None if all(v is None for row in rows for v in row) else rows
-
-    def _matrices(self, m: Match) -> tuple[Any, Any]:
-        first = ("gate_up",) if m.get("gate") is None else ("gate", "up")
-        return self._ordered(m, *first), self._ordered(m, "down")
-
-    def _biases(self, m: Match) -> tuple[Any, Any]:
-        first = ("gate_up_bias",) if m.get("gate") is None else ("gate_bias", "up_bias")
-        return self._ordered(m, *first), self._ordered(m, "down_bias")
+        columns = self._columns(m)
+        want = "its column of a routing: Σ (experts = e) · weights, or column e of weights scattered over zeros"
+        refused = why_not_all(m, columns, want)
+        if refused is None and columns[0] is not None:
+            refused = why_not_rows(m, columns[0], m.x)
+        return refused
 
     def replace(self, b: Any, m: Match) -> Any:
-        column = combine_column(m.factor[0])
-        assert column is not None  # when() saw it
-        weights, experts, _ = column
-        stacks = [
-            None if rows is None else expert_weights.stacked(b, rows) for rows in (*self._matrices(m), *self._biases(m))
-        ]
-        weights = narrowed(b, weights, m.factor[0].dtype)
-        y: Value = b.moe_experts(m.x, weights, experts, *stacks, **unit_attrs(m))
+        y = experts_of(b, m, [c for c in self._columns(m) if c is not None], m.x)
         for other in m.others:
             y = y if is_filled(other, 0) else b.add(y, other)
         return y
+
+
+@dataclass(frozen=True)
+class IndexedExperts(Rewrite):
+    """for each expert e: y[tokens of e] += mlp_e(x[tokens of e]) · their weights, y from 0 or anything → moe.experts
+
+    The tokens are where the expert ids are e, as `torch.where` and `nonzero` give them; the sum is index_add, index_put
+    that accumulates, or an element read and put back. All E experts must be there, each once, in any order.
+    """
+
+    def pattern(self, p: Any, x: Any, start: Any) -> Any:
+        def put(below: Any, tokens: Any, part: Any) -> Any:
+            read = p.add(p.gather(below, tokens, axis=0), part)
+            return p.either(
+                p.index_put(below, tokens, part, accumulate=True), p.index_put(below, tokens, read, accumulate=False)
+            )
+
+        def split(below: Any, tokens: Any, gate: Any, gate_bias: Any, up: Any, up_bias: Any, unit: Any, down: Any,
+                  down_bias: Any, factor: Any) -> Any:  # fmt: skip
+            rows = p.gather(x, tokens, axis=0)
+            y = separate(p, rows, gate, gate_bias, up, up_bias, unit, down, down_bias)
+            return put(below, tokens, maybe_cast(p, p.mul(maybe_cast(p, y), factor)))
+
+        def merged(below: Any, tokens: Any, gate_up: Any, gate_up_bias: Any, unit: Any, down: Any, down_bias: Any,
+                   factor: Any) -> Any:  # fmt: skip
+            y = together(p, p.gather(x, tokens, axis=0), gate_up, gate_up_bias, unit, down, down_bias)
+            return put(below, tokens, maybe_cast(p, p.mul(maybe_cast(p, y), factor)))
+
+        return p.either(*(p.chain(p.repeat(mlp), "below", start) for mlp in (split, merged)))
+
+    @staticmethod
+    def _columns(m: Match) -> list[Column | None]:
+        return [weighed(tokens, factor) for tokens, factor in zip(m.tokens, m.factor, strict=True)]
+
+    def when(self, m: Match) -> Refused | None:
+        columns = self._columns(m)
+        want = "the weights [n, 1] that the tokens where(experts = e) have for e, weights[tokens, choice] say"
+        refused = why_not_all(m, columns, want)
+        if refused is None and columns[0] is not None:
+            refused = why_not_rows(m, columns[0], m.x)
+        return refused
+
+    def replace(self, b: Any, m: Match) -> Any:
+        y: Value = experts_of(b, m, [c for c in self._columns(m) if c is not None], m.x)
+        return y if is_filled(m.start, 0) else b.add(m.start, y)
+
+
+@dataclass(frozen=True)
+class RaiseUnrolledExperts(RuleSet):
+    """Experts in an unrolled loop, one module each, to `moe.experts`."""
+
+    rules: tuple[Rewrite, ...] = (UnrolledExperts(), IndexedExperts())

@@ -210,6 +210,8 @@ class _Engine:
         said = verdict(rule, m)
         if said is None:
             return False
+        if said.far:
+            return True
         where = said.at.location if said.at is not None and said.at.location else m.location
         self._note(rule, m.root.producer, said.reason, where)
         return True

@@ -10,12 +10,13 @@ from moec.passes.rewriting.pattern_types import Pattern
 
 
 class Refused(Exception):
-    """Returned by `m.no(...)`: the match holds but the rule does not apply."""
+    """Returned by `m.no(...)`: the match holds but the rule does not apply. `far`: nothing that a report tells."""
 
-    def __init__(self, reason: str, at: Value | None = None):
+    def __init__(self, reason: str, at: Value | None = None, far: bool = False):
         super().__init__(reason)
         self.reason = reason
         self.at = at
+        self.far = far
 
 
 class Match:
@@ -38,9 +39,10 @@ class Match:
         """A capture that only some alternatives bind."""
         return self._captures.get(name, default)
 
-    def no(self, reason: str, at: Value | None = None) -> Refused:
-        """Return this from `when` to refuse, with the reason that reports show."""
-        self.refusal = Refused(reason, at)
+    def no(self, reason: str, at: Value | None = None, *, far: bool = False) -> Refused:
+        """Return this from `when` to refuse, with the reason that reports show; `far` where what was found is no
+        near miss (a matrix product, where experts end in one): only `explain` shows it then."""
+        self.refusal = Refused(reason, at, far)
         return self.refusal
 
     @property

@@ -93,8 +93,8 @@ class Matcher:
         if node.opdef is not p.opdef:
             self._fail(b, node, None, p.opdef.name, node.op)
             return
-        if p.tree:
-            yield from self._tree(p, node, b)
+        if p.tree or p.below is not None:
+            yield from (self._tree if p.tree else self._chain)(p, node, b)
             return
         if len(node.results) != p.results:
             self._fail(b, node, None, f"{p.results} results", f"{len(node.results)} results")
@@ -207,6 +207,29 @@ class Matcher:
                         continue
                     complete = captured
                 yield complete.place(p, top, inside)
+
+    def _chain(self, p: PNode, top: Node, b: Bindings) -> Iterator[Bindings]:
+        """The whole chain below `top`. The top link decides the common captures."""
+        repeat, end = p.operands
+        for user in top.result.users:
+            if user.opdef is top.opdef:
+                links = (own for _, own in self._repetition(repeat, user.result, b, user))
+                if any(own[p.below or ""] is top.result for own in links):
+                    self._fail(b, top, None, f"the whole chain of {top.op}", "a part of one")
+                    return
+        for first in self._repetition(repeat, top.result, b, top):
+            state, found = first[0], [first[1]]
+            while (below := found[-1][p.below or ""]).producer is not None:
+                link = next(self._repetition(repeat, below, state, top), None)
+                if link is None:
+                    break
+                state = link[0]
+                found.append(link[1])
+            if len(found) < repeat.least:
+                self._fail(state, top, None, f"a chain of at least {repeat.least}", f"{len(found)}")
+                continue
+            for ended in self._value(end, below, state, top):
+                yield _collected(repeat, found, ended).place(p, top)
 
     def _value(self, p: Any, value: Value | None, b: Bindings, user: Node) -> Iterator[Bindings]:
         match p:

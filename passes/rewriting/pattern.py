@@ -92,6 +92,19 @@ class PatternBuilder:
             count = len(sizes.entries if isinstance(sizes, Sizes) else sizes) if isinstance(sizes, Sizes | tuple) else 1
         return self._created(PNode(opdef, tuple(values), full, count))
 
+    def chain(self, repeat: Repeat, below: str | Var, end: Any) -> PResult:
+        """Links of one op, each computed from the one that it captures as `below`, the last from `end`: all of a
+        maximal chain. `p.chain(p.repeat(lambda below, i, v: p.index_put(below, i, v)), "below", p.any("start"))`
+        finds all writes into one tensor; the captures of the links stand in the match from the top down."""
+        links = _alternatives(repeat.inner) if isinstance(repeat, Repeat) else ()
+        ops = {q.node.opdef if isinstance(q, PResult) and q.node.results == 1 else None for q in links}
+        if len(ops) != 1 or None in ops or _name(below) not in repeat.names:
+            text = "p.chain takes a p.repeat(…) of one op with one result, and the name of its capture that goes on"
+            raise CompileError(text, code="pattern")
+        node = PNode(links[0].node.opdef, (repeat, _operand(end)), below=_name(below))
+        result: PResult = self._created(node)
+        return result
+
     def _created(self, node: PNode) -> Any:
         self.created.append(node)
         if node.results == 1:

@@ -99,13 +99,15 @@ class Repeat:
 @dataclass(frozen=True, eq=False)
 class PNode:
     """One node of the pattern; `PResult` picks one of its results. With `tree` it stands for all nodes of a
-    maximal tree of one op, whose leaves are the operands in any order."""
+    maximal tree of one op, whose leaves are the operands in any order; with `below` for the top of a chain of
+    repetitions, each on the one that it captures by that name; the operands are the repetition and the chain's end."""
 
     opdef: OpDef
     operands: tuple[Any, ...]
     attrs: dict[str, Any] = field(default_factory=dict)
     results: int = 1
     tree: bool = False
+    below: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,136 @@
+"""Experts that are modules with weights of their own: the pattern of one, and `moe.experts` of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moec.ir import Value
+from moec.passes.moe import expert_weights
+from moec.passes.moe.combine import Column, flat, num_experts, same_sizes
+from moec.passes.moe.structure import gated_unit, glu, narrowed, reshaped, unit_attrs, why_not_halves
+from moec.passes.rewrite import Match, Refused
+from moec.passes.rewriting.match_values import describe
+
+
+def separate(p: Any, x: Any, *names: Any) -> Any:
+    """A gated MLP on x with gate and up layers, captured under `names`: gate, gate_bias, up, up_bias, unit, down,
+    down_bias."""
+    gate, gate_bias, up, up_bias, unit, down, down_bias = names
+    g = p.linear_linear(x, gate, p.optional(gate_bias.name))
+    u = p.linear_linear(x, up, p.optional(up_bias.name))
+    return p.linear_linear(p.bind(unit, glu(p, g, u)), down, p.optional(down_bias.name))
+
+
+def together(p: Any, x: Any, *names: Any) -> Any:
+    """The same with gate and up in one layer: gate_up, gate_up_bias, unit, down, down_bias."""
+    gate_up, gate_up_bias, unit, down, down_bias = names
+    h = p.linear_linear(x, gate_up, p.optional(gate_up_bias.name))
+    return p.linear_linear(p.bind(unit, gated_unit(p, h)), down, p.optional(down_bias.name))
+
+
+def why_not_all(m: Match, columns: Sequence[Column | None], expected: str) -> Refused | None:
+    """Refuses unless each expert of one routing is there once, with weights of its own that stack. `columns` are the
+    (weights, experts, e) of each repetition, None where its factor is not `expected`."""
+    for factor, column in zip(m.factor, columns, strict=True):
+        if column is None:
+            text = f"an expert's output is multiplied by {describe(factor)} {factor.type}, expected {expected}"
+            return m.no(text, at=factor)
+    known = [c for c in columns if c is not None]
+    weights, experts, _ = known[0]
+    for factor, other in zip(m.factor, known, strict=True):
+        if other[0] is not weights or other[1] is not experts:
+            text = (
+                f"experts {known[0][2]} and {other[2]} are weighted by two routings: {_named(weights)} for expert ids"
+            )
+            text += f" {_named(experts)}, and {_named(other[0])} for {_named(other[1])}; expected one for all"
+            return m.no(text, at=factor)
+    found = sorted(c[2] for c in known)
+    num = num_experts(experts)
+    if num is None:
+        text = f"the expert ids come from {describe(experts)}; how many experts there are is known of moe.route, topk,"
+        return m.no(f"{text} sort and argmax", at=experts)
+    if found != list(range(num)):
+        twice = sorted({e for e in found if found.count(e) > 1})
+        missing = sorted(set(range(num)) - set(found))
+        said = [f"experts {missing} are missing"] if missing else []
+        said += [f"experts {twice} are there twice"] if twice else []
+        said += [f"there is no expert {e}" for e in found if not 0 <= e < num]
+        return m.no(f"the router chooses among {num} experts, {' and '.join(said)}", at=experts)
+    forms = {_form(v) for v in m.unit}
+    if len(forms) > 1:
+        said = [" ".join(map(str, (op, *(v for _, v in attrs if v is not None)))) for op, attrs, _ in sorted(forms)]
+        return m.no(f"the experts have different activations or layouts: {', '.join(said)}", at=m.unit[0])
+    for name in ("gate", "up", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias"):
+        reason = _why_not_stacked(name, m.get(name) or ())
+        if reason:
+            return m.no(reason)
+    if m.get("gate") is None:
+        reason = why_not_halves(m, m.gate_up[0].shape[0])
+        return m.no(reason) if reason else None
+    return None
+
+
+def _named(v: Value) -> str:
+    return f"{describe(v)} {v.type}" if v.name is None else f"%{v.name} ({describe(v)})"
+
+
+def _why_not_stacked(name: str, values: Sequence[Value | None]) -> str | None:
+    """Why these weights of all experts make no stack; None where they do, or all experts lack them."""
+    there = [v for v in values if v is not None]
+    if there and len(there) < len(values):
+        return f"{len(values) - len(there)} of {len(values)} experts have no {name}, which the others have"
+    for v in there:
+        if v.weight is None:
+            return f"an expert's {name} is computed ({describe(v)}), not stored"
+        if v.type != there[0].type:
+            return f"an expert's {name} is {v.type}, another's {there[0].type}"
+    return None
+
+
+def _form(unit: Value) -> tuple[Any, ...]:
+    """What the gated units of all experts must have in common."""
+    node = unit.producer
+    assert node is not None
+    assert node.operands[0] is not None
+    gate = node.operands[0].producer
+    return node.op, tuple(sorted(node.attrs.items(), key=str)), gate.op if gate is not None else ""
+
+
+def experts_of(b: Any, m: Match, columns: Sequence[Column], x: Value) -> Value:
+    """`moe.experts` on x [..., d] of what `why_not_all` accepts, in the shape of x."""
+    order = sorted(range(len(columns)), key=lambda i: columns[i][2])
+
+    def ordered(*names: str) -> Value | None:
+        rows = [tuple(m.get(n)[i] for n in names) for i in order]
+        return None if all(v is None for row in rows for v in row) else expert_weights.stacked(b, rows)
+
+    split = m.get("gate") is not None
+    stacks = (
+        ordered("gate", "up") if split else ordered("gate_up"),
+        ordered("down"),
+        ordered("gate_bias", "up_bias") if split else ordered("gate_up_bias"),
+        ordered("down_bias"),
+    )
+    weights, experts = _by_token(b, columns[0][0]), _by_token(b, columns[0][1])
+    weights = narrowed(b, weights, m.factor[0].dtype)
+    y = b.moe_experts(reshaped(b, x, (experts.shape[0], x.shape[-1])), weights, experts, *stacks, **unit_attrs(m))
+    return reshaped(b, y, x.shape)
+
+
+def _by_token(b: Any, v: Value) -> Value:
+    """Weights or expert ids as [T, k]; those of one choice may have no axis for it."""
+    return reshaped(b, v, (v.shape[0], 1)) if v.type.rank == 1 else flat(b, v)
+
+
+def why_not_rows(m: Match, column: Column, x: Value) -> Refused | None:
+    """Refuses where x [..., d] has no row for each token of a routing."""
+    weights, experts, _ = column
+    if x.type.rank < 2 or m.root.type != x.type:
+        return m.no(f"x is {x.type}, the sum over the experts {m.root.type}", at=x)
+    k = experts.shape[-1] if experts.type.rank > 1 else 1
+    if x.type.numel * k != experts.type.numel * x.shape[-1]:
+        return m.no(f"x {x.type} has no row for each token of the expert ids {experts.type}", at=x)
+    if experts.type.rank > 1 and not same_sizes(weights, experts):
+        return m.no(f"the weights are {weights.type}, the expert ids {experts.type}", at=weights)
+    return None
