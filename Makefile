@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
+.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory bench-checkpoints bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -63,6 +63,14 @@ fuzz-mutants: $(STAMP)
 # every family of models: traced, run, generated with, quantised; writes docs/models.md
 matrix: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/families.py --workers $(WORKERS)
+
+# speculative decoding of the shipped model against plain greedy decoding
+bench-speculation: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/speculation.py
+
+# memory of a compiled block-FP8 checkpoint against the bytes of its files
+bench-checkpoints: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/checkpoint_memory.py
 
 # every pass on every stored graph
 matrix-passes: $(STAMP)

@@ -163,23 +163,25 @@ print(json.dumps(resident() - before))
 """
 
 
+LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 768, "n_routed_experts": 16,
+         "num_hidden_layers": 6}  # fmt: skip
+# backend, memory, most bytes resident for each byte of the files; in f32, E4M3 takes four times its bytes
+RESIDENT = [("reference", "fast", 1.1), ("onnxruntime", "fp8", 1.3), ("onnxruntime", "fast", 1.1 * 4)]
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """(a folder of some 190 MB, its bytes); the same in small, to warm up on, is beside it."""
     folder = tmp_path_factory.mktemp("large") / "it"
     write_random(folder.with_name("it-small"))
-    more = {"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 768, "n_routed_experts": 16}
-    return folder, write_random(folder, **more, num_hidden_layers=6)
+    return folder, write_random(folder, **LARGE)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("backend", "memory", "most"),
-    [("reference", "fast", 1.1), ("onnxruntime", "fp8", 1.3), ("onnxruntime", "fast", 1.1 * 4)],
-)
+@pytest.mark.parametrize(("backend", "memory", "most"), RESIDENT)
 def test_bytes_resident(large, backend, memory, most):
     """Proportional set size after two runs against that before compiling, in a process of its own; program, activations
-    and all else is in it. In f32, E4M3 takes four times its bytes."""
+    and all else is in it."""
     folder, size = large
     command = [sys.executable, "-c", MEASURE, str(folder), backend, memory, "None"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
