@@ -1,87 +1,102 @@
-"""Lowering of `recurrent`: ONNX's LSTM, GRU and RNN, whose gates lie in another order."""
+"""Lowering of `recurrent`: the products of all rows at once, then a Loop over the steps.
+
+ONNX Runtime's LSTM, GRU and RNN cut what goes into their activations, so that a NaN comes out as a number, and crash
+without a step or a batch.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as onnx
-import sympy
 
 from moec.backends.onnxruntime.backend import backend
+from moec.backends.onnxruntime.elementwise import sigmoid_of
 from moec.backends.onnxruntime.emit import Emitter, given
-from moec.backends.onnxruntime.sizes import at_least
-from moec.backends.onnxruntime.types import carrier
-from moec.ir import Dim, DType, Node, Value
-from moec.ir.dims import size
+from moec.backends.onnxruntime.linear import product
+from moec.backends.onnxruntime.types import onnx_type
+from moec.ir import Node, Value
+
+Values = Sequence[onnx.Value]
+# what a row has from the input [B, G·H], and the states before [B, H] → the states after
+Step = Callable[[onnx.Value, Values], Values]
 
 
-def _kernels(node: Node) -> str | None:
-    wide = given(node)[0].dtype is DType.F64
-    return f"ONNX Runtime has no f64 kernel for {node.op}" if wide else None
-
-
-@backend.lowers("recurrent.lstm", check=_kernels)
-def lstm(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
+@backend.lowers("recurrent.lstm")
+def lstm(e: Emitter, node: Node) -> Values:
     x, w, r, bias, h, c = given(node)
-    return _run(e, node, "LSTM", x, [w, r], [bias, None], [h, c], gates=(0, 3, 1, 2))  # ONNX: i, o, f, c
+    dtype, recurrent = x.dtype, _transposed(e, r)
+
+    def step(row: onnx.Value, state: Values) -> Values:
+        i, f, g, o = _parts(e, e.op("Add", row, e.op("MatMul", state[0], recurrent)), 4, r)
+        kept = e.op("Mul", sigmoid_of(e, f, dtype), state[1])
+        memory = e.op("Add", kept, e.op("Mul", sigmoid_of(e, i, dtype), e.op("Tanh", g)))
+        return e.op("Mul", sigmoid_of(e, o, dtype), e.op("Tanh", memory)), memory
+
+    return _steps(e, node, _projected(e, x, w, bias), [h, c], step)
 
 
-@backend.lowers("recurrent.gru", check=_kernels)
-def gru(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
+@backend.lowers("recurrent.gru")
+def gru(e: Emitter, node: Node) -> Values:
     x, w, r, bias, r_bias, h = given(node)
-    return _run(e, node, "GRU", x, [w, r], [bias, r_bias], [h], gates=(1, 0, 2), linear_before_reset=1)  # z, r, h
+    dtype, recurrent, one = x.dtype, _transposed(e, r), e.scalar(1, x.dtype)
+    added = None if r_bias is None else e.value(r_bias)
+
+    def step(row: onnx.Value, state: Values) -> Values:
+        inner = e.op("MatMul", state[0], recurrent)
+        inner = inner if added is None else e.op("Add", inner, added)
+        a, b = _parts(e, row, 3, r), _parts(e, inner, 3, r)
+        reset, update = (sigmoid_of(e, e.op("Add", a[k], b[k]), dtype) for k in (0, 1))
+        new = e.op("Tanh", e.op("Add", a[2], e.op("Mul", reset, b[2])))
+        return (e.op("Add", e.op("Mul", e.op("Sub", one, update), new), e.op("Mul", update, state[0])),)
+
+    return _steps(e, node, _projected(e, x, w, bias), [h], step)
 
 
-@backend.lowers("recurrent.rnn", check=_kernels)
-def rnn(e: Emitter, node: Node) -> tuple[onnx.Value, ...]:
+@backend.lowers("recurrent.rnn")
+def rnn(e: Emitter, node: Node) -> Values:
     x, w, r, bias, h = given(node)
-    activation = {"tanh": "Tanh", "relu": "Relu"}[node.attrs["activation"]]
-    return _run(e, node, "RNN", x, [w, r], [bias, None], [h], gates=(0,), activations=[activation])
+    recurrent, kind = _transposed(e, r), {"tanh": "Tanh", "relu": "Relu"}[node.attrs["activation"]]
+
+    def step(row: onnx.Value, state: Values) -> Values:
+        return (e.op(kind, e.op("Add", row, e.op("MatMul", state[0], recurrent))),)
+
+    return _steps(e, node, _projected(e, x, w, bias), [h], step)
 
 
-def _run(e: Emitter, node: Node, kind: str, x: Value, weights: list[Value], biases: list[Value | None],
-         states: list[Value], gates: tuple[int, ...], **attrs: Any) -> tuple[onnx.Value, ...]:  # fmt: skip
-    """ONNX has a leading axis for directions: one here."""
-    hidden = int(weights[1].shape[1])
-    order = np.concatenate([np.arange(g * hidden, (g + 1) * hidden) for g in gates])
-    first = np.array([0])
+def _projected(e: Emitter, x: Value, w: Value, bias: Value | None) -> onnx.Value:
+    y = product(e, e.value(x), w)
+    return y if bias is None else e.op("Add", y, e.value(bias))
 
-    def sorted_rows(v: onnx.Value) -> onnx.Value:
-        return v if len(gates) == 1 else e.op("Gather", v, order, axis=0)
 
-    w, r = (e.op("Unsqueeze", sorted_rows(e.value(v)), first) for v in weights)
-    bias = None
-    if any(b is not None for b in biases):
-        nothing = e.constant(np.zeros(len(order), dtype=np.float32))
-        halves = [nothing if b is None else sorted_rows(e.value(b)) for b in biases]
-        bias = e.op("Unsqueeze", e.op("Concat", *halves, axis=0), first)
-    sequence, start = e.value(x), [e.value(s) for s in states]
-    # without a step or a batch ONNX Runtime crashes, or has states of 0: there is one more then, which is cut off
-    missing = [_missing(e.sizes.resolve(n)) for n in x.shape[:2]]
-    if any(missing):
-        sequence = e.op("Pad", sequence, e.sizes.vector((0, 0, 0, *missing, 0)))
-    if missing[1]:
-        start = [e.op("Pad", s, e.sizes.vector((0, 0, missing[1], 0))) for s in start]
-    start = [e.op("Unsqueeze", s, first) for s in start]
-    direction = "reverse" if node.attrs["reverse"] else "forward"
-    assert carrier(x.dtype) is DType.F32
-    y, *last = e.op(
-        kind, sequence, w, r, bias, None, *start, outputs=1 + len(states), hidden_size=hidden, direction=direction,
-        **attrs,
-    )  # fmt: skip
-    y = e.op("Squeeze", y, np.array([1]))
-    if missing[0]:
-        none = e.op("Equal", e.sizes.scalar(x.shape[0]), np.int64(0))
-        last = [e.op("Where", none, before, after) for before, after in zip(start, last, strict=True)]
-    last = [e.op("Squeeze", s, first) for s in last]
-    if any(missing):
-        y = e.op("Slice", y, np.array([0, 0]), e.sizes.vector(x.shape[:2]), np.array([0, 1]))
-    if missing[1]:
-        last = [e.op("Slice", s, first, e.sizes.one(x.shape[1]), first) for s in last]
+def _transposed(e: Emitter, r: Value) -> onnx.Value:
+    return e.op("Transpose", e.value(r), perm=[1, 0])
+
+
+def _parts(e: Emitter, x: onnx.Value, count: int, r: Value) -> Values:
+    return e.op("Split", x, np.array([int(r.shape[1])] * count), outputs=count, axis=-1)
+
+
+def _steps(e: Emitter, node: Node, rows: onnx.Value, states: Sequence[Value], step: Step) -> Values:
+    """Rows [T, B, H] of the first state, and the last states."""
+    x, reverse = given(node)[0], node.attrs["reverse"]
+    length, type = e.sizes.scalar(x.shape[0]), onnx.TensorType(onnx_type(x.dtype))
+    end = e.op("Sub", length, np.int64(1)) if reverse else None
+    at = onnx.Value(name=e.unique("step"), type=onnx.TensorType(onnx.DataType.INT64), shape=onnx.Shape([]))
+    going = onnx.Value(name=e.unique("going"), type=onnx.TensorType(onnx.DataType.BOOL), shape=onnx.Shape([]))
+    before = [onnx.Value(name=e.unique("before"), type=type, shape=onnx.Shape([None] * 2)) for _ in states]
+    with e.body() as nodes:
+        row = e.op("Gather", rows, at if end is None else e.op("Sub", end, at), axis=0)
+        after = step(row, before)
+        seen, still = e.op("Identity", after[0]), e.op("Identity", going)
+    still.type, still.shape = onnx.TensorType(onnx.DataType.BOOL), onnx.Shape([])
+    for v in (seen, *after):
+        v.type, v.shape = type, onnx.Shape([None] * 2)
+    body = onnx.Graph([at, going, *before], [still, *after, seen], nodes=nodes, name=e.unique("each_step"))
+    *last, y = e.op("Loop", length, None, *map(e.value, states), outputs=1 + len(states), body=body)
+    # after no step at all, the Loop gives an axis of 0 for every size it does not know
+    y = e.op("Reshape", y, e.sizes.vector(node.results[0].shape), allowzero=1)
+    if reverse:
+        y = e.op("Slice", y, np.array([-1]), np.array([np.iinfo(np.int64).min]), np.array([0]), np.array([-1]))
     return y, *last
-
-
-def _missing(n: int | Dim) -> int | Dim:
-    """What is missing of 1; the number 0 where nothing can be."""
-    return 0 if at_least(n, 1) else size(sympy.Max(0, 1 - (n.expr if isinstance(n, Dim) else n)))

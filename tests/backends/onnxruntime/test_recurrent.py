@@ -42,7 +42,18 @@ def test_at_every_length(kind, reverse):
                 agrees(executable, inputs(g, length, batch), 1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 2e-2), ("f16", 2e-3)])
+@pytest.mark.parametrize("kind", list(GATES))
+def test_nan_and_infinity_go_on(kind):
+    """ONNX Runtime's own operators make numbers of them."""
+    g = graph(kind, (True,) * (1 + (kind == "gru")), {})
+    given = inputs(g, 4, 3)
+    given[0][1, 0, 2], given[0][2, 1, 0] = float("nan"), float("inf")
+    y, *_ = agrees(compiled(g), given, 1e-5)
+    assert y[1:, 0].isnan().all()
+    assert not y[:, 2].isnan().any()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 2e-2), ("f16", 2e-3), ("f64", 1e-12)])
 def test_other_floats(dtype, tolerance):
     g = graph("lstm", (True,), {}, dtype)
     agrees(compiled(g), inputs(g, 4, 2), tolerance)
