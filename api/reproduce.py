@@ -50,7 +50,7 @@ def reproduce(
         found.minimised = minimise(graph, seeds, fault, check, case, seconds=seconds)
     else:
         rule = found.culprit
-        seeds = _matched(rule, graph, found.location) if isinstance(rule, Rewrite) else []
+        seeds = _matched(rule, graph, found.location) if isinstance(rule, Rewrite) else _at(found.location, graph)
         end = time.monotonic() + seconds
         for p in suspects:
             small = minimise(graph, seeds, fault, partial(fault_of, p), case, seconds=end - time.monotonic())
@@ -93,10 +93,14 @@ def _describe(found: Culprit, backend: Backend) -> None:
         found.notices.append(f"the repro is Python, to be run where the class is defined: {e.message}")
 
 
+def _at(location: Location, graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if location and n.location == location]
+
+
 def _diverging(found: Culprit, graph: Graph) -> list[Node]:
     """The node of `graph` that a divergence is at; it may have been found in a copy."""
     if found.divergence is None:
-        return [n for n in graph.nodes if found.location and n.location == found.location]
+        return _at(found.location, graph)
     node = found.divergence.node
     twins = [n for n in graph.nodes if n.op == node.op and n.location == node.location]
     return [n for n in twins if n.results[0].origins & node.results[0].origins] or twins

@@ -118,7 +118,7 @@ def _header(graph: Graph, keyword: str) -> str:
         extra = print_origins(v.origins) if v.origins != {v.name} else ""
         ins.append(f"{names(v)}: {v.type}" + (f" {extra or 'origin()'}" if v.origins != {v.name} else ""))
     pairs = itertools.zip_longest(graph.output_names, graph.outputs)  # of a broken graph, of two lengths
-    outs = [f"%{symbol(n or '?')}: {'?' if v is None else v.type}" for n, v in pairs]
+    outs = [f"%{'?' if n is None else symbol(n)}: {'?' if v is None else v.type}" for n, v in pairs]
     name = "" if graph.name == "graph" and keyword == "graph" else f" @{symbol(graph.name)}"
     return f"{keyword}{name}({', '.join(ins)}) -> ({', '.join(outs)}) {{"
 
