@@ -29,44 +29,58 @@ def together(p: Any, x: Any, *names: Any) -> Any:
     return p.linear_linear(p.bind(unit, gated_unit(p, h)), down, p.optional(down_bias.name))
 
 
-def why_not_all(m: Match, columns: Sequence[Column | None], expected: str) -> Refused | None:
+_LAYERS = ("gate", "up", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias")
+
+
+def why_not_all(m: Match, columns: Sequence[Column | None], expected: str, others: bool = False) -> Refused | None:
     """Refuses unless each expert of one routing is there once, with weights of its own that stack. `columns` are the
-    (weights, experts, e) of each repetition, None where its factor is not `expected`."""
-    for factor, column in zip(m.factor, columns, strict=True):
-        if column is None:
-            text = f"an expert's output is multiplied by {describe(factor)} {factor.type}, expected {expected}"
-            return m.no(text, at=factor)
-    known = [c for c in columns if c is not None]
-    weights, experts, _ = known[0]
-    for factor, other in zip(m.factor, known, strict=True):
+    (weights, experts, e) of each repetition, None where its factor is not `expected`; with `others` those are left."""
+    known = [(factor, c) for factor, c in zip(m.factor, columns, strict=True) if c is not None]
+    strange = [factor for factor, c in zip(m.factor, columns, strict=True) if c is None]
+    also = ""
+    if strange:
+        found = f"multiplied by {describe(strange[0])} {strange[0].type}, expected {expected}"
+        also = f"; {len(strange)} gated MLPs beside them are {found}"
+        if not known or not others:
+            return m.no(f"an expert's output is {found}", at=strange[0])
+    weights, experts, first = known[0][1]
+    for factor, other in known:
         if other[0] is not weights or other[1] is not experts:
-            text = (
-                f"experts {known[0][2]} and {other[2]} are weighted by two routings: {_named(weights)} for expert ids"
-            )
+            text = f"experts {first} and {other[2]} are weighted by two routings: {_named(weights)} for expert ids"
             text += f" {_named(experts)}, and {_named(other[0])} for {_named(other[1])}; expected one for all"
             return m.no(text, at=factor)
-    found = sorted(c[2] for c in known)
     num = num_experts(experts)
     if num is None:
         text = f"the expert ids come from {describe(experts)}; how many experts there are is known of moe.route, topk,"
         return m.no(f"{text} sort and argmax", at=experts)
-    if found != list(range(num)):
-        twice = sorted({e for e in found if found.count(e) > 1})
-        missing = sorted(set(range(num)) - set(found))
-        said = [f"experts {missing} are missing"] if missing else []
-        said += [f"experts {twice} are there twice"] if twice else []
-        said += [f"there is no expert {e}" for e in found if not 0 <= e < num]
-        return m.no(f"the router chooses among {num} experts, {' and '.join(said)}", at=experts)
-    forms = {_form(v) for v in m.unit}
+    wrong = _why_not_each(sorted(c[2] for _, c in known), num)
+    if wrong:
+        return m.no(f"the router chooses among {num} experts, {wrong}{also}", at=experts)
+    return _why_not_stacks(m, [i for i, c in enumerate(columns) if c is not None])
+
+
+def _why_not_each(found: list[int], num: int) -> str:
+    """What is wrong with the experts that were found, where it is not each of 0 … num − 1 once."""
+    twice = sorted({e for e in found if found.count(e) > 1})
+    missing = sorted(set(range(num)) - set(found))
+    said = [f"experts {missing} are missing"] if missing else []
+    said += [f"experts {twice} are there twice"] if twice else []
+    return " and ".join([*said, *(f"there is no expert {e}" for e in found if not 0 <= e < num)])
+
+
+def _why_not_stacks(m: Match, which: Sequence[int]) -> Refused | None:
+    """Refuses where these repetitions differ, or their weights make no stack."""
+    units = [m.unit[i] for i in which]
+    forms = {_form(v) for v in units}
     if len(forms) > 1:
-        said = [" ".join(map(str, (op, *(v for _, v in attrs if v is not None)))) for op, attrs, _ in sorted(forms)]
-        return m.no(f"the experts have different activations or layouts: {', '.join(said)}", at=m.unit[0])
-    for name in ("gate", "up", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias"):
-        reason = _why_not_stacked(name, m.get(name) or ())
+        said = [" ".join(map(str, (op, *(v for _, v in attrs if v is not None)))) for op, attrs, _ in forms]
+        return m.no(f"the experts have different activations or layouts: {', '.join(sorted(said))}", at=units[0])
+    for name in _LAYERS:
+        reason = _why_not_stacked(name, [m.get(name)[i] for i in which] if m.get(name) else ())
         if reason:
             return m.no(reason)
     if m.get("gate") is None:
-        reason = why_not_halves(m, m.gate_up[0].shape[0])
+        reason = why_not_halves(m, m.gate_up[which[0]].shape[0])
         return m.no(reason) if reason else None
     return None
 
@@ -97,9 +111,10 @@ def _form(unit: Value) -> tuple[Any, ...]:
     return node.op, tuple(sorted(node.attrs.items(), key=str)), gate.op if gate is not None else ""
 
 
-def experts_of(b: Any, m: Match, columns: Sequence[Column], x: Value) -> Value:
+def experts_of(b: Any, m: Match, columns: Sequence[Column | None], x: Value) -> Value:
     """`moe.experts` on x [..., d] of what `why_not_all` accepts, in the shape of x."""
-    order = sorted(range(len(columns)), key=lambda i: columns[i][2])
+    known = {i: c for i, c in enumerate(columns) if c is not None}
+    order = sorted(known, key=lambda i: known[i][2])
 
     def ordered(*names: str) -> Value | None:
         rows = [tuple(m.get(n)[i] for n in names) for i in order]
@@ -112,8 +127,8 @@ def experts_of(b: Any, m: Match, columns: Sequence[Column], x: Value) -> Value:
         ordered("gate_bias", "up_bias") if split else ordered("gate_up_bias"),
         ordered("down_bias"),
     )
-    weights, experts = _by_token(b, columns[0][0]), _by_token(b, columns[0][1])
-    weights = narrowed(b, weights, m.factor[0].dtype)
+    weights, experts = (_by_token(b, v) for v in known[order[0]][:2])
+    weights = narrowed(b, weights, m.factor[order[0]].dtype)
     y = b.moe_experts(reshaped(b, x, (experts.shape[0], x.shape[-1])), weights, experts, *stacks, **unit_attrs(m))
     return reshaped(b, y, x.shape)
 

@@ -38,13 +38,15 @@ class StackedExperts(Rewrite):
 
     def pattern(self, p: Any, y: Any, factors: Any) -> Any:
         weighted = p.sum(p.mul(y, factors), axes=p.attr(), keepdim=p.attr())
-        return p.either(weighted, p.matmul(y, factors))
+        # of one choice there is nothing to add up
+        return p.either(weighted, p.matmul(y, factors), p.mul(y, factors))
 
     def when(self, m: Match) -> Refused | None:
         try:
             found(m)
         except NotExpertsError as e:
-            return m.no(e.reason, at=e.at, far=not e.near)
+            product = m.root.producer is not None and m.root.producer.op == "math.mul"
+            return m.no(e.reason, at=e.at, far=product or not e.near)
         return None
 
     def replace(self, b: Any, m: Match) -> Any:

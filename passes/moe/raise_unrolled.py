@@ -23,12 +23,13 @@ class UnrolledExperts(Rewrite):
     """
 
     def pattern(self, p: Any, x: Any) -> Any:
-        def split(gate: Any, gate_bias: Any, up: Any, up_bias: Any, unit: Any, down: Any, down_bias: Any,
+        def split(term: Any, gate: Any, gate_bias: Any, up: Any, up_bias: Any, unit: Any, down: Any, down_bias: Any,
                   factor: Any) -> Any:  # fmt: skip
-            return p.mul(separate(p, x, gate, gate_bias, up, up_bias, unit, down, down_bias), factor)
+            return p.bind(term, p.mul(separate(p, x, gate, gate_bias, up, up_bias, unit, down, down_bias), factor))
 
-        def merged(gate_up: Any, gate_up_bias: Any, unit: Any, down: Any, down_bias: Any, factor: Any) -> Any:
-            return p.mul(together(p, x, gate_up, gate_up_bias, unit, down, down_bias), factor)
+        def merged(term: Any, gate_up: Any, gate_up_bias: Any, unit: Any, down: Any, down_bias: Any,
+                   factor: Any) -> Any:  # fmt: skip
+            return p.bind(term, p.mul(together(p, x, gate_up, gate_up_bias, unit, down, down_bias), factor))
 
         # one alone is a shared expert
         return p.either(*(p.tree("add", p.repeat(mlp, least=2), p.rest("others")) for mlp in (split, merged)))
@@ -40,14 +41,15 @@ class UnrolledExperts(Rewrite):
     def when(self, m: Match) -> Refused | None:
         columns = self._columns(m)
         want = "its column of a routing: Σ (experts = e) · weights, or column e of weights scattered over zeros"
-        refused = why_not_all(m, columns, want)
-        if refused is None and columns[0] is not None:
-            refused = why_not_rows(m, columns[0], m.x)
-        return refused
+        refused = why_not_all(m, columns, want, others=True)
+        return refused or why_not_rows(m, next(c for c in columns if c is not None), m.x)
 
     def replace(self, b: Any, m: Match) -> Any:
-        y = experts_of(b, m, [c for c in self._columns(m) if c is not None], m.x)
-        for other in m.others:
+        columns = self._columns(m)
+        y = experts_of(b, m, columns, m.x)
+        # a shared expert has a factor that is no routing's
+        shared = [term for term, column in zip(m.term, columns, strict=True) if column is None]
+        for other in (*m.others, *shared):
             y = y if is_filled(other, 0) else b.add(y, other)
         return y
 
@@ -88,12 +90,10 @@ class IndexedExperts(Rewrite):
         columns = self._columns(m)
         want = "the weights [n, 1] that the tokens where(experts = e) have for e, weights[tokens, choice] say"
         refused = why_not_all(m, columns, want)
-        if refused is None and columns[0] is not None:
-            refused = why_not_rows(m, columns[0], m.x)
-        return refused
+        return refused or why_not_rows(m, next(c for c in columns if c is not None), m.x)
 
     def replace(self, b: Any, m: Match) -> Any:
-        y: Value = experts_of(b, m, [c for c in self._columns(m) if c is not None], m.x)
+        y: Value = experts_of(b, m, self._columns(m), m.x)
         return y if is_filled(m.start, 0) else b.add(m.start, y)
 
 

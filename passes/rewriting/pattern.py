@@ -93,8 +93,8 @@ class PatternBuilder:
         return self._created(PNode(opdef, tuple(values), full, count))
 
     def chain(self, repeat: Repeat, below: str | Var, end: Any) -> PResult:
-        """Links of one op, each computed from the one that it captures as `below`, the last from `end`: all of a
-        maximal chain. `p.chain(p.repeat(lambda below, i, v: p.index_put(below, i, v)), "below", p.any("start"))`
+        """Links of one op, each with the one that it captures as `below` among its operands, the last with `end`: all
+        of a maximal chain. `p.chain(p.repeat(lambda below, i, v: p.index_put(below, i, v)), "below", p.any("start"))`
         finds all writes into one tensor; the captures of the links stand in the match from the top down."""
         links = _alternatives(repeat.inner) if isinstance(repeat, Repeat) else ()
         ops = {q.node.opdef if isinstance(q, PResult) and q.node.results == 1 else None for q in links}

@@ -376,3 +376,41 @@ def test_a_parameter_with_a_default_keeps_it():
     graph = graph_of(lambda b, x, y: b.mul(x, 3.0))
     assert r.run(graph) == graph
     assert ops(r.run(graph_of(lambda b, x, y: b.mul(x, 2.0)))) == ["math.add"]
+
+
+def writes(self, p, start):
+    link = lambda below, v: p.either(p.sub(below, p.silu(v)), p.sub(below, p.mul(below, v)))  # noqa: E731
+    return p.chain(p.repeat(link), "below", start)
+
+
+def test_a_chain_is_matched_whole_from_the_top_down():
+    def body(b, x, y):
+        link = b.sub(b.sub(b.relu(x), b.silu(y)), b.silu(x))
+        return b.relu(b.sub(link, b.mul(link, b.exp(y))))
+
+    seen = []
+
+    def replace(self, b, m):
+        seen.append((m.start.producer.op, [v.name or v.producer.op for v in m.v]))
+        return b.abs(m.start)
+
+    graph = rule(writes, replace).run(graph_of(body))
+    assert ops(graph) == ["math.relu", "math.exp", "math.abs", "math.relu"]
+    assert seen == [("math.relu", ["math.exp", "x", "y"])]
+
+
+def test_a_chain_ends_where_a_link_has_another_use():
+    def body(b, x, y):
+        inner = b.sub(x, b.silu(y))
+        return b.sub(inner, b.silu(x)), b.neg(inner)
+
+    found = []
+    rule(writes, None, lambda self, m: found.append(len(m.v)) or m.no("look")).run(graph_of(body))
+    assert found == []  # as a whole it is not closed, and a part of it is no chain
+
+
+def test_a_chain_goes_on_through_one_op():
+    both = lambda self, p, x: p.chain(p.repeat(lambda v: p.either(p.silu(v), p.neg(v))), "v", x)  # noqa: E731
+    graph = graph_of(lambda b, x, y: b.silu(x))
+    with pytest.raises(CompileError, match="of one op"):
+        rule(both, None).run(graph)
