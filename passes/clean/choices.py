@@ -23,7 +23,7 @@ _POINTWISE = (
     "math.or", "math.where",
 )  # fmt: skip
 # a stored mask larger than this is not read
-_READ_LIMIT = 1 << 26
+_READ_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,22 @@ def num_experts(experts: Value) -> int | None:
     return num if isinstance(num, int) else None
 
 
+def distinct(experts: Value) -> bool:
+    """Whether no token has an expert twice among its ids [..., k], or [T] of one choice, by the op that chose them."""
+    if experts.type.rank == 1 or experts.shape[-1] == 1:
+        return True
+    while experts.producer is not None and experts.producer.op in ("tensor.reshape", "tensor.slice", "math.cast"):
+        (below,) = experts.producer.operands
+        assert below is not None
+        if experts.producer.op == "tensor.reshape" and below.shape[-1:] != experts.shape[-1:]:
+            return False
+        experts = below
+    node = experts.producer
+    if node is None or (node.op, experts.index) not in _CHOICES or node.op == "math.argmax":
+        return False
+    return node.op == "moe.route" or node.attrs["axis"] in (-1, experts.type.rank - 1)
+
+
 def flat(b: Any, v: Value) -> Value:
     """Weights or experts [..., k] as [tokens, k]."""
     if v.type.rank == 2:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moec.ir import Value
 from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import Column, flat, num_experts, same_sizes
+from moec.passes.moe.combine import Column, flat, num_experts
 from moec.passes.moe.structure import gated_unit, glu, narrowed, reshaped, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused
 from moec.passes.rewriting.match_values import describe
@@ -127,14 +127,15 @@ def experts_of(b: Any, m: Match, columns: Sequence[Column | None], x: Value) -> 
         ordered("gate_bias", "up_bias") if split else ordered("gate_up_bias"),
         ordered("down_bias"),
     )
-    weights, experts = (_by_token(b, v) for v in known[order[0]][:2])
-    weights = narrowed(b, weights, m.factor[order[0]].dtype)
+    weights, experts, _ = known[order[0]]
+    experts = _by_token(b, experts)
+    weights = narrowed(b, reshaped(b, weights, experts.shape), m.factor[order[0]].dtype)
     y = b.moe_experts(reshaped(b, x, (experts.shape[0], x.shape[-1])), weights, experts, *stacks, **unit_attrs(m))
     return reshaped(b, y, x.shape)
 
 
 def _by_token(b: Any, v: Value) -> Value:
-    """Weights or expert ids as [T, k]; those of one choice may have no axis for it."""
+    """Expert ids as [T, k]; those of one choice may have no axis for it."""
     return reshaped(b, v, (v.shape[0], 1)) if v.type.rank == 1 else flat(b, v)
 
 
@@ -146,6 +147,6 @@ def why_not_rows(m: Match, column: Column, x: Value) -> Refused | None:
     k = experts.shape[-1] if experts.type.rank > 1 else 1
     if x.type.numel * k != experts.type.numel * x.shape[-1]:
         return m.no(f"x {x.type} has no row for each token of the expert ids {experts.type}", at=x)
-    if experts.type.rank > 1 and not same_sizes(weights, experts):
+    if weights.type.numel != experts.type.numel:
         return m.no(f"the weights are {weights.type}, the expert ids {experts.type}", at=weights)
     return None

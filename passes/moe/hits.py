@@ -4,7 +4,7 @@ that it reads for them."""
 from __future__ import annotations
 
 from moec.ir import Value
-from moec.passes.moe.combine import Column, combine_column, equals, num_experts
+from moec.passes.moe.combine import Column, combine_column, distinct, equals
 from moec.passes.moe.structure import is_filled, producer, through
 from moec.passes.rewriting.match_values import scalar_constant
 
@@ -26,7 +26,8 @@ def hits(v: Value | None) -> tuple[Value, int] | None:
 
 def weighed(tokens: Value, factor: Value) -> Column | None:
     """(weights, experts, e) where `tokens` are those that chose expert e, and `factor` [n, 1] is its weight for them.
-    Weights and experts are [T, k], or [T] where there is one choice."""
+    Experts are [T, k], or [T] where there is one choice; weights are as many, in any
+    shape."""
     found = hits(tokens)
     if found is None:
         return None
@@ -42,7 +43,7 @@ def weighed(tokens: Value, factor: Value) -> Column | None:
     if index is tokens:
         return _per_token(table, experts, e, mask)
     weights = through(table, "tensor.reshape", "math.cast")
-    if weights is None or weights.shape != experts.shape or mask.type.rank != 2 or table.shape[0] != mask.type.numel:
+    if weights is None or mask.type.rank != 2 or not weights.type.numel == table.shape[0] == experts.type.numel:
         return None
     return (weights, experts, e) if _flat_index(index, mask, axis, experts.shape[1]) else None
 
@@ -58,8 +59,7 @@ def _per_token(table: Value, experts: Value, e: int, mask: Value) -> Column | No
     if column is None or through(column[1], "tensor.reshape") is not same or column[2] != e:
         return None
     # a token that chose the expert twice would be there twice
-    distinct = mask.type.rank == 1 or num_experts(experts) is not None
-    return column if distinct else None
+    return column if mask.type.rank == 1 or distinct(experts) else None
 
 
 def _chosen(mask: Value) -> tuple[Value, int, int] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes.moe.combine import num_experts
+from moec.passes.moe.combine import distinct
 from moec.passes.moe.structure import is_filled
 from moec.passes.rewrite import Match, Refused, Rewrite
 
@@ -19,8 +19,8 @@ def _why_not_chosen(m: Match, into: Value, x: Value) -> Refused | None:
     """Refuses a scatter over `into`, where it has not the shape of x or its indices may repeat."""
     if into.shape != x.shape or m.experts.shape[:-1] != x.shape[:-1]:
         return m.no(f"{m.experts.type} are places in {into.type}, not in {x.type}", at=into)
-    if num_experts(m.experts) is None:
-        return m.no("the places may repeat: they come from no topk, sort, argmax or route", at=m.experts)
+    if not distinct(m.experts):
+        return m.no("the places may repeat: they come from no topk, sort or route of each token", at=m.experts)
     return None
 
 
@@ -115,7 +115,7 @@ class MaskedScores(Rewrite):
     def when(self, m: Match) -> Refused | None:
         if not is_filled(m.zeros, 0) or not is_filled(m.ones, 1):
             return m.no("the mask is not 1 where experts are chosen and 0 elsewhere", at=m.zeros)
-        if m.root.type != m.scores.type:
+        if m.root.type != m.scores.type or not m.root.dtype.is_float:
             return m.no(f"{m.scores.type} are masked to {m.root.type}", at=m.scores)
         return _why_not_chosen(m, m.zeros, m.scores)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
-from moec.passes.moe.combine import Column, combine_column
+from moec.passes.moe.combine import Column, combine_column, distinct
 from moec.passes.moe.expert_modules import experts_of, separate, together, why_not_all, why_not_rows
 from moec.passes.moe.expert_weights import maybe_cast
 from moec.passes.moe.hits import weighed
@@ -90,7 +90,10 @@ class IndexedExperts(Rewrite):
         columns = self._columns(m)
         want = "the weights [n, 1] that the tokens where(experts = e) have for e, weights[tokens, choice] say"
         refused = why_not_all(m, columns, want)
-        return refused or why_not_rows(m, next(c for c in columns if c is not None), m.x)
+        column = next((c for c in columns if c is not None), None)
+        if refused is None and column is not None and not distinct(column[1]):
+            return m.no("a token may have one expert twice, and is then written twice", at=column[1])
+        return refused or (why_not_rows(m, column, m.x) if column is not None else None)
 
     def replace(self, b: Any, m: Match) -> Any:
         y: Value = experts_of(b, m, self._columns(m), m.x)

@@ -276,6 +276,22 @@ def test_lookalikes_stay_and_say_why(name):
     assert says in reasons
 
 
+def test_independent_choices_may_repeat_and_are_not_read_and_put():
+    """Two argmaxes of one token may be one expert: adding up is right then, reading and putting back is not."""
+
+    class Heads(Layer):
+        def forward(self, x):
+            logits = self.router_logits(x.reshape(-1, D))
+            both = torch.stack([logits, logits * torch.arange(E)], 1).softmax(-1)
+            return self.combine(self, x.reshape(-1, D), both.amax(-1), both.argmax(-1)).view(x.shape)
+
+    graph, _ = raised(Heads(forms.dense_equal), law=True)
+    assert len(graph.find("moe.experts")) == 1
+    graph, reasons = raised(Heads(forms.loop_read_and_put))
+    assert not graph.find("moe.experts")
+    assert "one expert twice" in reasons
+
+
 def test_factors_with_the_axes_exchanged():
     """As many tokens as experts, and the combine matrix the wrong way round."""
 
