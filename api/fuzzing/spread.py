@@ -91,6 +91,8 @@ def _moved(
                 binding.setdefault(symbol, tensor.shape[axis])
         if node is not None and _computes(node) and value.dtype.is_wide_float and tensor.numel():
             tensor = _around(node, value, tensor, values, binding, r)
+            if node.op == "math.cast" and value.dtype in (DType.F16, DType.BF16):
+                tensor = _carried(node, tensor, values, r)
         values[value] = tensor
         return tensor
 
@@ -129,6 +131,18 @@ def _around(
     stays = ~exact.isfinite() | ((base == 0) & (exact != 0))
     moved = torch.where(stays, base, base + noise * amount.nan_to_num(0.0, 0.0))
     return _signed(moved, r).to(tensor.dtype)
+
+
+def _carried(node: Node, t: torch.Tensor, values: Mapping[Value, torch.Tensor], r: torch.Generator) -> torch.Tensor:
+    """A cast with half of what underflows as the least number above 0: a carrier keeps it, and 0 · ∞ shows it."""
+    (x,) = node.operands
+    given = values.get(x) if x is not None else None
+    if given is None or not given.is_floating_point():
+        return t
+    limits, before = torch.finfo(t.dtype), given.to(torch.float64)
+    least = torch.copysign(torch.full_like(before, limits.smallest_normal * limits.eps), before).to(t.dtype)
+    kept = torch.rand(t.shape, generator=r, dtype=torch.float64) < 0.5
+    return torch.where(kept & (t == 0) & (before != 0), least, t)
 
 
 def _accumulated(value: Value) -> float:

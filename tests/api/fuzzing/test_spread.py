@@ -79,3 +79,14 @@ def test_what_is_less_than_its_error_may_be_0():
     assert bool(found.free)
     (found,) = spread(graph, [torch.tensor([-2.0])])
     assert not bool(found.free)
+
+
+def test_what_underflows_may_be_carried_on():
+    """bf16 carried in f32 keeps −1e-42, and −1e-42 · ∞ is −∞, not NaN."""
+    text = (
+        "graph(%x: f32[2], %y: bf16[2]) -> (%z: bf16[2]) {\n  %0: bf16[2] = math.cast(%x) {dtype=bf16}\n"
+        "  %1: bf16[2] = math.mul(%0, %y)\n  return %1\n}"
+    )
+    found, want = of(text, torch.tensor([-1e-42, 1e-42]), torch.tensor([float("inf"), 2.0], dtype=torch.bfloat16))
+    assert found.free.tolist() == [True, False]
+    assert found.explains(want, torch.tensor([float("-inf"), 0.0], dtype=torch.bfloat16), 1e-30)
