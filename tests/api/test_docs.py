@@ -24,12 +24,17 @@ def blocks(path: Path) -> list[tuple[int, str, str | None, str]]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A fresh current folder, whose modules are forgotten afterwards."""
+    """A fresh current folder, whose modules are forgotten afterwards, as those of other tests' folders before."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    _forget(tmp_path.parent)
     yield tmp_path
+    _forget(tmp_path)
+
+
+def _forget(folder):
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(f"{tmp_path}/"):
+        if str(getattr(module, "__file__", None)).startswith(f"{folder}/"):
             del sys.modules[name]
 
 
