@@ -83,8 +83,9 @@ class PromptDecoder(CachedDecoder):
     """The first step, from no past: input_ids i64[B, S], attention_mask i64[B, S] → (logits of the last position
     [B, V], cache tensors)."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Past]:  # type: ignore[override]
-        return self.__dict__["step"](input_ids, attention_mask)  # type: ignore[no-any-return]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Past]:  # type: ignore[override]  # no past
+        result: tuple[Tensor, Past] = self.__dict__["step"](input_ids, attention_mask)
+        return result
 
 
 def cached_decoder(model: nn.Module) -> tuple[CachedDecoder, Callable[[int, int], Past]]:

@@ -59,11 +59,11 @@ def something_found() -> Iterator[set[Line]]:
             return original(self, expr, hint, node, oblivious, fallback, **more)
         return sympy.true if found else sympy.false
 
-    ShapeEnv._evaluate_expr = evaluate  # type: ignore[method-assign, assignment]
+    ShapeEnv._evaluate_expr = evaluate  # type: ignore[method-assign, assignment]  # torch has no hook
     try:
         yield lines
     finally:
-        ShapeEnv._evaluate_expr = original  # type: ignore[method-assign]
+        ShapeEnv._evaluate_expr = original  # type: ignore[method-assign]  # as it was
         _decided.reset(token)
 
 

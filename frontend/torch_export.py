@@ -210,7 +210,9 @@ def _decompositions(lowerings: int) -> dict[Any, Any]:
 
 @contextmanager
 def _export_settings() -> Iterator[None]:
-    open_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    open_sizes = torch.fx.experimental._config.patch(  # type: ignore[attr-defined]  # made when torch is imported
+        backed_size_oblivious=True
+    )
     with open_sizes, GroupedMMMode(), RecurrentMode():
         yield
 

@@ -24,7 +24,7 @@ class Loop(op_loop.Loop):  # the evaluator finds it by its name
         while going and (M is None or iteration < M):
             inputs = known | dict(zip(names[2:], current, strict=True))
             inputs |= {names[0]: np.array(iteration, np.int64), names[1]: np.asarray(going)}
-            results = self._run_body(inputs, attributes=attributes, bindings=bindings)  # type: ignore[attr-defined]
+            results = self._run_body(inputs, attributes=attributes, bindings=bindings)  # type: ignore[attr-defined]  # of the base
             going, current = results[0], list(results[1 : 1 + self.N])
             for kept, row in zip(rows, results[1 + self.N :], strict=True):
                 kept.append(row)

@@ -32,8 +32,8 @@ def parts(mask: Value) -> list[Part]:
         condition, a, b = choice.operands
         for allowed, zero, low in ((True, a, b), (False, b, a)):
             numbers = choice_form(zero), choice_form(low)
-            if all(n is not None and n.constant for n in numbers) and numbers[0].yes == 0:  # type: ignore[union-attr]
-                return _conjuncts(condition, allowed, float(numbers[1].yes))  # type: ignore[union-attr]
+            if all(n is not None and n.constant for n in numbers) and numbers[0].yes == 0:  # type: ignore[union-attr]  # none is None
+                return _conjuncts(condition, allowed, float(numbers[1].yes))  # type: ignore[union-attr]  # as before
     return [Part(mask, None)]
 
 

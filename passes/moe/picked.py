@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from moec.ir import Value
 from moec.passes.moe.axes import Axis, Named, Piece, flattened
 from moec.passes.moe.stacked_mlp import NotExpertsError, moved
 from moec.passes.moe.structure import counts_up, producer, through
+from moec.passes.rewrite import Match
 from moec.passes.rewriting.match_values import scalar_constant
+
+F = TypeVar("F")
+
+
+def either_way(m: Match, find: Callable[[Match, Value, Value], F]) -> F:
+    """What is found where outputs `m.y` are multiplied by `m.factors`, or the two the other way round. Raises the
+    NotExpertsError that came nearer."""
+    refusals = []
+    for y, factors in ((m.y, m.factors), (m.factors, m.y)):
+        try:
+            return find(m, y, factors)
+        except NotExpertsError as e:
+            refusals.append(e)
+    raise max(refusals, key=lambda e: e.near)
 
 
 def picked_outputs(v: Value) -> tuple[Value, Value, Value] | None:

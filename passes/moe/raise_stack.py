@@ -8,7 +8,7 @@ from typing import Any
 from moec.ir import Value
 from moec.passes.moe.axes import Axis, Named, Piece, flattened, named
 from moec.passes.moe.combine import combine_matrix, flat, same_sizes
-from moec.passes.moe.picked import name_picked, picked_outputs
+from moec.passes.moe.picked import either_way, name_picked, picked_outputs
 from moec.passes.moe.stacked_mlp import NotExpertsError, moved
 from moec.passes.moe.structure import producer, reshaped
 from moec.passes.rewrite import Match, Refused, Rewrite
@@ -56,13 +56,7 @@ class StackedOutputs(Rewrite):
 
 def found(m: Match) -> Stack:
     """The outputs that a match weighs. Raises NotExpertsError."""
-    refusals = []
-    for y, factors in ((m.y, m.factors), (m.factors, m.y)):
-        try:
-            return _found(m, y, factors)
-        except NotExpertsError as e:
-            refusals.append(e)
-    raise max(refusals, key=lambda e: e.near)
+    return either_way(m, _found)
 
 
 def _found(m: Match, y: Value, factors: Value) -> Stack:
@@ -76,7 +70,7 @@ def _found(m: Match, y: Value, factors: Value) -> Stack:
     if concat is None or routing is None or len(concat.operands) < 2:
         raise NotExpertsError("it is no stack of outputs that a routing weighs", y)
     outputs = [moved(o) for o in concat.operands]
-    if any(v is None or v.type != outputs[0].type or v.type.rank < 2 for v in outputs):  # type: ignore[union-attr]
+    if any(v is None or v.type != outputs[0].type or v.type.rank < 2 for v in outputs):  # type: ignore[union-attr]  # None is tested first
         raise NotExpertsError("what is stacked differs in its type", y)
     if not same_sizes(*routing):
         raise NotExpertsError(f"weights are {routing[0].type}, expert ids {routing[1].type}", source, near=True)

@@ -11,7 +11,7 @@ import torch
 from moec.ir import Value, Weight
 from moec.passes.moe.axes import Piece, flattened
 from moec.passes.moe.combine import combine_matrix, flat
-from moec.passes.moe.picked import name_picked, picked_outputs
+from moec.passes.moe.picked import either_way, name_picked, picked_outputs
 from moec.passes.moe.stacked_mlp import Layer, NotExpertsError, StackedMLP, moved
 from moec.passes.moe.structure import narrowed, reshaped
 from moec.passes.rewrite import Match, Refused, Rewrite
@@ -64,13 +64,7 @@ class StackedExperts(Rewrite):
 
 def found(m: Match) -> Found:
     """The experts that a match is. Raises NotExpertsError."""
-    refusals = []
-    for y, factors in ((m.y, m.factors), (m.factors, m.y)):
-        try:
-            return _found(m, y, factors)
-        except NotExpertsError as e:
-            refusals.append(e)
-    raise max(refusals, key=lambda e: e.near)
+    return either_way(m, _found)
 
 
 def _found(m: Match, y: Value, factors: Value) -> Found:
