@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import sympy
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
 from moec.frontend.locate import is_users
 
@@ -40,6 +40,7 @@ def something_found() -> Iterator[set[Line]]:
     times: Counter[Line] = Counter()
     token = _decided.set(lines)
     original: Any = ShapeEnv._evaluate_expr
+    uninteresting_files().add(__file__)  # guards name the innermost line of other files (torch keeps this set)
 
     def evaluate(self: Any, expr: Any, hint: Any = None, node: Any = None, oblivious: bool = False,
                  fallback: bool | None = None, **more: Any) -> Any:  # fmt: skip

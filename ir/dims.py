@@ -179,12 +179,12 @@ def _bounded(expr: sympy.Expr) -> sympy.Expr:
 def _extent(expr: sympy.Expr) -> tuple[int, int, int]:
     """Terms after expansion (at most), functions, nesting. Sympy builds from parts that were measured before, so the
     recursion is short."""
-    if expr.is_Integer:
-        if not -_LARGEST <= int(expr) < _LARGEST:
+    if expr.is_Rational:
+        if not (-_LARGEST <= expr.p < _LARGEST and expr.q < _LARGEST):
             raise CompileError("a dimension has a factor beyond 64 bits", code="dims")
         return 1, 0, 0
     if not expr.args:
-        if expr.is_Symbol or expr.is_Rational:
+        if expr.is_Symbol:
             return 1, 0, 0
         raise CompileError(f"a dimension holds {expr}, which is no size", code="dims")
     parts = [_extent(a) for a in expr.args]

@@ -124,7 +124,7 @@ PARTS = {
     "longcat_flash": Parts(2, 9, rope=4, experts=1),
     "lfm2_moe": Parts(1, 7, rope=2, experts=1, conv=1),
     "granitemoehybrid_mamba": Parts(1, 6, experts=2, linear=1, conv=1),
-    "nemotron_h_mamba": Parts(0, 4, experts=1, linear=1, conv=1),  # one layer of Mamba-2, then one of experts
+    "nemotron_h_mamba": Parts(1, 5, experts=1, linear=1, conv=1),  # layers of Mamba-2, experts, attention
     "bamba": Parts(1, 6, rope=2, linear=1, conv=1),
     "mamba": Parts(0, 2, linear=1, conv=1),
     "mamba2": Parts(0, 3, linear=1, conv=1),
