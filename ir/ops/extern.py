@@ -213,6 +213,14 @@ def operand_names(op: Any, count: int) -> tuple[list[str], list[str]]:
 
 def evaluate(op: Any, operands: Any) -> tuple[torch.Tensor, ...]:
     """Run one operator in ONNX's reference evaluator."""
+    from moec.ir.ops.extern_versions import evaluator_knows
+
+    domain, op_type = split_name(op.opdef.name)
+    if not domain and not evaluator_knows(op_type, op.version):
+        raise CompileError(
+            f"{op.opdef.name} meant something else in opset {op.version} than what ONNX's reference evaluator computes",
+            code="execution",
+        )
     names, captured = operand_names(op, len(operands))
     feeds = {}
     types = {}
