@@ -193,6 +193,10 @@ MALFORMED = {
         lambda: model([helper.make_node("Neg", ["x", "w"], ["y"])], [X], [Y], W2),
         ["Neg: takes 1 to 1 operands in opset 22, got 2", "at Neg_0"],
     ),
+    "too many outputs": (
+        lambda: model([helper.make_node("Neg", ["x"], ["y", "z"])], [X], [Y]),
+        ["Neg: gives 1 outputs in opset 22, 2 are named", "at Neg_0"],
+    ),
     "missing attribute": (
         lambda: model([helper.make_node("Concat", ["x", "w"], ["y"])], [X], [value("y", [4])], W2),
         ["Concat: attribute 'axis' is missing"],
