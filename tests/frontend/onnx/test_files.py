@@ -110,6 +110,27 @@ def test_a_file_that_is_replaced_after_the_check(tmp_path):
         weight.load()
 
 
+def test_a_folder_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """Between the last look at a folder on the way and the opening of the file in it."""
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    for at, data in ((folder / "sub", W), (outside, 7 * W)):
+        at.mkdir(parents=True)
+        (at / "w.bin").write_bytes(b"____" + data.tobytes())
+    weight = import_onnx(saved(folder, location="sub/w.bin")).graph.weights["w"].weight
+    opening = os.open
+
+    def swapped(path, *args, **kwargs):
+        if Path(path).name == "w.bin" and not (folder / "sub").is_symlink():
+            (folder / "sub").rename(folder / "was")
+            (folder / "sub").symlink_to(outside)
+        return opening(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", swapped)
+    torch.testing.assert_close(weight.load(), torch.from_numpy(W))
+    with pytest.raises(CompileError, match="by a link"):
+        weight.load()
+
+
 def test_external_data_of_a_model_in_memory(tmp_path):
     proto = onnx.ModelProto.FromString(saved(tmp_path).read_bytes())
     refused(proto, "a model in memory has no folder")
