@@ -262,6 +262,14 @@ def test_recursive_functions(cycle):
     refused(proto, "recursive function: f.A")
 
 
+def test_functions_of_another_opset():
+    body = [helper.make_node("Softmax", ["x"], ["y"], axis=1)]
+    soft = helper.make_function("my", "Soft", ["x"], ["y"], body, [helper.make_opsetid("", 11)])
+    proto = model([helper.make_node("Soft", ["x"], ["y"], domain="my")], [X], [Y], functions=[soft], domains=["my"])
+    refused(proto, "function my.Soft is of opset 11 of ai.onnx, the model of opset 22", "not supported",
+            code="unsupported-model")  # fmt: skip
+
+
 def test_functions_that_expand_without_end():
     """Each function calls the one before it ten times: 10¹² nodes in a file of a few kilobytes."""
     functions = [helper.make_function("f", "F0", ["a"], ["b"], [helper.make_node("Neg", ["a"], ["b"])],
