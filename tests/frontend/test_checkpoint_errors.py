@@ -332,7 +332,7 @@ def test_pickles_are_not_opened(tmp_path, monkeypatch):
 
 def test_other_folders(tmp_path):
     refused(tmp_path, "config.json is missing")
-    refused(tmp_path / "nothing", "is no folder and no .onnx file")
+    refused(tmp_path / "nothing", "is no folder and no .onnx or .gguf file")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path, "neither model.safetensors.index.json nor model.safetensors is there")
     graph = moec.parse("graph(%x: f32[2]) -> (%y: f32[2]) {\n  %0: f32[2] = math.silu(%x)\n  return %0\n}\n")
