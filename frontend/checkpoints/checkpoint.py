@@ -73,8 +73,8 @@ def open_folder(path: Path) -> Checkpoint:
         tensors = read_shards(folder, problems)
         tokens = _tokens(config, folder.json(GENERATION) if folder.has(GENERATION) else {}, problems)
         tokenizer = folder.read(TOKENIZER) if folder.has(TOKENIZER) else None
-    check_counts(fields, tensors, problems)
     dtype = _dtype(config, tensors, problems)
+    check_counts(fields, tensors, problems)
     naming = _mixtral_name if kind == "mixtral" else _same_name
     return Checkpoint(path, fields, dtype, quantization, tensors, naming, tokens, tokenizer, problems)
 
