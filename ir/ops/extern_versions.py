@@ -1,14 +1,20 @@
 """Which meaning of an operator ONNX's reference evaluator has: it keeps classes for few of the older ones and takes the
-newest for all others, without a word."""
+newest for all others, without a word. Those of Softmax and its like, which old models are full of, are here."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from moec.ir.errors import CompileError
 from moec.ir.ops.extern import table
 
 if TYPE_CHECKING:
+    from onnx import NodeProto
     from onnx.defs import OpSchema
 
 _WITHOUT_EFFECT = {"consumed_inputs"}  # attributes of opset 1 that say what may be overwritten
@@ -50,3 +56,52 @@ def _attributes(schema: OpSchema) -> dict[str, Any]:
         for name, a in schema.attributes.items()
         if name not in _WITHOUT_EFFECT
     }
+
+
+def older_operators(node: NodeProto, opset: int) -> list[type]:
+    """Classes for the evaluator of what it would take for something newer in a node and its bodies. Raises CompileError
+    for what there is no class of."""
+    rows = _of_rows() if opset < 13 else {}
+    for name in _operators(node):
+        if name not in rows and not evaluator_knows(name, opset):
+            raise CompileError(
+                f"{name} meant something else in opset {opset} than what ONNX's reference evaluator computes",
+                code="execution",
+            )
+    return list(rows.values())
+
+
+def _operators(node: NodeProto) -> Iterator[str]:
+    if node.domain in ("", "ai.onnx"):
+        yield node.op_type
+    for a in node.attribute:
+        for graph in ([a.g] if a.HasField("g") else []) + list(a.graphs):
+            for inner in graph.node:
+                yield from _operators(inner)
+
+
+@cache
+def _of_rows() -> dict[str, type]:
+    """Until opset 12: over all axes from `axis` on, which is 1 where it is not said."""
+    from onnx.reference.op_run import OpRun
+
+    def operator(name: str, of: Callable[[np.ndarray], np.ndarray]) -> type:
+        def run(self: Any, x: np.ndarray, axis: int | None = None) -> tuple[np.ndarray]:
+            said = [a.i for a in self.onnx_node.attribute if a.name == "axis"]  # another default is filled in
+            axis = said[0] if said else 1
+            axis += x.ndim if axis < 0 else 0
+            rows = x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+            return (of(rows).astype(x.dtype).reshape(x.shape),)
+
+        return type(name, (OpRun,), {"op_domain": "", "_run": run})
+
+    return {
+        "Softmax": operator("Softmax", lambda x: np.exp(_log_softmax(x))),
+        "LogSoftmax": operator("LogSoftmax", _log_softmax),
+        "Hardmax": operator("Hardmax", lambda x: np.arange(x.shape[1]) == x.argmax(1)[:, None]),
+    }
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    below = x - x.max(1, keepdims=True, initial=-np.inf)
+    return np.asarray(below - np.log(np.exp(below).sum(1, keepdims=True)))

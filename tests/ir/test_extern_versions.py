@@ -24,14 +24,25 @@ def test_what_it_has_a_class_for_or_says_the_same_by_now(op):
     assert all(evaluator_knows(op, opset) for opset in range(6, 23))
 
 
+@pytest.mark.parametrize(("version", "ones"), [(11, [0]), (13, [0, 2])])
+def test_rows_of_older_opsets(version, ones):
+    """Of the first or the only maximum of all axes from the first on, or of the last axis."""
+    text = f"""
+graph(%x: f32[1, 2, 2]) -> (%y: f32[1, 2, 2]) {{
+  %0: f32[1, 2, 2] = extern.Hardmax(%x) {{version={version}, types=[f32[1, 2, 2]], slots=[0]}}
+  return %0
+}}
+"""
+    (y,) = run(parse(text), [torch.zeros(1, 2, 2)])
+    assert y.flatten().nonzero().flatten().tolist() == ones
+
+
 def test_another_meaning_is_refused_when_it_runs():
     text = """
-graph(%x: f32[2, 2, 2]) -> (%y: f32[2, 2, 2]) {
-  %0: f32[2, 2, 2] = extern.Hardmax(%x) {version=VERSION, types=[f32[2, 2, 2]], slots=[0]}
+graph(%x: f32[1, 1, 2, 4], %s: f32[4]) -> (%y: f32[1, 1, 1, 2]) {
+  %0: f32[1, 1, 1, 2] = extern.Resize(%x, %s) {version=10, types=[f32[1, 1, 1, 2]], slots=[0]}
   return %0
 }
 """
-    with pytest.raises(CompileError, match=r"extern.Hardmax meant something else in opset 11"):
-        run(parse(text.replace("VERSION", "11")), [torch.zeros(2, 2, 2)])
-    (y,) = run(parse(text.replace("VERSION", "13")), [torch.zeros(2, 2, 2)])
-    assert y[..., 0].eq(1).all()
+    with pytest.raises(CompileError, match=r"Resize meant something else in opset 10"):
+        run(parse(text), [torch.zeros(1, 1, 2, 4), torch.ones(4)])

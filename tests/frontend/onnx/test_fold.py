@@ -85,6 +85,22 @@ def test_constants_have_the_meaning_of_their_opset(op, axis, opset):
         agrees(moec.compile(proto, backend=backend), proto, {"x": np.zeros((1, 2, 2), np.float32)})
 
 
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax", "Hardmax"])
+@pytest.mark.parametrize("axis", [None, 1, -1])
+@pytest.mark.parametrize("opset", [11, 13])
+def test_bodies_have_the_meaning_of_their_opset(op, axis, opset):
+    attrs = {} if axis is None else {"axis": axis}
+    node = helper.make_node(op, ["x"], ["r"], **attrs)
+    then = helper.make_graph([node], "then", [], [value("r", [1, 2, 2])])
+    other = helper.make_graph([helper.make_node("Neg", ["x"], ["r"])], "other", [], [value("r", [1, 2, 2])])
+    choice = helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other)
+    ins = [value("x", [1, 2, 2]), value("c", [], np.bool_)]
+    proto = model([choice], ins, [value("y", [1, 2, 2])], opset=opset)
+    proto.ir_version = 7
+    for backend in ("reference", "onnxruntime"):
+        agrees(moec.compile(proto, backend=backend), proto, {"x": SQUARE, "c": np.array(True)})
+
+
 def test_constants_that_are_aligned_by_an_attribute():
     """As opset 6 has it; ONNX Runtime has no such operator, and ONNX's evaluator no such meaning."""
     nodes = [
