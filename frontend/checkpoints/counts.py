@@ -10,13 +10,14 @@ from moec.frontend.checkpoints.errors import Problems
 
 _LAYER = re.compile(r"(?:model\.layers|blk)\.(\d{1,9})\.")
 _EXPERT = re.compile(r".*(?:\.experts|\.ffn_(?:gate|up|down)_exps)\.(\d{1,9})\.")
+_WIDEST = 1 << 16  # elements of a head: its rotary frequencies are computed while the model is built
 _STACK = re.compile(r".*\.experts\.(gate_up_proj|down_proj)")
 
 
 def check_counts(fields: dict[str, Any], names: Iterable[str], problems: Problems) -> None:
     """Take MTP layers out of the `fields` of a config where there are none: converted checkpoints leave out what
-    decoding does not use, and keep their number. Raises CompileError for layers or experts of which no tensor is there:
-    building a model of them, and listing all that it lacks, may take any time."""
+    decoding does not use, and keep their number. Raises CompileError for layers or experts of which no tensor is there,
+    and heads wider than any: building a model of them, and listing all that it lacks, may take any time and memory."""
     names = list(names)
     layers = {int(m[1]) for m in map(_LAYER.match, names) if m}
     count, mtp = fields["num_layers"], fields.get("num_mtp_layers", 0)
@@ -26,6 +27,10 @@ def check_counts(fields: dict[str, Any], names: Iterable[str], problems: Problem
     experts = fields.get("num_experts", 0) if fields.get("first_k_dense", 0) < count else 0
     if experts and not any(map(_STACK.fullmatch, names)):
         _compare("expert", experts, {int(m[1]) for m in map(_EXPERT.match, names) if m}, problems)
+    for name in ("head_dim", "qk_rope_head_dim"):
+        if fields.get(name, 0) > _WIDEST:
+            problems.add(f"the config has heads of {name} {fields[name]}, expected at most {_WIDEST}")
+            problems.stop()
 
 
 def _compare(what: str, count: int, there: set[int], problems: Problems) -> None:

@@ -71,6 +71,8 @@ def test_layers_and_experts_that_are_counted():
     for fields, said in (
         ({"num_layers": 4}, "the config has 4 layers, and no tensor of layer 3 is there"),
         ({"num_layers": 2, "num_mtp_layers": 2}, "the config has 4 layers, and no tensor of layer 3"),
+        ({"num_layers": 3, "head_dim": 2**30}, "heads of head_dim 1073741824, expected at most 65536"),
+        ({"num_layers": 3, "qk_rope_head_dim": 2**30}, "heads of qk_rope_head_dim 1073741824"),
         ({"num_layers": 3, "num_experts": 2**31}, "the config has 2147483648 experts, and no tensor of expert 4"),
     ):
         with pytest.raises(CompileError, match=said):
