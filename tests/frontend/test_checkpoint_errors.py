@@ -91,6 +91,15 @@ def test_it_is_fine_as_it_is(tmp_path):
     assert opened.weights[f"{EXPERTS}.gate_up_proj"].load().shape == (4, 32, 136)
 
 
+def test_a_missing_expert_hides_nothing(tmp_path):
+    stored = {n: t for n, t in tensors().items() if n != "lm_head.weight" and not n.startswith(f"{EXPERTS}.3.")}
+    refused(
+        write(tmp_path / "it", stored),
+        "lm_head.weight [32, 136] is missing",
+        *(f"{EXPERTS}.3.{m}.weight" for m in ("gate_proj", "up_proj", "down_proj")),
+    )
+
+
 def test_all_mismatches_are_listed(tmp_path):
     stored = tensors()
     del stored["lm_head.weight"], stored[f"{EXPERTS}.2.up_proj.weight"]

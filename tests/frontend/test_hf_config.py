@@ -69,15 +69,16 @@ def test_null_is_no_number_and_no_flag(kind):
 def test_layers_and_experts_that_are_counted():
     names = [f"model.layers.{i}.mlp.experts.{e}.up_proj.weight" for i in range(3) for e in range(4)]
     for fields, said in (
-        ({"num_layers": 4}, "the config has 4 layers, and no tensor of layer 3 is there"),
-        ({"num_layers": 2, "num_mtp_layers": 2}, "the config has 4 layers, and no tensor of layer 3"),
+        ({"num_layers": 65}, "the config has 65 layers, and no tensor of layer 3 is there"),
+        ({"num_layers": 2, "num_mtp_layers": 63}, "the config has 65 layers, and no tensor of layer 3"),
         ({"num_layers": 3, "head_dim": 2**30}, "heads of head_dim 1073741824, expected at most 65536"),
         ({"num_layers": 3, "qk_rope_head_dim": 2**30}, "heads of qk_rope_head_dim 1073741824"),
         ({"num_layers": 3, "num_experts": 2**31}, "the config has 2147483648 experts, and no tensor of expert 4"),
     ):
         with pytest.raises(CompileError, match=said):
             check_counts(fields, names, Problems("it"))
-    for fields in ({"num_layers": 3, "num_experts": 4}, {"num_layers": 2, "num_mtp_layers": 1}):
+    # where some are missing, all that lacks is listed later
+    for fields in ({"num_layers": 3, "num_experts": 4}, {"num_layers": 2, "num_mtp_layers": 1}, {"num_layers": 5}):
         check_counts(fields, names, Problems("it"))
     fields = {"num_layers": 3, "num_mtp_layers": 3_000_000}
     check_counts(fields, names, Problems("it"))
