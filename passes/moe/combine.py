@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.ir import Node, Value
+from moec.ir import DType, Node, Value
 from moec.passes.moe.structure import is_filled, producer, reshaped, through
 from moec.passes.rewriting.match_values import scalar_constant
 
@@ -32,8 +32,8 @@ def num_experts(experts: Value) -> int | None:
 
 
 def distinct(experts: Value) -> bool:
-    """Whether no token has an expert twice among its ids [..., k], or [T] of one choice, by the op that chose them."""
-    if experts.type.rank == 1 or experts.shape[-1] == 1:
+    """Whether no token has an expert twice among its ids [..., k], by the op that chose them."""
+    if experts.shape[-1:] == (1,):
         return True
     while experts.producer is not None and experts.producer.op in ("tensor.reshape", "tensor.slice", "math.cast"):
         (below,) = experts.producer.operands
@@ -45,6 +45,12 @@ def distinct(experts: Value) -> bool:
     if node is None or (node.op, experts.index) not in _CHOICES or node.op == "math.argmax":
         return False
     return node.op == "moe.route" or node.attrs["axis"] in (-1, experts.type.rank - 1)
+
+
+def expert_ids(b: Any, experts: Value) -> Value:
+    """Expert ids [..., k], or [T] of one choice, as i64[tokens, k], which `moe.experts` takes."""
+    ids = reshaped(b, experts, (experts.shape[0], 1)) if experts.type.rank == 1 else flat(b, experts)
+    return ids if ids.dtype is DType.I64 else b.cast(ids, dtype="i64")
 
 
 def flat(b: Any, v: Value) -> Value:
@@ -69,7 +75,9 @@ def combine_matrix(v: Value | None) -> Routing | None:
         zeros, experts, weights = scatter.operands
         writes = scatter.attrs["axis"] == -1 and scatter.attrs["reduce"] in ("none", "add")
         same = zeros.shape[:-1] == experts.shape[:-1]
-        return (weights, experts) if writes and same and is_filled(zeros, 0) else None
+        # of two writes to one place only one stays
+        once = scatter.attrs["reduce"] == "add" or distinct(experts)
+        return (weights, experts) if writes and same and once and is_filled(zeros, 0) else None
     total = producer(v, "math.sum")
     if total is None or total.attrs["axes"] != (-2,) or total.attrs["keepdim"]:
         return None

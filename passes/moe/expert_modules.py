@@ -7,7 +7,7 @@ from typing import Any
 
 from moec.ir import Value
 from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import Column, flat, num_experts
+from moec.passes.moe.combine import Column, expert_ids, num_experts
 from moec.passes.moe.structure import narrowed, reshaped
 from moec.passes.moe.units import gated_unit, glu, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused
@@ -79,6 +79,8 @@ def _why_not_stacks(m: Match, which: Sequence[int]) -> Refused | None:
         reason = _why_not_stacked(name, [m.get(name)[i] for i in which] if m.get(name) else ())
         if reason:
             return m.no(reason)
+    if m.get("gate_bias") and (m.gate_bias[which[0]] is None) != (m.up_bias[which[0]] is None):
+        return m.no("of gate and up one has a bias", at=units[0])
     reasons = [why_not_halves(v) for v in units] if m.get("gate") is None else []
     reason = next((r for r in reasons if r is not None), None)
     return m.no(reason) if reason else None
@@ -125,15 +127,10 @@ def experts_of(b: Any, m: Match, columns: Sequence[Column | None], x: Value) -> 
         ordered("down_bias"),
     )
     (weights, experts, _), unit = known[order[0]], m.unit[order[0]]
-    experts = _by_token(b, experts)
+    experts = expert_ids(b, experts)
     weights = narrowed(b, reshaped(b, weights, experts.shape), m.factor[order[0]].dtype)
     y = b.moe_experts(reshaped(b, x, (experts.shape[0], x.shape[-1])), weights, experts, *stacks, **unit_attrs(unit))
     return reshaped(b, y, x.shape)
-
-
-def _by_token(b: Any, v: Value) -> Value:
-    """Expert ids as [T, k]; those of one choice may have no axis for it."""
-    return reshaped(b, v, (v.shape[0], 1)) if v.type.rank == 1 else flat(b, v)
 
 
 def why_not_rows(m: Match, column: Column, x: Value) -> Refused | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moec.ir import TensorType, Value, Weight
+from moec.passes.moe.combine import expert_ids
 from moec.passes.moe.structure import narrowed, reshaped
 from moec.passes.moe.units import unit_attrs, why_not_halves
 from moec.passes.rewrite import Match
@@ -98,4 +99,4 @@ def routed_experts(b: Any, m: Match) -> Any:
     biases = m.get("gate_up_bias"), m.get("down_bias")
     x = reshaped(b, m.x, m.root.shape)
     weights = narrowed(b, m.weights, m.get("weights_dtype"))
-    return b.moe_experts(x, weights, m.experts, *matrices, *biases, **unit_attrs(m.unit))
+    return b.moe_experts(x, weights, expert_ids(b, m.experts), *matrices, *biases, **unit_attrs(m.unit))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import Routing, combine_rows, flat, same_rows
+from moec.passes.moe.combine import Routing, combine_rows, distinct, expert_ids, flat, same_rows
 from moec.passes.moe.structure import narrowed, reshaped
 from moec.passes.moe.units import gated_unit, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused, Rewrite
@@ -62,7 +62,7 @@ class DenseExperts(Rewrite):
     def replace(self, b: Any, m: Match) -> Any:
         routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
-        weights, experts = (flat(b, v) for v in routing)
+        weights, experts = flat(b, routing[0]), expert_ids(b, routing[1])
         matrices = expert_weights.build(b, m, "gate_up"), expert_weights.build(b, m, "down")
         biases = m.get("gate_up_bias"), m.get("down_bias")
         rows = same_rows(m.rows, experts.shape[0])
@@ -92,13 +92,16 @@ class ScaledInputExperts(Rewrite):
         x = same_rows(m.rows, _tokens(routing))
         if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
+        # mlp((a + b) · x) is not mlp(a · x) + mlp(b · x)
+        if not distinct(routing[1]):
+            return m.no("a token may have one expert twice, with the sum of the weights inside", at=routing[1])
         reason = why_not_halves(m.unit)
         return m.no(reason) if reason else None
 
     def replace(self, b: Any, m: Match) -> Any:
         routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
-        weights, experts = (flat(b, v) for v in routing)
+        weights, experts = flat(b, routing[0]), expert_ids(b, routing[1])
         (tokens, k), d = experts.shape, m.root.shape[-1]
         x = same_rows(m.rows, tokens)
         assert x is not None  # when() saw it

@@ -107,3 +107,130 @@ def test_a_shared_expert_of_another_layout(routed):
     graph, _ = raised(model, torch.randn(T, D))
     (experts,) = graph.find("moe.experts")
     assert experts.attrs["interleaved"] is routed
+
+
+def test_a_bias_of_the_gate_alone():
+    for combine in (dense, loop):
+        graph, reasons = raised(Routed(combine, lambda: MLP(biases=(True, False))), torch.randn(T, D))
+        assert not graph.find("moe.experts")
+        assert "of gate and up one has a bias" in reasons
+
+
+# -- expert ids of other kinds ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combine", [dense, loop, gathered], ids=lambda f: f.__name__)
+def test_ids_of_32_bits(combine):
+    graph, _ = raised(Routed(lambda m, x, w, i: combine(m, x, w, i.int())), torch.randn(T, D))
+    (experts,) = graph.find("moe.experts")
+    assert experts.operands[2].dtype == "i64"
+
+
+@pytest.mark.parametrize("logits", [E, 2 * E])
+@pytest.mark.parametrize("stacked", [False, True], ids=["modules", "stacked"])
+def test_ids_modulo_the_number_of_experts(stacked, logits):
+    """The remainder is no other id only where the router chooses among as many experts."""
+
+    def combine(m, x, w, i):
+        y = m.all_experts(x) if stacked else torch.stack([e(x) for e in m.experts], 1)
+        return (y.gather(1, (i % E)[..., None].expand(-1, -1, D)) * w[..., None]).sum(1)
+
+    graph, _ = raised(Routed(combine, logits=logits), torch.randn(T, D))
+    if logits == E or stacked:
+        assert len(graph.find("moe.experts")) == 1
+    assert bool(graph.find("math.mod")) == (logits != E)
+
+
+# -- weights that are not a routing's alone --------------------------------------------------------
+
+
+class Given(Routed):
+    """Expert ids, which may be the same twice for a token, and scores come from outside."""
+
+    def forward(self, x, ids, scores):
+        return self.combine(self, x, ids, scores)
+
+
+def spread(x, ids, scores):
+    return torch.zeros(len(x), E).scatter(1, ids, scores.gather(1, ids))
+
+
+def einsum_spread(m, x, ids, scores):
+    return torch.einsum("ted,te->td", m.all_experts(x), spread(x, ids, scores))
+
+
+def stack_spread(m, x, ids, scores):
+    return (torch.stack([e(x) for e in m.experts], 1) * spread(x, ids, scores)[..., None]).sum(1)
+
+
+def columns_spread(m, x, ids, scores):
+    return sum(e(x) * spread(x, ids, scores)[:, n : n + 1] for n, e in enumerate(m.experts))
+
+
+def batched_spread(m, x, ids, scores):
+    gate, up = (x[None] @ m.gate_up).chunk(2, -1)
+    return ((F.silu(gate) * up) @ m.w2 * spread(x, ids, scores).T[..., None]).sum(0)
+
+
+def scaled_input(m, x, ids, scores):
+    factors = torch.zeros(len(x), E).scatter_add(1, ids, scores.gather(1, ids)).T[..., None]
+    gate, up = (x.repeat(E, 1).view(E, len(x), D) * factors @ m.gate_up).chunk(2, -1)
+    return (F.silu(gate) * up @ m.w2).sum(0)
+
+
+GIVEN = (einsum_spread, stack_spread, columns_spread, batched_spread, scaled_input)
+
+
+@pytest.mark.parametrize("combine", GIVEN, ids=lambda f: f.__name__)
+def test_ids_that_may_repeat(combine):
+    ids = torch.randint(0, E, (T, K))
+    ids[0] = 1
+    graph, _ = raised(Given(combine), torch.randn(T, D), ids, torch.rand(T, E))
+    assert not graph.find("moe.experts")
+
+
+class Spread(nn.Module):
+    """Something of scores spread over zeros"""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.what, self.router = what, nn.Linear(D, 6)
+
+    def forward(self, x):
+        return self.what(self.router(x))
+
+
+def chosen_by_anyone(logits):
+    return torch.zeros(6).scatter(0, logits.topk(2, -1).indices.flatten(), 1.0)
+
+
+def quotient(spread_of):
+    def what(logits):
+        d = spread_of(logits)
+        return d / d.sum(-1, keepdim=True)
+
+    return what
+
+
+@pytest.mark.parametrize("what", [lambda x: chosen_by_anyone(x).sum(), quotient(chosen_by_anyone)])
+def test_experts_that_any_token_chose(what):
+    raised(Spread(what), torch.randn(T, D))
+
+
+def test_a_total_that_may_be_0_or_infinite():
+    def scattered(x):
+        w, i = x.topk(2, -1)
+        return torch.zeros_like(x).scatter(-1, i, w)
+
+    class OfInput(nn.Module):
+        def forward(self, x):
+            d = scattered(x)
+            return d / d.sum(-1, keepdim=True), d * x.amax(-1, keepdim=True)
+
+    x = torch.zeros(2, 6)
+    x[1, 0] = torch.inf
+    compiled = moec.compile(OfInput(), (x,), backend="reference")
+    torch.testing.assert_close(compiled(x), OfInput()(x), equal_nan=True)
+    graph, _ = raised(Spread(quotient(lambda x: scattered(x.softmax(-1)))), torch.randn(T, D))
+    assert all(n.results[0].shape[-1] == 2 for n in graph.find("math.div")), "a softmax's best have a total"
