@@ -82,7 +82,7 @@ def combine_matrix(v: Value | None) -> Routing | None:
     if total is None or total.attrs["axes"] != (-2,) or total.attrs["keepdim"]:
         return None
     product = producer(through(total.operands[0], "math.cast"), "math.mul")
-    for hot, factor in _orders(product):
+    for hot, factor in orders(product):
         one_hot = producer(through(hot, "math.cast"), "tensor.one_hot")
         weights = through(factor, "tensor.reshape", "math.cast")
         if one_hot is None or weights is None or factor.shape[-1] != 1:
@@ -120,7 +120,7 @@ def combine_column(v: Value | None) -> Column | None:
 def _where_chosen(v: Value | None) -> Column | None:
     """(weights, experts, e) where v is weights where experts is e, and 0 elsewhere."""
     choice = producer(v, "math.where")
-    pairs = _orders(producer(v, "math.mul"))
+    pairs = orders(producer(v, "math.mul"))
     if choice is not None:
         pairs = [choice.operands[:2]] if is_filled(choice.operands[2], 0) else []
     for mask, weights in pairs:
@@ -132,7 +132,7 @@ def _where_chosen(v: Value | None) -> Column | None:
 
 def equals(mask: Value | None) -> tuple[Value, int] | None:
     """(experts, e) where a mask holds where experts is e."""
-    for experts, number in _orders(producer(through(mask, "math.cast"), "math.eq")):
+    for experts, number in orders(producer(through(mask, "math.cast"), "math.eq")):
         e = scalar_constant(number)
         if isinstance(e, int) and not isinstance(e, bool):
             return experts, e
@@ -181,7 +181,8 @@ def _stacks(shape: tuple, rows: tuple) -> bool:
     return len(shape) > 2 and shape[-1] == rows[1] and between == ([] if rows[0] == 1 else [rows[0]])
 
 
-def _orders(node: Node | None) -> list[tuple[Any, Any]]:
+def orders(node: Node | None) -> list[tuple[Any, Any]]:
+    """The two operands of a node, either way round."""
     if node is None:
         return []
     a, b = node.operands
