@@ -137,7 +137,8 @@ def _routed(
 
 def isolate(nodes: Sequence[Node], values: Values, binding: Mapping[str, int]) -> tuple[Graph, list[torch.Tensor]]:
     """A graph of some nodes, not connected to each other, with every size a number; and their operands. Weights stay
-    weights, constants stay constants. Its outputs are the nodes' results in order."""
+    weights, also those that are dequantised first, constants stay constants. Its outputs are the nodes' results in
+    order."""
     part = Graph("nodes")
     part.functions = values.graph.functions
     fed: list[torch.Tensor] = []
@@ -150,6 +151,12 @@ def isolate(nodes: Sequence[Node], values: Values, binding: Mapping[str, int]) -
                 mapping[v] = part.add_weight(v.weight)
             elif v.producer is not None and v.producer.op == "tensor.constant":
                 copy_node(v.producer, part, mapping)
+            elif v.producer is not None and _is_stored(v.producer):
+                for stored in v.producer.operands:
+                    assert stored is not None
+                    assert stored.weight is not None
+                    mapping[stored] = part.add_weight(stored.weight)
+                copy_node(v.producer, part, mapping)
             else:
                 mapping[v] = part.add_input(f"x{len(fed)}", values.type(v))
                 fed.append(values.get(v))
@@ -160,6 +167,11 @@ def isolate(nodes: Sequence[Node], values: Values, binding: Mapping[str, int]) -
             new.origins = old.origins
             part.add_output(new)
     return part, fed
+
+
+def _is_stored(node: Node) -> bool:
+    """Whether a node only widens a stored weight: backends take the two together."""
+    return node.op == "quant.dequantize" and all(v is not None and v.weight is not None for v in node.operands)
 
 
 def _concrete(x: Any, binding: Mapping[str, int]) -> Any:
