@@ -122,7 +122,10 @@ def check_nodes(
     for (node, v), tensor in zip(asked, got, strict=True):
         if v in doubtful:
             continue
-        bound = one_node(node, v, binding, settings.backend.coarse_sums(node))
+        coarse = settings.backend.coarse_sums(node)
+        if coarse is not None and not values[v].isfinite().all():  # what rounds its operands makes numbers of NaN
+            continue
+        bound = one_node(node, v, binding, coarse)
         d = difference(values[v], tensor, bound, 2 * scale_of(values[v], node, loaded))
         if not d.ok and not _open_node(node, v, loaded, binding, tensor, d.tolerance):
             given = ", ".join("_" if o is None else _short(loaded[o]) for o in node.operands)

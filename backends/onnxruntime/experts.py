@@ -112,13 +112,15 @@ def experts(e: Emitter, node: Node) -> onnx.Value:
 
 def choose(e: Emitter, spec: Spec) -> str:
     """ "unrolled": a chain of MatMuls per expert on its own initialisers (fastest), while the whole graph has
-    at most UNROLL_LIMIT experts; beyond, "moe": com.microsoft.MoE (QMoE for integer weights) where it computes the
-    same; else "loop"."""
+    at most UNROLL_LIMIT experts; beyond, "moe": com.microsoft.MoE where it computes the same; else "loop". For integer
+    weights "moe" is com.microsoft.QMoE, and comes first: it is faster for few rows (bench/RESULTS.md)."""
     wanted = e.options.experts
     if wanted == "moe" and (why := _not_moe(e, spec)):
         raise e.refuse(spec.node, f"experts='moe' is not possible: {why}")
     if wanted != "auto":
         return wanted
+    if spec.nbits and _not_moe(e, spec) is None:
+        return "moe"
     if e.options.compact:  # the other forms take all experts at once, in f32
         return "unrolled"
     if _count(e.graph, e.memo) <= UNROLL_LIMIT:
@@ -252,7 +254,7 @@ def moe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
 
 def qmoe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
     """com.microsoft.QMoE takes the k largest of what it is given, here the weights of the chosen experts among zeros,
-    and adds up with these weights; those of 1e-8 at most it leaves out."""
+    and adds up with these weights; those of 1e-8 at most it leaves out, and of NaN it makes numbers."""
     size = spec.nbits_block
     assert size is not None
     assert spec.scales is not None
@@ -268,7 +270,7 @@ def qmoe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
     limit = spec.limit
     extra: dict[str, Any] = {} if limit is None else {"swiglu_limit": limit}
     nothing = (None,) * 6  # a third matrix, zero points
-    return e.op(
+    y = e.op(
         "QMoE",
         *(x, routing, stored[0], stored[1], biases[0], stored[2], stored[3], biases[1], *nothing, routing),
         domain=MICROSOFT,
@@ -284,3 +286,4 @@ def qmoe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
         accuracy_level=nbits.LEVEL,
         **extra,
     )
+    return nbits.carrying(e, y, weights, int(spec.weights.shape[1]))

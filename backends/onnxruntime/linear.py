@@ -43,7 +43,8 @@ def linear(e: Emitter, node: Node) -> onnx.Value:
     if made is not None and not e.options.portable:
         codes, scale, block = made.operand("codes"), made.operand("scale"), made.attrs["block"]
         e.count("linear.nbits")
-        return nbits.product(e, e.value(x), codes, scale, block, bias=None if bias is None else e.value(bias))
+        y = nbits.product(e, e.value(x), codes, scale, block, bias=None if bias is None else e.value(bias))
+        return nbits.carrying(e, y, e.value(x), int(codes.shape[1])) if nbits.leaves(node.result) else y
     if nbits.is_integer(weight):
         e.count("linear.dequantised")
     y = product(e, e.value(x), weight)

@@ -2,11 +2,13 @@
 
 Both take codes of 4 or 8 bits, made unsigned by adding 2^(bits − 1), packed along K in blocks of 16 … 256 with an f32
 scale each. At accuracy level 4 the rows of activations are rounded to i8 per block on the way in (scale amax / 127);
-for 8 bits there is no other fast kernel, for 4 bits it is the faster one (bench/RESULTS.md).
+for 8 bits there is no other fast kernel, for 4 bits it is the faster one (bench/RESULTS.md). NaN becomes a number then.
+It stays in the residual stream all the same, and the last product of a graph puts it back (`carrying`).
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as onnx
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ BLOCKS = (16, 32, 64, 128, 256)
 LEVEL = 4
 _ONE_BLOCK = 128  # for longer rows that have one scale each
 INTEGERS = (DType.I8, DType.I4)
+_PASSING = ("math.cast", "tensor.reshape", "tensor.slice", "tensor.transpose")
 
 
 def block_size(k: int, columns: int) -> int | None:
@@ -101,6 +104,16 @@ def product(
         block_size=size,
         accuracy_level=LEVEL,
     )
+
+
+def carrying(e: Emitter, y: onnx.Value, x: onnx.Value, width: int) -> onnx.Value:
+    """f32 y [..., N] with NaN in the rows in which x [..., width] has NaN or infinity."""
+    return e.op("Add", y, e.op("MatMul", x, np.zeros((width, 1), np.float32)))
+
+
+def leaves(value: Value) -> bool:
+    """Whether a value is a result of the graph, as it is or in another shape or dtype."""
+    return value.is_output or any(leaves(r) for u in value.users if u.op in _PASSING for r in u.results)
 
 
 def operands(
