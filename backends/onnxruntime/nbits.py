@@ -142,11 +142,12 @@ def operands(
         return t if rows is None else t.index_select(-2, rows)
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        t = pick(t.view(torch.int8)).to(torch.int16) + 2 ** (bits - 1)
-        t = F.pad(t, (0, blocks * size - k), value=2 ** (bits - 1)).to(torch.uint8)
-        if bits == 4:
-            t = t[..., 0::2] | t[..., 1::2] << 4
-        return t.reshape(shape)
+        t = pick(t.view(torch.int8))
+        t = F.pad(t, (0, blocks * size - k)) if blocks * size > k else t
+        if bits == 8:
+            return (t.view(torch.uint8) ^ 128).reshape(shape)
+        t = (t + 8).view(torch.uint8)
+        return (t[..., 0::2] | t[..., 1::2] << 4).reshape(shape)
 
     def spread(t: torch.Tensor) -> torch.Tensor:
         return pick(t.repeat_interleave(block[0], dim=-2)[..., :n, :]).index_select(-1, within)
