@@ -2,13 +2,15 @@
 
 Nats per byte on held-out text, of each domain and their mean, against the model in f32: on the reference, which
 computes what the plan means, and on ONNX Runtime, whose products with integers round activations to i8 as well. `MB`:
-linear and expert weights with their scales, as they are stored.
+linear and expert weights with their scales, as they are stored. With `--formulas`: ways to choose the scales of int4,
+by the model in PyTorch with rounded weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -16,6 +18,8 @@ from rich.table import Table
 
 import moec
 from moec import models
+from moec.ir import DType
+from moec.ir.ops import block_codes
 from moec.passes import default_pipeline
 from moec.passes.coverage import candidates, root_weight
 
@@ -57,12 +61,62 @@ def losses(compiled: moec.CompiledModel, sample: int) -> list[float]:
     return [models.bits_per_byte(lambda ids: compiled(ids)[0], t) * math.log(2) for t in texts]
 
 
+def amax_over_7(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    return one_scale(x, block, lambda parts: parts.abs().amax(-1, keepdim=True) / 7)
+
+
+def largest_is_minus_8(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    return one_scale(x, block, lambda parts: parts.gather(-1, parts.abs().argmax(-1, keepdim=True)) / -8)
+
+
+def one_scale(x: torch.Tensor, block: tuple[int, int], scale: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    parts = block_codes.in_blocks(x, block)
+    s = scale(parts)
+    return block_codes.from_blocks((parts / s).round().clamp(-8, 7) * s, tuple(x.shape), block)
+
+
+def as_stored(dtype: DType) -> Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]:
+    def rounded(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+        return block_codes.dequantize_blocks(*block_codes.quantize_blocks(x, block, dtype), block)
+
+    return rounded
+
+
+@torch.no_grad()
+def formulas(sample: int) -> None:
+    """Of int4 in blocks of 32, lm_head in int8."""
+    steps, block = block_codes.STEPS, (1, 32)
+    ways = {
+        "amax / 7": (steps, amax_over_7),
+        "m / −8": (steps, largest_is_minus_8),
+        "least squares, ±m / 8": ((8.0,), as_stored(DType.I4)),
+        f"least squares, {2 * len(steps)} scales": (steps, as_stored(DType.I4)),
+        "least squares, 52 scales": (tuple(6.5 + 0.1 * i for i in range(26)), as_stored(DType.I4)),
+    }
+    first = None
+    for name, (tried, way) in {"f32": (steps, None), **ways}.items():
+        block_codes.STEPS = tried
+        model = models.trained()
+        for path, p in model.named_parameters():
+            if way is not None and p.dim() > 1 and not path.endswith(("embed_tokens.weight", "gate.weight")):
+                p.copy_((as_stored(DType.I8) if "lm_head" in path else way)(p, block))
+        each = [models.bits_per_byte(model, models.heldout_text(d)[:sample]) * math.log(2) for d in DOMAINS]
+        mean = sum(each) / 2
+        first = first or mean
+        print(f"| {name} | {each[0]:.4f} | {each[1]:.4f} | {mean - first:+.4f} |", flush=True)
+    block_codes.STEPS = steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=64, help="KiB of each domain, at most 128")
     parser.add_argument("--backends", default="reference,onnxruntime")
+    parser.add_argument("--formulas", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.formulas:
+        formulas(options.sample << 10)
+        return
     backends = options.backends.split(",")
     example = torch.zeros(2, 24, dtype=torch.int64)
     graph = moec.trace(models.trained(), (example,), dynamic_shapes="auto")

@@ -155,6 +155,7 @@ CASES = [
     {"num": 1, "k": 1},
     {"d": 70, "f": 20},
     {"block": (4, 128)},
+    {"of": "bf16", "biases": 2},
 ]
 
 
@@ -169,6 +170,7 @@ def experts_graph(
     biases: int = 0,
     limit: float | None = None,
     block: tuple[int, int] = (1, 32),
+    of: str = "f32",
 ) -> Graph:
     """Routed, as QMoE wants it: router logits come from outside."""
     gate_up = quantize_blocks(torch.randn(num, 2 * f, d, generator=rng) / d**0.5, block, DType.of(dtype))
@@ -178,10 +180,11 @@ def experts_graph(
     def build(b: Any, x: Any, logits: Any) -> Any:
         named = {"gu": gate_up[0], "gus": gate_up[1], "dn": down[0], "dns": down[1]}
         given = [weight(b, n, t) for n, t in named.items()]
-        given += [weight(b, n, t) for n, t in zip(("gb", "db"), added, strict=True)][:biases]
+        wide = DType.of(of).torch
+        given += [weight(b, n, t.to(wide)) for n, t in zip(("gb", "db"), added, strict=True)][:biases]
         return b.scaled_experts(x, *b.route(logits, k=k), *given, block=block, group=None, limit=limit)
 
-    return graph_of({"x": typed("f32", "T", d), "logits": typed("f32", "T", num)}, build)
+    return graph_of({"x": typed(of, "T", d), "logits": typed(of, "T", num)}, build)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
@@ -197,11 +200,12 @@ def test_experts(dtype: str, form: str, case: dict[str, Any], rng: torch.Generat
     exe = compiled(graph, **options)
     d, num = graph.inputs[0].shape[1], graph.inputs[1].shape[1]
     for rows in (0, 1, 3, 40):
-        x, logits = torch.randn(rows, d, generator=rng), torch.randn(rows, num, generator=rng)
-        if form in ("loop", "portable"):  # activations stay in f32
+        wide = graph.inputs[0].dtype.torch
+        x, logits = (torch.randn(rows, n, generator=rng).to(wide) for n in (d, num))
+        if form in ("loop", "portable") and wide is torch.float32:  # activations stay as they are
             agrees(exe, [x, logits])
             continue
-        got, want = exe.run([x, logits])[0], run(graph, [x, logits])[0]
+        got, want = exe.run([x, logits])[0].float(), run(graph, [x, logits])[0].float()
         assert got.shape == want.shape
         assert not rows or float((got - want).norm() / want.norm()) < 0.03
 
