@@ -113,7 +113,7 @@ def check_nodes(
     name = settings.backend.name
     seen = _Seen(graph, values)
     try:
-        whole, fed = isolate(nodes, seen, binding)  # type: ignore[arg-type]  # _Seen has the methods it uses
+        whole, fed = isolate(nodes, seen, binding, settings.backend)  # type: ignore[arg-type]  # _Seen has the methods it uses
         legal, _, left = legalise(whole, settings)
         got = lower(legal, settings, left).run(fed)
     except CompileError as e:
