@@ -98,6 +98,18 @@ def test_a_faulty_integer_linear_is_seen(mlp, mlp_args, quantize):
         assert {n.op for n in comparison.nodes if not n.ok} == {"linear.linear"}
 
 
+def test_what_is_written_of_an_integer_linear_shows_it(mlp, mlp_args, tmp_path, monkeypatch):
+    """With its stored weights: dequantised ones would be multiplied in f32."""
+    monkeypatch.setattr(type(get_backend("onnxruntime")), "coarse_sums", lambda self, node: (2.0**-24, 1))
+    comparison = moec.compare(mlp, mlp_args, quantize="int4", isolated=True)
+    found = comparison.first_divergence
+    assert found.node.op == "linear.linear"
+    comparison.save_repro(tmp_path)
+    graph, inputs = load_graph(tmp_path / "node.ir")
+    assert [n.op for n in graph.nodes] == ["quant.dequantize", "linear.linear"]
+    assert not moec.compare(graph, inputs, isolated=False).ok
+
+
 def test_integers_in_processes_of_their_own(mlp, mlp_args):
     comparison = assert_backends_agree(mlp, mlp_args, quantize="int4", processes=True)
     assert {n.op for n in comparison.nodes} >= {"quant.dequantize", "linear.linear"}
