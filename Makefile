@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory bench-checkpoints bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
+.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -67,6 +67,14 @@ matrix: $(STAMP)
 # speculative decoding of the shipped model against plain greedy decoding
 bench-speculation: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/speculation.py
+
+# loss of the shipped model with its weights in fewer bits
+bench-quality: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/quality.py
+
+# integer weights on ONNX Runtime against f32
+bench-integers: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/integers.py
 
 # memory of a compiled block-FP8 checkpoint against the bytes of its files
 bench-checkpoints: $(STAMP)

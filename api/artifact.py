@@ -42,7 +42,9 @@ from moec.ir import (
     Weight,
     parse,
 )
+from moec.ir.arrays import copied, packed, packed_type
 from moec.ir.opdef import known
+from moec.ir.weight import PackedSource
 from moec.ir.weight import digest as digest_tensor
 from moec.program import Program, Settings, legalise, lower
 from moec.speculation import Speculator
@@ -171,7 +173,7 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
                     i += 1
                     key = f"{weight_name}#{i}"
                 keys[found] = key
-                tensors[key] = tensor.detach().cpu().contiguous().clone()
+                tensors[key] = copied(packed(tensor.detach().cpu()))
             if keys[found] != weight_name:
                 names[weight_name] = keys[found]
         (work / f"{name}.ir").write_text(str(program.graph), "utf-8")
@@ -393,11 +395,12 @@ def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph)
             if not isinstance(key, str) or key not in present:
                 raise ArtifactError(f"{path}: weight {key!r} of {program}.ir is missing", code="artifact")
             found = TensorType.of(file.get_tensor(key))
-            if found != value.type:
-                raise ArtifactError(
-                    f"{path}: weight {key!r} is {found}, {program}.ir expects {value.type}", code="artifact"
-                )
-            bound[name] = Weight(name, value.type, SafetensorsSource(path, key, file))
+            held = packed_type(value.type)
+            if found != held:
+                raise ArtifactError(f"{path}: weight {key!r} is {found}, {program}.ir expects {held}", code="artifact")
+            source: Any = SafetensorsSource(path, key, file)
+            source = PackedSource(source, value.type) if found != value.type else source
+            bound[name] = Weight(name, value.type, source)
     except (SafetensorError, OSError) as e:
         raise ArtifactError(f"{path}: {e}", code="artifact") from None
     except CompileError as e:

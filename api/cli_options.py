@@ -23,7 +23,7 @@ Memory = Annotated[
     str,
     typer.Option(help="onnxruntime: fast (weights in f32) or fp8 (weights as they are stored; less memory, slower)"),
 ]
-Quantize = Annotated[str | None, typer.Option(help="fp8 or fp8-weight-only")]
+Quantize = Annotated[str | None, typer.Option(help="fp8, fp8-weight-only, int8 or int4")]
 Batch = Annotated[int, typer.Option(min=1, help="example batch size")]
 Seq = Annotated[int, typer.Option(min=1, help="example sequence length")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the backend")]

@@ -59,17 +59,18 @@ def compile(
     backend: "auto" (triton where CUDA is, else onnxruntime), "reference", "onnxruntime", "triton", or a Backend.
     dynamic_shapes: as torch.export's, or "auto"; None means the example's sizes only.
     passes: None for the default pipeline, passes to append to it, or a Pipeline.
-    quantize: None, "fp8" (weights in 128×128 blocks, activations per token in groups of 128), "fp8-weight-only", or
-        a Quantization. What a checkpoint stores in FP8 is used as it is stored, its activations as in "fp8" or, if
-        asked for, as in "fp8-weight-only".
+    quantize: None, "fp8" (weights in 128×128 blocks, activations per token in groups of 128), "fp8-weight-only",
+        "int8", "int4" (weights only), or a Quantization; see docs/quantisation.md. What a checkpoint stores in FP8 is
+        used as it is stored, its activations as in "fp8" or, if asked for, as in "fp8-weight-only"; as integers it is
+        stored anew.
     placement: where experts live (`moec.place_experts`), or None.
     fallback: "error" refuses what the backend lacks; "reference" runs those nodes in the reference interpreter and
         lists them in the report.
     dump: a folder for the IR after every pass.
     threads: CPU threads of the backend; None for its default.
     memory: for onnxruntime, which multiplies no FP8: "fast" holds all weights in f32, "fp8" as they are stored (8 or 16
-        bits) and widens each where it is used, which is slower; the report has the bytes of both. Other backends hold
-        FP8 weights in 8 bits either way.
+        bits) and widens each where it is used, which is slower; the report has the bytes of both. Integer weights stay
+        integers either way, and other backends hold FP8 weights in 8 bits.
 
     A module is compiled as it is in evaluation, with a warning where it is in training mode and has dropout or batch
     norms. Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moec.files import TEXT_LIMIT, opened_regular, read_regular, written_whole
 from moec.ir import ArgumentValueError, CompileError, Graph, parse
+from moec.ir.arrays import as_bytes, copied, from_bytes
 
 _INPUT, _WEIGHT = "input.", "weight."
 
@@ -27,7 +28,7 @@ def save_graph(graph: Graph, path: Path, inputs: tuple[torch.Tensor, ...] | None
             data = {f"{_INPUT}{v.name}": t for v, t in zip(graph.inputs, inputs, strict=True)}
             data |= {f"{_WEIGHT}{n}": v.weight.load() for n, v in graph.weights.items() if v.weight is not None}
             try:
-                save_file({n: t.contiguous().clone() for n, t in data.items()}, numbers)
+                save_file({n: copied(as_bytes(t)) for n, t in data.items()}, numbers)
             except SafetensorError as e:
                 raise OSError(str(e)) from None
         else:
@@ -52,6 +53,9 @@ def load_graph(path: str | Path) -> tuple[Graph, tuple[torch.Tensor, ...]]:
     try:
         with opened_regular(beside, own=True) as fd:
             data = load_file(f"/dev/fd/{fd}")  # what was checked, not what the name leads to by now
+        types = {f"{_WEIGHT}{n}": v.type for n, v in graph.weights.items()}
+        types |= {f"{_INPUT}{v.name}": v.type for v in graph.inputs}
+        data = {n: from_bytes(t, types[n].dtype) if n in types else t for n, t in data.items()}
         graph.bind_weights({n.removeprefix(_WEIGHT): t for n, t in data.items() if n.startswith(_WEIGHT)})
     except (OSError, SafetensorError, CompileError) as e:
         reason = e.message if isinstance(e, CompileError) else str(e)

@@ -13,6 +13,7 @@ from moec.backends import Backend, Executable, get_backend
 from moec.backends.reference.backend import ReferenceBackend
 from moec.difference import difference
 from moec.ir import ArgumentTypeError, CompileError, DType, Graph, Node, OpDef, TensorType, lookup, parse, run
+from moec.ir.arrays import copied
 from moec.ir.interpreter import bind_inputs
 from moec.ir.types import broadcast
 from moec.op_cases import all_cases, single, symbolic_cases, symbolic_types
@@ -85,7 +86,7 @@ class _Case:
         self.opdef = opdef
         self.inputs = [t for t in operands if t is not None]
         self.binding: dict[str, int] = {}
-        before = [t.clone() for t in self.inputs]
+        before = [copied(t) for t in self.inputs]
         try:
             self.graph = single(opdef, operands, attrs)
             self.expected = run(self.graph, self.inputs)
@@ -254,7 +255,7 @@ def _compiled_kernels(found: Sequence[_Case]) -> str:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    a, b = (t.reshape(-1).clone().view(torch.uint8) for t in (a, b))  # strides of 0 have no view as bytes
+    a, b = (copied(t.reshape(-1)).view(torch.uint8) for t in (a, b))  # strides of 0 have no view as bytes
     return torch.equal(a, b)
 
 

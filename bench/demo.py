@@ -69,9 +69,9 @@ def passes(graph: moec.Graph) -> None:
 def coverage(quantised: moec.CompiledModel) -> None:
     with section('3. quantize="fp8": weights in 128×128 blocks, activations per token'):
         figures = quantised.report.to_dict()["programs"]["forward"]["figures"]
-        share, total = figures["quantize_fp8.share"], figures["quantize_fp8.candidate_bytes"]
+        share, total = figures["quantize_weights.share"], figures["quantize_weights.candidate_bytes"]
         console.print(f"{share:.1%} of {total:,} bytes of linear and expert weights are stored in FP8")
-        for left in figures["quantize_fp8.left"]:
+        for left in figures["quantize_weights.left"]:
             console.print(f"  left: {left['weight']} ({left['bytes']:,} bytes): {left['reason']}", markup=False)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moec.ir.arrays import converted
 from moec.ir.dims import Dim, evaluate
 from moec.ir.errors import CompileError
 from moec.ir.graph import Graph, Node, Value
@@ -105,7 +106,9 @@ def _random_weight(v: Value, seed: int) -> torch.Tensor:
             n.operand("table").shape[1] for _, n, role in _reached(v) if n.op == "moe.remap" and role == "count"
         ]
         low, high = (1, replicas[0] + 1) if replicas else (0, index_bound(v, {}) or _FREE)
-        return torch.randint(low, high, shape, generator=r).to(v.dtype.torch)
+        if _is_codes(v):
+            low, high = 1 - 2 ** (v.dtype.bits - 1), 2 ** (v.dtype.bits - 1)
+        return converted(torch.randint(low, high, shape, generator=r), v.dtype)
     if v.dtype is DType.BOOL:
         return torch.rand(shape, generator=r) < 0.5
     if v.dtype.is_float:
@@ -177,7 +180,8 @@ def _input(v: Value, binding: Mapping[str, int], r: torch.Generator) -> torch.Te
     if shape and bound is not None and shape[-1] <= bound and _distinct(v):
         ranks = torch.rand((*shape[:-1], bound), generator=r).argsort(-1)
         return ranks[..., : shape[-1]].to(v.dtype.torch)
-    return torch.randint(0, _FREE if bound is None else max(1, bound), shape, generator=r).to(v.dtype.torch)
+    low, high = (-_FREE, _FREE) if _is_codes(v) else (0, _FREE if bound is None else max(1, bound))
+    return converted(torch.randint(low, high, shape, generator=r), v.dtype)
 
 
 def _ends(shape: tuple[int, ...], total: int, r: torch.Generator) -> torch.Tensor:
@@ -230,6 +234,14 @@ def _reached(v: Value) -> Iterator[tuple[Value, Node, str]]:
                 if f not in seen:
                     seen.add(f)
                     stack.append(f)
+
+
+def _is_codes(v: Value) -> bool:
+    """Whether an integer is codes of stored weights."""
+    return any(
+        n.opdef.family == "quant" and held is v and role in ("codes", "gate_up", "down")
+        for held, n, role in _reached(v)
+    )
 
 
 def index_bound(v: Value, binding: Mapping[str, int]) -> int | None:

@@ -15,41 +15,88 @@ from moec.ir.errors import ArgumentValueError
 class Quantization:
     """What to store in fewer bits.
 
-    `weights`: "f8e4m3fn". `activations`: "f8e4m3fn" (per token, groups of `group` channels) or None for
-    weight-only. `block`: rows × columns of a weight block that share one f32 scale (DeepSeek-V3 report,
-    §3.3: 128×128, activations 1×128). `keep`: dotted module paths (prefix match) left as they are.
-    `min_coverage`: least share of linear and expert weight bytes that must end up quantised.
+    `weights`: "f8e4m3fn", "i8" or "i4" (codes and scales: see `moec.ir.ops.block_codes`). `activations`: "f8e4m3fn"
+    (per token, groups of `group` channels; beside E4M3 weights only) or None for weight-only. `block`: rows × columns
+    of a weight block that share one f32 scale; by default 128×128 for E4M3 (DeepSeek-V3 report, §3.3; activations
+    1×128), 1×128 for i8 and 1×32 for i4; columns of integers are a multiple of 16. `keep`: dotted module paths (prefix
+    match) left as they are; by default lm_head with E4M3, nothing with integers. `in_i8`: module paths stored in i8
+    where the others are in i4; by default lm_head. `min_coverage`: least share of linear and expert weight bytes that
+    must end up quantised.
     """
 
     weights: str = "f8e4m3fn"
     activations: str | None = "f8e4m3fn"
-    block: tuple[int, int] = (128, 128)
+    # None stands for the default of `weights`, which __post_init__ fills in
+    block: tuple[int, int] = None  # type: ignore[assignment]
     group: int = 128
-    keep: tuple[str, ...] = ("lm_head",)
+    keep: tuple[str, ...] = None  # type: ignore[assignment]
     min_coverage: float = 0.5
+    in_i8: tuple[str, ...] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.weights != "f8e4m3fn" or self.activations not in (None, "f8e4m3fn"):
+        if self.weights not in _BLOCKS:
+            raise ArgumentValueError(
+                f"Quantization(weights={self.weights!r}) is not supported",
+                code="quantize",
+                hint=f"one of {', '.join(map(repr, _BLOCKS))}",
+            )
+        integers = self.weights != "f8e4m3fn"
+        if self.activations not in (None,) if integers else self.activations not in (None, "f8e4m3fn"):
             raise ArgumentValueError(
                 f"Quantization(weights={self.weights!r}, activations={self.activations!r}) is not supported",
                 code="quantize",
-                hint="weights 'f8e4m3fn', activations 'f8e4m3fn' or None",
+                hint="activations=None" if integers else "activations 'f8e4m3fn' or None",
             )
-        if min(*self.block, self.group) < 1:
-            raise ArgumentValueError(f"block {self.block} and group {self.group} must be positive", code="quantize")
+        for name, default in (
+            ("block", _BLOCKS[self.weights]),
+            ("keep", () if integers else ("lm_head",)),
+            ("in_i8", ("lm_head",) if self.weights == "i4" else ()),
+        ):
+            given = getattr(self, name)
+            object.__setattr__(self, name, default if given is None else tuple(given))
+        if self.in_i8 and self.weights != "i4":
+            raise ArgumentValueError(
+                f"Quantization(weights={self.weights!r}, in_i8={self.in_i8!r}): in_i8 goes with weights='i4'",
+                code="quantize",
+            )
+        if len(self.block) != 2 or min(*self.block, self.group) < 1:
+            raise ArgumentValueError(
+                f"block {self.block} must be two positive numbers, rows and columns, and group {self.group} one",
+                code="quantize",
+            )
+        if integers and self.block[1] % INTEGER_COLUMNS:
+            raise ArgumentValueError(
+                f"block {self.block} of weights {self.weights!r} has {self.block[1]} columns, expected a multiple of "
+                f"{INTEGER_COLUMNS}",
+                code="quantize",
+                hint="products with integers take blocks of 16, 32, 64, 128 or 256 columns",
+            )
 
     @staticmethod
     def of(spec: Quantization | str | None) -> Quantization | None:
         """From the `quantize=` argument. Raises ArgumentValueError on an unknown name."""
         if spec is None or isinstance(spec, Quantization):
             return spec
-        if spec == "fp8":
-            return Quantization()
-        if spec == "fp8-weight-only":
-            return Quantization(activations=None)
-        raise ArgumentValueError(
-            f"unknown quantize={spec!r}", code="quantize", hint="None, 'fp8', 'fp8-weight-only' or moec.Quantization"
-        )
+        named = _NAMED.get(spec) if isinstance(spec, str) else None
+        if named is None:
+            raise ArgumentValueError(
+                f"unknown quantize={spec!r}",
+                code="quantize",
+                hint=f"None, {', '.join(map(repr, _NAMED))} or moec.Quantization",
+            )
+        return named
+
+
+INTEGER_COLUMNS = 16
+_BLOCKS = {"f8e4m3fn": (128, 128), "i8": (1, 128), "i4": (1, 32)}
+_NAMED = {
+    "fp8": Quantization(),
+    "fp8-weight-only": Quantization(activations=None),
+    "int8": Quantization("i8", None),
+    "int4": Quantization("i4", None),
+}
+QUANTIZE = tuple(_NAMED)
+"""What `quantize=` takes by name."""
 
 
 @dataclass(frozen=True)

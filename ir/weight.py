@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
+from moec.ir.arrays import from_bytes, unpacked
 from moec.ir.errors import CompileError
-from moec.ir.types import TensorType
+from moec.ir.types import DType, TensorType
 
 # set while weights are read as their exact values, see `loading_in_float64`
 _in_float64: ContextVar[bool] = ContextVar("in_float64", default=False)
@@ -94,6 +95,28 @@ class SafetensorsSource:
             return self.file.get_tensor(self.key)
         with safe_open(self.path, framework="pt") as f:
             return f.get_tensor(self.key)
+
+
+@dataclass(frozen=True)
+class PackedSource:
+    """A weight of `type`, of less than 8 bits, that a file holds packed (`moec.ir.arrays.packed`)."""
+
+    source: WeightSource
+    type: TensorType
+
+    def load(self) -> torch.Tensor:
+        return unpacked(self.source.load(), self.type)
+
+
+@dataclass(frozen=True)
+class BytesSource:
+    """A weight of a dtype of less than 8 bits that a file holds as 8-bit integers."""
+
+    source: WeightSource
+    dtype: DType
+
+    def load(self) -> torch.Tensor:
+        return from_bytes(self.source.load(), self.dtype)
 
 
 @dataclass(eq=False)

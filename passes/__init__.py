@@ -22,7 +22,7 @@ from moec.passes.moe.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.pipeline import Phase, Pipeline, build_pipeline, default_pipeline, run_pass
 from moec.passes.place import PlaceExperts
 from moec.passes.placement import place_experts
-from moec.passes.quantize import QuantizeFP8
+from moec.passes.quantize import QuantizeWeights
 from moec.passes.rewrite import Match, Rewrite, RuleSet
 from moec.passes.rewriting.explain import explain
 from moec.passes.spec import parse_pass, parse_passes, print_pass, print_passes
@@ -56,7 +56,7 @@ __all__ = [
     "Phase",
     "Pipeline",
     "PlaceExperts",
-    "QuantizeFP8",
+    "QuantizeWeights",
     "RaiseMoE",
     "RaiseUnrolledExperts",
     "Record",

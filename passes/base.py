@@ -68,7 +68,7 @@ _WORDS = {"SwiGLU": "Swiglu", "GeGLU": "Geglu", "ReGLU": "Reglu", "RoPE": "Rope"
 
 
 def snake_case(name: str) -> str:
-    """FuseSwiGLU → fuse_swiglu, QuantizeFP8 → quantize_fp8."""
+    """FuseSwiGLU → fuse_swiglu, QuantizeWeights → quantize_weights."""
     for word, plain in _WORDS.items():
         name = name.replace(word, plain)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

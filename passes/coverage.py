@@ -1,13 +1,14 @@
-"""Which linear and expert weights of a graph are stored in FP8, and why the others are not."""
+"""Which linear and expert weights of a graph are stored as FP8 or integer codes, and why the others are not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from moec.ir import Graph, Location, Node, Quantization, Value
+from moec.ir import DType, Graph, Location, Node, Quantization, Value
+from moec.ir.ops.block_codes import CODES
 
 # ops that a router's scores may pass through between the projection and moe.route
 _SHAPE_OPS = ("tensor.reshape", "tensor.transpose", "tensor.expand", "tensor.slice")
@@ -30,6 +31,7 @@ class Coverage:
     quantised_bytes: int
     candidate_bytes: int
     left: tuple[Left, ...]
+    by_dtype: dict[str, int] = field(default_factory=dict)  # of the quantised: what they are stored as
 
     @property
     def share(self) -> float:
@@ -37,7 +39,9 @@ class Coverage:
         return self.quantised_bytes / self.candidate_bytes if self.candidate_bytes else 1.0
 
     def __str__(self) -> str:
-        lines = [f"{self.share:.1%} of {self.candidate_bytes:,} bytes of linear and expert weights are in FP8"]
+        stored = f" ({', '.join(f'{d} {n:,}' for d, n in self.by_dtype.items())})" if self.by_dtype else ""
+        total = f"{self.candidate_bytes:,} bytes of linear and expert weights"
+        lines = [f"{self.share:.1%} of {total} are stored as codes{stored}"]
         lines += [f"  left {x.weight} ({x.nbytes:,} bytes): {x.reason}" for x in self.left]
         return "\n".join(lines)
 
@@ -47,6 +51,7 @@ class Coverage:
             "share": self.share,
             "quantised_bytes": self.quantised_bytes,
             "candidate_bytes": self.candidate_bytes,
+            "by_dtype": dict(self.by_dtype),
             "left": left,
         }
 
@@ -119,34 +124,39 @@ def kept(node: Node, weight: Value | None, prefixes: tuple[str, ...]) -> bool:
 
 
 def quantized_coverage(graph: Graph, quantization: Quantization | None = None) -> Coverage:
-    """What share of a graph's linear and expert weight bytes is stored in FP8, read off the graph itself.
+    """What share of a graph's linear and expert weight bytes is stored as codes, read off the graph itself.
 
     A weight that several nodes use counts once; one stored in both forms counts as two. `quantization` gives
     the `keep` list that explains what was left.
     """
     quantization = quantization or Quantization()
     sizes: dict[tuple[str, str], int] = {}
+    dtypes: dict[tuple[str, str], DType] = {}
     left: dict[tuple[str, str], Left] = {}
     for where, g in (("", graph), *graph.functions.items()):
         routers = router_projections(g)
         for node in g.nodes:
             for value in candidates(node):
-                done = _fp8_codes(value)
+                done = _codes(value)
                 source = done or root_weight(value)
                 if source is None or source.weight is None:
                     continue
                 key = (where, source.weight.name)
                 sizes[key] = math.prod(source.shape) * node.result.dtype.bits // 8
-                if done is None:
+                if done is not None:
+                    dtypes[key] = done.dtype
+                else:
                     reason = why_left(node, value, quantization, routers) or "not quantised"
                     left[key] = Left(source.weight.name, sizes[key], reason, node.location)
     total = sum(sizes.values())
-    return Coverage(total - sum(x.nbytes for x in left.values()), total, tuple(left.values()))
+    by_dtype: dict[str, int] = {}
+    for key, dtype in dtypes.items():
+        by_dtype[dtype] = by_dtype.get(dtype, 0) + sizes[key]
+    return Coverage(total - sum(x.nbytes for x in left.values()), total, tuple(left.values()), by_dtype)
 
 
-def _fp8_codes(value: Value) -> Value | None:
-    """The stored FP8 codes behind a weight operand, if that is what it is."""
+def _codes(value: Value) -> Value | None:
+    """The stored codes behind a weight operand, if that is what it is."""
     if value.producer is not None and value.producer.op == "quant.dequantize":
         value = value.producer.operand("codes")
-    is_codes = value.weight is not None and value.dtype.is_float and value.dtype.bits == 8
-    return value if is_codes else None
+    return value if value.weight is not None and value.dtype in CODES else None

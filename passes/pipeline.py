@@ -25,7 +25,7 @@ from moec.passes.fuse.fuse_rope import FuseRoPE
 from moec.passes.moe.raise_moe import RaiseMoE
 from moec.passes.moe.raise_unrolled import RaiseUnrolledExperts
 from moec.passes.place import PlaceExperts
-from moec.passes.quantize import QuantizeFP8
+from moec.passes.quantize import QuantizeWeights
 from moec.passes.rewrite import Rewrite, RuleError, limited, source_of
 from moec.passes.rewriting.explain import explain
 from moec.passes.stored_fp8 import UseStoredFP8
@@ -297,9 +297,12 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
         CommonSubexpressions(),
         DeadCode(),
     )
-    # what a checkpoint stores in FP8 stays as it is, also without `quantize`
+    # what a checkpoint stores in FP8 stays as it is, also without `quantize`; as integers it is stored anew
     stored = UseStoredFP8(activations=quantization is None or quantization.activations is not None)
-    quantized = (stored,) if quantization is None else (stored, QuantizeFP8(quantization))
+    quantized: tuple[Pass, ...] = (stored,)
+    if quantization is not None:
+        weights = QuantizeWeights(quantization)
+        quantized = (stored, weights) if quantization.weights == "f8e4m3fn" else (weights, stored)
     phases = [Phase("clean", clean), Phase("fuse", fuse), Phase("tidy", tidy), Phase("quantize", quantized)]
     if placement is not None:
         phases.append(Phase("place", (PlaceExperts(placement),)))

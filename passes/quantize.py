@@ -1,4 +1,4 @@
-"""FP8: block-scaled E4M3 weights, and activations per token (DeepSeek-V3 technical report, §3.3)."""
+"""Weights as E4M3 or integer codes with scales per block, and activations in E4M3 per token."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from moec.ir import Builder, CompileError, ComputedSource, DType, Graph, Node, Quantization, TensorType, Value, Weight
-from moec.ir.ops.quant import quantize_blocks, require_finite, scale_type
+from moec.ir.ops.block_codes import quantize_blocks, scale_type
+from moec.ir.ops.quant import require_finite
 from moec.passes.base import Pass, report
-from moec.passes.coverage import quantized_coverage, router_projections, why_left
+from moec.passes.coverage import kept, quantized_coverage, root_weight, router_projections, why_left
 
 
 @dataclass(frozen=True)
-class QuantizeFP8(Pass):
-    """Store linear and expert weights as E4M3 codes with f32 scales per block, computed when first read.
+class QuantizeWeights(Pass):
+    """Store linear and expert weights as codes (E4M3, i8 or i4) with f32 scales per block, computed when first read.
 
     `linear.linear` becomes `quant.scaled_linear` on codes of its input, one `quant.quantize` per value however
     many use it, and `moe.experts` becomes `quant.scaled_experts`. Weight-only
@@ -23,8 +24,8 @@ class QuantizeFP8(Pass):
     `moe.route`), module paths in `quantization.keep`, biases, and everything that is no linear or expert weight (norms,
     embeddings) stay.
 
-    Raises CompileError where less than `quantization.min_coverage` of the linear and expert weight bytes end up in FP8,
-    and, when a weight's data is first read, on a NaN or infinity in it.
+    Raises CompileError where less than `quantization.min_coverage` of the linear and expert weight bytes end up as
+    codes, and, when a weight's data is first read, on a NaN or infinity in it.
     """
 
     quantization: Quantization = field(default_factory=Quantization)
@@ -37,7 +38,7 @@ class QuantizeFP8(Pass):
         report(**coverage.to_dict())
         if coverage.share < self.quantization.min_coverage:
             raise CompileError(
-                f"{coverage.share:.1%} of the linear and expert weight bytes can be stored in FP8, "
+                f"{coverage.share:.1%} of the linear and expert weight bytes can be quantised, "
                 f"min_coverage asks for {self.quantization.min_coverage:.1%}",
                 code="coverage",
                 excerpt=str(coverage),
@@ -51,9 +52,9 @@ class _Rewriter:
 
     def __init__(self, graph: Graph, quantization: Quantization):
         self.graph, self.q = graph, quantization
-        self.weights: dict[tuple[Value, bool], tuple[Value, Value]] = {}
+        self.weights: dict[tuple[Value, DType, bool], tuple[Value, Value]] = {}
         self.inputs: dict[Value, tuple[Value, Value]] = {}
-        self.dense: dict[Value, Value] = {}
+        self.dense: dict[tuple[Value, DType], Value] = {}
 
     def run(self) -> None:
         routers = router_projections(self.graph)
@@ -69,14 +70,20 @@ class _Rewriter:
         self.graph.replace_value(node.result, value)
         self.graph.erase(node)
 
+    def _dtype(self, node: Node, *weights: Value) -> DType:
+        """What the weights of a node are stored as."""
+        wide = any(kept(node, root_weight(w), self.q.in_i8) for w in weights)
+        return DType.I8 if wide else DType.of(self.q.weights)
+
     def _linear(self, node: Node) -> None:
         x, weight, bias = (node.operand(name) for name in ("x", "weight", "bias"))
-        codes, scale = self._quantised_weight(weight)
+        dtype = self._dtype(node, weight)
+        codes, scale = self._quantised_weight(weight, dtype)
         b = Builder(self.graph, before=node, location=node.location)
         if self.q.activations is None:
-            if weight not in self.dense:
-                self.dense[weight] = b.dequantize(codes, scale, block=self.q.block, dtype=x.dtype)
-            self._replace(node, b.op("linear.linear", [x, self.dense[weight], bias]))
+            if (weight, dtype) not in self.dense:
+                self.dense[weight, dtype] = b.dequantize(codes, scale, block=self.q.block, dtype=x.dtype)
+            self._replace(node, b.op("linear.linear", [x, self.dense[weight, dtype], bias]))
             return
         if x not in self.inputs:
             self.inputs[x] = b.quantize(x, block=(1, self.q.group))
@@ -84,8 +91,9 @@ class _Rewriter:
         self._replace(node, b.op("quant.scaled_linear", [*self.inputs[x], codes, scale, bias], attrs))
 
     def _experts(self, node: Node) -> None:
-        gate_up = self._quantised_weight(node.operand("gate_up"), node.attrs["interleaved"])
-        down = self._quantised_weight(node.operand("down"))
+        dtype = self._dtype(node, node.operand("gate_up"), node.operand("down"))
+        gate_up = self._quantised_weight(node.operand("gate_up"), dtype, node.attrs["interleaved"])
+        down = self._quantised_weight(node.operand("down"), dtype)
         attrs = {n: node.attrs[n] for n in ("activation", "limit", "alpha", "up_offset")}
         attrs |= {"block": self.q.block, "group": None if self.q.activations is None else self.q.group}
         b = Builder(self.graph, before=node, location=node.location)
@@ -96,14 +104,14 @@ class _Rewriter:
             biases[0] = b.concat(*(b.slice(biases[0], axis=1, start=i, end=width, step=2) for i in (0, 1)), axis=1)
         self._replace(node, b.op("quant.scaled_experts", [*routed, *gate_up, *down, *biases], attrs))
 
-    def _quantised_weight(self, value: Value, interleaved: bool = False) -> tuple[Value, Value]:
+    def _quantised_weight(self, value: Value, dtype: DType, interleaved: bool = False) -> tuple[Value, Value]:
         """Codes and scales as new weights. `interleaved`: rows alternate gate, up; stored as gate rows, then up."""
-        key = (value, interleaved)
+        key = (value, dtype, interleaved)
         if key not in self.weights:
             weight = value.weight
             assert weight is not None
-            pair = _BlockCodes(weight, self.q.block, interleaved)
-            codes_type = weight.type.with_dtype(DType.F8E4M3)
+            pair = _BlockCodes(weight, dtype, self.q.block, interleaved)
+            codes_type = weight.type.with_dtype(dtype)
             self.weights[key] = (
                 self._add(weight, "codes", codes_type, pair, 0),
                 self._add(weight, "scale", scale_type(codes_type, self.q.block), pair, 1),
@@ -118,8 +126,8 @@ class _Rewriter:
 class _BlockCodes:
     """Codes and scales of a weight, computed together when the first of them is read."""
 
-    def __init__(self, weight: Weight, block: tuple[int, int], interleaved: bool):
-        self.weight, self.block, self.interleaved = weight, block, interleaved
+    def __init__(self, weight: Weight, dtype: DType, block: tuple[int, int], interleaved: bool):
+        self.weight, self.dtype, self.block, self.interleaved = weight, dtype, block, interleaved
         self._lock = threading.Lock()
         self._pair: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -135,5 +143,5 @@ class _BlockCodes:
         require_finite(name, x, block=self.block, hint=f"keep=({name!r},) leaves it as it is, unquantised")
         if self.interleaved:
             x = torch.cat([x[:, 0::2], x[:, 1::2]], dim=1)
-        codes, scale = quantize_blocks(x, self.block)
-        return codes.contiguous(), scale.contiguous()  # also of a transposed weight
+        codes, scale = quantize_blocks(x.contiguous(), self.block, self.dtype)
+        return codes, scale.contiguous()

@@ -67,7 +67,8 @@ def compare(
     isolated: False ("propagated"): every backend computes on its own values; outputs are compared, and values inside at
         points that survive in both graphs, in order; the node to blame is then found among what leads to the first that
         differs. True: every node gets the reference's operands and is judged by itself, which is how FP8 is judged.
-        None chooses True for graphs that quantise activations, else False.
+        None chooses True for graphs that quantise activations, and where a backend does so inside (integer weights on
+        onnxruntime), else False.
     tolerance: relative to the largest magnitude of a tensor, in place of the tolerances from dtype and reduction length
         (docs/tolerances.md): one for all, or by output, module path, op or family of ops ("" for the rest).
     processes: whether each backend named by text has a process of its own, one after the other, so that memory stays
@@ -99,7 +100,7 @@ def compare(
             source = describe(model) if held is None else held.name
             call = (args, kwargs or {})
             run = _Run(model, source, call, signature, after, inputs, base, tolerance, processes, folder, step)
-            return run.compare(backends, _quantises(after) if isolated is None else isolated)
+            return run.compare(backends, isolated)
 
 
 @dataclass(eq=False)
@@ -117,9 +118,11 @@ class _Run:
     step: Step
     packed: Path | None = None
 
-    def compare(self, backends: Sequence[Any], isolated: bool) -> Comparison:
+    def compare(self, backends: Sequence[Any], isolated: bool | None) -> Comparison:
         contenders = _distinct([self._contender(b) for b in backends])
         first, *others = contenders
+        if isolated is None:
+            isolated = _quantises(self.after) or any(_is_coarse(c) for c in contenders)
         comparison = Comparison(first.name, isolated)
         self._keep_inputs()
         self.step(f"run {first.name}")
@@ -325,6 +328,13 @@ def _quantises(graph: Graph) -> bool:
         return node.op == "quant.scaled_experts" and node.attrs["group"] is not None
 
     return any(node.op == "quant.quantize" or inside(node) for node in graph.nodes)
+
+
+def _is_coarse(contender: Contender) -> bool:
+    """Whether a backend adds up some nodes more coarsely than f32."""
+    if contender.settings is None or contender.legal is None:
+        return False
+    return any(contender.settings.backend.coarse_sums(n) is not None for n in contender.legal.nodes)
 
 
 def _weight_bytes(graph: Graph) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from moec.backends import BACKENDS, Backend, get_backend
 from moec.comparing.contenders import Contender, Fresh
 from moec.comparing.execute import binding_of
 from moec.comparing.nodes import NodeResult, isolate
@@ -16,6 +17,7 @@ from moec.comparing.routing import RoutingFlip
 from moec.comparing.store import Store, Values
 from moec.difference import difference
 from moec.ir import Node, Value
+from moec.ir.arrays import copied
 from moec.tolerance import Bound, Tolerance, end_to_end, given_bound, one_node, scale_of
 
 Step = Callable[[str], None]
@@ -108,13 +110,14 @@ def divergence_of(row: NodeResult, values: Values) -> Divergence:
     """A node that is out of tolerance by itself, as a divergence."""
     d = row.difference
     why = row.problem or d.why
-    case = _case(row.node, values)
+    name = row.backend.split(" #")[0]
+    case = _case(row.node, values, get_backend(name) if name in BACKENDS else None)
     return Divergence(row.backend, row.node, row.location, d.max_error, d.tolerance, why, True, case)
 
 
-def _case(node: Node, values: Values):
-    graph, fed = isolate([node], values, binding_of(values))
-    return graph, tuple(t.clone() for t in fed)
+def _case(node: Node, values: Values, backend: Backend | None = None):
+    graph, fed = isolate([node], values, binding_of(values), backend)
+    return graph, tuple(copied(t) for t in fed)
 
 
 def _suspects(node: Node, reference: Values, got: Values, pairs: Mapping[Value, Value]) -> list[Node]:

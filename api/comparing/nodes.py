@@ -82,7 +82,7 @@ def _compare(
     nodes: list[Node], values: Values, settings: Settings, binding: Mapping[str, int], tolerance: Tolerance
 ) -> list[NodeResult]:
     try:
-        part, fed = isolate(nodes, values, binding)
+        part, fed = isolate(nodes, values, binding, settings.backend)
         legal, _, left = legalise(part, settings)
         got = lower(legal, settings, left).run(fed)
     except CompileError as e:
@@ -135,20 +135,30 @@ def _routed(
     return list(node.opdef.instance([logits, bias], node.attrs).reference())
 
 
-def isolate(nodes: Sequence[Node], values: Values, binding: Mapping[str, int]) -> tuple[Graph, list[torch.Tensor]]:
+def isolate(
+    nodes: Sequence[Node], values: Values, binding: Mapping[str, int], backend: Backend | None = None
+) -> tuple[Graph, list[torch.Tensor]]:
     """A graph of some nodes, not connected to each other, with every size a number; and their operands. Weights stay
-    weights, constants stay constants. Its outputs are the nodes' results in order."""
+    weights, also those that are dequantised first where `backend` takes what is stored; constants stay constants. Its
+    outputs are the nodes' results in order."""
     part = Graph("nodes")
     part.functions = values.graph.functions
     fed: list[torch.Tensor] = []
     for node in nodes:
         mapping: dict[Value, Value] = {}
+        as_stored = backend is not None and backend.coarse_sums(node) is not None
         for v in node.operands:
             if v is None or v in mapping:
                 continue
             if v.weight is not None:
                 mapping[v] = part.add_weight(v.weight)
             elif v.producer is not None and v.producer.op == "tensor.constant":
+                copy_node(v.producer, part, mapping)
+            elif as_stored and v.producer is not None and _is_stored(v.producer):
+                for stored in v.producer.operands:
+                    assert stored is not None
+                    assert stored.weight is not None
+                    mapping[stored] = part.add_weight(stored.weight)
                 copy_node(v.producer, part, mapping)
             else:
                 mapping[v] = part.add_input(f"x{len(fed)}", values.type(v))
@@ -160,6 +170,11 @@ def isolate(nodes: Sequence[Node], values: Values, binding: Mapping[str, int]) -
             new.origins = old.origins
             part.add_output(new)
     return part, fed
+
+
+def _is_stored(node: Node) -> bool:
+    """Whether a node only widens a stored weight."""
+    return node.op == "quant.dequantize" and all(v is not None and v.weight is not None for v in node.operands)
 
 
 def _concrete(x: Any, binding: Mapping[str, int]) -> Any:

@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moec.ir import CompileError, Graph, TensorType, Value
+from moec.ir import CompileError, DType, Graph, TensorType, Value
+from moec.ir.arrays import BYTES, as_bytes, from_bytes
 
-_KEY = "tensor"
+_KEY, _DTYPE = "tensor", "dtype"
 
 
 class Store:
@@ -27,7 +28,11 @@ class Store:
     def put(self, name: str, tensor: torch.Tensor) -> None:
         held = tensor.detach().cpu().contiguous()
         try:
-            save_file({_KEY: held}, self._path(name))
+            dtype = DType.of(held.dtype)
+            if dtype in BYTES:  # the library knows no type below 8 bits
+                save_file({_KEY: as_bytes(held)}, self._path(name), {_DTYPE: str(dtype)})
+            else:
+                save_file({_KEY: held}, self._path(name))
         except (OSError, SafetensorError) as e:
             raise CompileError(
                 f"cannot write {TensorType.of(held)} to {self.folder}: {e}",
@@ -39,7 +44,9 @@ class Store:
     def get(self, name: str) -> torch.Tensor:
         """The tensor, memory-mapped."""
         with safe_open(self._path(name), framework="pt") as file:
-            return file.get_tensor(_KEY)
+            said = (file.metadata() or {}).get(_DTYPE)
+            tensor = file.get_tensor(_KEY)
+            return tensor if said is None else from_bytes(tensor, DType.of(said))
 
     def __contains__(self, name: str) -> bool:
         return name in self.types

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from moec.backends import BACKENDS, get_backend
 from moec.backends.base import ships
 from moec.ir import CompileError, Graph, SafetensorsSource, Weight, parse
-from moec.ir.weight import loading_once
+from moec.ir.arrays import BYTES, as_bytes
+from moec.ir.weight import BytesSource, loading_once
 from moec.passes.pipeline import Pipeline
 from moec.program import Settings
 
@@ -48,12 +49,12 @@ def pack(graph: Graph, folder: Path) -> None:
     for i, (name, value) in enumerate(graph.weights.items()):
         weight = value.weight
         assert weight is not None
-        if isinstance(weight.source, SafetensorsSource):
+        if isinstance(weight.source, SafetensorsSource) and weight.type.dtype not in BYTES:
             places[name] = str(Path(weight.source.path).resolve()), weight.source.key
             continue
         path = folder / f"weight{i}.safetensors"
         with loading_once():
-            save_file({_KEY: weight.load().cpu().contiguous()}, path)
+            save_file({_KEY: as_bytes(weight.load().cpu()).contiguous()}, path)
         places[name] = str(path), _KEY
     (folder / "weights.json").write_text(json.dumps(places), "utf-8")
 
@@ -62,9 +63,11 @@ def unpack(folder: Path) -> Graph:
     """The graph that `pack` wrote, its weights memory-mapped."""
     graph = parse((folder / _GRAPH).read_text("utf-8"))
     places = json.loads((folder / "weights.json").read_text("utf-8"))
-    graph.bind_weights(
-        {name: Weight(name, graph.weights[name].type, SafetensorsSource(Path(p), k)) for name, (p, k) in places.items()}
-    )
+    bound = {}
+    for name, (file, key) in places.items():
+        type, source = graph.weights[name].type, SafetensorsSource(Path(file), key)
+        bound[name] = Weight(name, type, BytesSource(source, type.dtype) if type.dtype in BYTES else source)
+    graph.bind_weights(bound)
     return graph
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moec.fuzzing.graphs import FLOATS, INTEGERS, NUMBERS, Grower
 from moec.ir import CompileError, Dim, DType, Node, OpDef, TensorType, Value, all_ops
+from moec.ir.arrays import BYTES, copied
 from moec.ir.dims import product
 from moec.ir.opdef import REQUIRED
 from moec.ir.sampling import Sampler, cases
@@ -137,6 +138,9 @@ def sampled(g: Grower) -> Any:
     for (name, kind), type, t in zip(kinds, types, tensors, strict=False):
         if type is None or (kind == "optional" and g.d.chance(15)):
             operands.append(None)
+        elif type.dtype in BYTES:  # codes, which nothing else makes
+            static = type.is_static and not symbolic
+            operands.append(g.stored(copied(t), name) if static else g.fresh(type, name, weight=False))
         elif type.dtype.is_integer:
             operands.append(_index(g, name, type, t, may_store=not symbolic, fits=changed == attrs))
         else:
@@ -159,7 +163,7 @@ def _index(g: Grower, name: str, type: TensorType, sample: torch.Tensor, *, may_
     if not fits and name != "count":
         return g.fresh(type, name, weight=None if may_store else False)
     if type.is_static and may_store and (name == "count" or g.d.chance(40)):
-        return g.stored(sample.clone(), name)
+        return g.stored(copied(sample), name)
     if name == "count":
         raise CompileError("no sizes are known to count", code="size")
     if g.inner and (name == "offsets" or not may_store):

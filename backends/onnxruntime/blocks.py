@@ -12,7 +12,7 @@ from moec.backends.onnxruntime.emit import Emitter
 from moec.backends.onnxruntime.reduction import reduce_extreme
 from moec.ir import Dim, DType
 from moec.ir.dims import ceil_div
-from moec.ir.ops.quant import E4M3_MAX
+from moec.ir.ops.block_codes import E4M3_MAX
 
 Shape = Sequence[int | Dim]
 

@@ -234,24 +234,26 @@ class Emitter:
         *,
         index: int | None = None,
         scales: bool = False,
+        dtype: DType | None = None,
+        widened: DType | None = None,
     ) -> onnx.Value:
         """The initialiser of `transform` applied to a weight, or to its matrix `index`, in its stored type (FP8 stays
-        FP8) and read when the model is written. `key` tells the transforms of one weight apart; `scales`: they go into
-        the weight when that is folded."""
+        FP8; `dtype`: another, which `transform` gives) and read when the model is written. `key` tells the transforms
+        of one weight apart. `scales`: they go into the weight when that is folded, to `widened` (or its carrier)."""
         assert v.weight is not None
         weight, memo = v.weight, ("weight", v.weight.name, id(v.weight.source), key)
         if memo not in self.memo:
-            dtype = v.dtype if v.dtype in FLOAT8 or self.compact(v) else carrier(v.dtype)
+            held = dtype or (v.dtype if v.dtype in FLOAT8 or self.compact(v) else carrier(v.dtype))
             name = self.unique(f"{weight.name}{key}")
 
             def load() -> onnx.Tensor:
-                return self.reader.read(weight, dtype, transform, name, index)
+                return self.reader.read(weight, held, transform, name, index)
 
-            tensor = onnx.LazyTensor(load, dtype=ONNX[dtype], shape=onnx.Shape(shape), name=name)
+            tensor = onnx.LazyTensor(load, dtype=ONNX[held], shape=onnx.Shape(shape), name=name)
             self.memo[memo] = self._initializer(tensor)
             count = math.prod(shape)
-            folded = carrier(v.dtype).bits // 8 * count
-            self.resident[name] = 0 if scales else folded, min(v.dtype.bits * count // 8, folded)
+            folded = (widened or carrier(v.dtype)).bits // 8 * count
+            self.resident[name] = 0 if scales else folded, min((dtype or v.dtype).bits * count // 8, folded)
         return self.memo[memo]
 
     def weight(
@@ -302,6 +304,10 @@ class Emitter:
             if len(symbolic) == 1:
                 return self.op("Reshape", x, np.array([-1 if isinstance(s, Dim) else s for s in target], np.int64))
         return self.op("Reshape", x, self.sizes.vector(target), allowzero=1)
+
+    def count(self, form: str) -> None:
+        """Note for the report that a form of a lowering was taken once more."""
+        self.choices[form] = self.choices.get(form, 0) + 1
 
     @property
     def scope_name(self) -> str:

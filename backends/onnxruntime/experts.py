@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as onnx
 import torch
 
+from moec.backends.onnxruntime import nbits
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.blocks import rounded
 from moec.backends.onnxruntime.elementwise import gelu_of, silu_of
@@ -63,6 +64,19 @@ class Spec:
         return int(self.down.shape[2])
 
     @property
+    def nbits(self) -> bool:
+        """Whether the weights are stored integers, which products take as they are."""
+        return self.scales is not None and nbits.stored_experts(self.node)
+
+    @property
+    def nbits_block(self) -> int | None:
+        """The block of com.microsoft.QMoE, which is one for both matrices and divides both of their widths."""
+        widths = [int(v.shape[2]) for v in (self.gate_up, self.down)]
+        found = [nbits.block_size(width, self.block[1]) for width in widths]
+        size = None if None in found else min(b for b in found if b is not None)
+        return size if size is not None and not any(width % size for width in widths) else None
+
+    @property
     def interleaved(self) -> bool:
         return bool(self.node.attrs.get("interleaved", False))
 
@@ -76,9 +90,10 @@ class Spec:
         if self.interleaved != interleave:
             order = torch.arange(2 * self.hidden).reshape((2, -1) if interleave else (-1, 2)).T.reshape(-1)
         scales = self.scales or (None, None)
+        as_stored = self.nbits and not e.options.portable
         return (
-            ExpertWeights(e, self.gate_up, scales[0], self.block, order),
-            ExpertWeights(e, self.down, scales[1], self.block, None),
+            ExpertWeights(e, self.gate_up, scales[0], self.block, order, nbits=as_stored),
+            ExpertWeights(e, self.down, scales[1], self.block, None, nbits=as_stored),
         )
 
 
@@ -86,20 +101,26 @@ class Spec:
 def experts(e: Emitter, node: Node) -> onnx.Value:
     spec = Spec.of(node)
     form = choose(e, spec)
-    e.choices[f"experts.{form}"] = e.choices.get(f"experts.{form}", 0) + 1
+    e.count(f"experts.{form}")
     x = e.cast(e.value(spec.x), spec.x.dtype, spec.dtype)
-    y = moe_operator(e, spec, x) if form == "moe" else sorted_experts(e, spec, x, unroll=form == "unrolled")
+    if form == "moe":
+        y = qmoe_operator(e, spec, x) if spec.nbits else moe_operator(e, spec, x)
+    else:
+        y = sorted_experts(e, spec, x, unroll=form == "unrolled")
     return e.cast(y, spec.dtype, spec.x.dtype)
 
 
 def choose(e: Emitter, spec: Spec) -> str:
     """ "unrolled": a chain of MatMuls per expert on its own initialisers (fastest), while the whole graph has
-    at most UNROLL_LIMIT experts; beyond, "moe": com.microsoft.MoE where it computes the same; else "loop"."""
+    at most UNROLL_LIMIT experts; beyond, "moe": com.microsoft.MoE where it computes the same; else "loop". For integer
+    weights "moe" is com.microsoft.QMoE, and comes first: it is faster for few rows (bench/RESULTS.md)."""
     wanted = e.options.experts
     if wanted == "moe" and (why := _not_moe(e, spec)):
         raise e.refuse(spec.node, f"experts='moe' is not possible: {why}")
     if wanted != "auto":
         return wanted
+    if spec.nbits and _not_moe(e, spec) is None:
+        return "moe"
     if e.options.compact:  # the other forms take all experts at once, in f32
         return "unrolled"
     if _count(e.graph, e.memo) <= UNROLL_LIMIT:
@@ -125,6 +146,8 @@ def _not_moe(e: Emitter, spec: Spec) -> str | None:
         return f"its activation is silu, not {spec.node.attrs['activation']}"
     if spec.hidden == 0 or spec.x.shape[1] == 0:
         return "the experts are empty"
+    if spec.nbits and spec.nbits_block is None:
+        return f"blocks of {spec.block[1]} do not divide rows of {spec.x.shape[1]} and {spec.hidden}"
     source: Value = spec.weights
     while source.producer is not None and source.producer.op == "math.cast":
         (inner,) = source.producer.operands
@@ -227,3 +250,40 @@ def moe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
         **extra,
     )
     return e.op("Mul", y, reduce(e, "ReduceSum", weights, (-1,), True))
+
+
+def qmoe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
+    """com.microsoft.QMoE takes the k largest of what it is given, here the weights of the chosen experts among zeros,
+    and adds up with these weights; those of 1e-8 at most it leaves out, and of NaN it makes numbers."""
+    size = spec.nbits_block
+    assert size is not None
+    assert spec.scales is not None
+    weights = e.cast(e.value(spec.weights), spec.weights.dtype, DType.F32)
+    none = e.op("Expand", e.scalar(0.0, DType.F32), e.sizes.vector((spec.x.shape[0], spec.num)))
+    routing = e.op("ScatterElements", none, e.value(spec.experts), weights, axis=1)
+    stored: list[onnx.Value] = []
+    for codes, scale, matrix in zip((spec.gate_up, spec.down), spec.scales, spec.matrices(e, True), strict=True):
+        key = ".all" if matrix.rows is None else ".all.reordered"
+        packed, scales = nbits.operands(e, codes, scale, spec.block, size, rows=matrix.rows, key=key, flat=True)
+        stored += packed, scales
+    biases = [_bias(e, spec, which, interleave=True) for which in (0, 1)]
+    limit = spec.limit
+    extra: dict[str, Any] = {} if limit is None else {"swiglu_limit": limit}
+    nothing = (None,) * 6  # a third matrix, zero points
+    y = e.op(
+        "QMoE",
+        *(x, routing, stored[0], stored[1], biases[0], stored[2], stored[3], biases[1], *nothing, routing),
+        domain=MICROSOFT,
+        k=int(spec.experts.shape[1]),
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        normalize_routing_weights=0,
+        activation_alpha=1.0 if limit is None else spec.node.attrs["alpha"],
+        activation_beta=0.0 if limit is None else spec.node.attrs["up_offset"],
+        expert_weight_bits=spec.gate_up.dtype.bits,
+        block_size=size,
+        weights_prepacked=0,
+        accuracy_level=nbits.LEVEL,
+        **extra,
+    )
+    return nbits.carrying(e, y, weights, int(spec.weights.shape[1]))

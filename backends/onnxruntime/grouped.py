@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as onnx
 import torch
 
+from moec.backends.onnxruntime import nbits
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.quant import dequantized, stored_blocks
@@ -17,8 +18,9 @@ from moec.ir import DType, Node, Value
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """Matrices [E, N, K], plain or as FP8 codes with scales, their N rows taken in the order `rows`; a
-    product takes their transposes, or with `transposed=False` (then [E, K, N]) themselves."""
+    """Matrices [E, N, K], plain or as codes with scales, their N rows taken in the order `rows`; a product takes their
+    transposes, or with `transposed=False` (then [E, K, N]) themselves; with `nbits` it takes stored integers as they
+    are."""
 
     e: Emitter
     value: Value
@@ -26,6 +28,7 @@ class ExpertWeights:
     block: tuple[int, int]
     rows: torch.Tensor | None
     transposed: bool = True
+    nbits: bool = False
 
     @property
     def stored(self) -> bool:
@@ -37,6 +40,11 @@ class ExpertWeights:
 
     def product(self, x: onnx.Value, index: int) -> onnx.Value:
         """x [R, K] times matrix `index`."""
+        if self.nbits:
+            assert self.scale is not None
+            key = f".{index}" + ("" if self.rows is None else ".reordered")
+            stored = self.value, self.scale, self.block
+            return nbits.product(self.e, x, *stored, index=index, rows=self.rows, key=key)
         if not (self.stored and self.transposed):
             return self.e.op("MatMul", x, self.one(index))
         _, n, k = self.value.shape
@@ -95,7 +103,7 @@ def grouped_product(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: Expe
         return _loop(e, x, counts, weights, num)
     parts = e.op("Split", x, counts, outputs=num, axis=0)
     parts = parts if num > 1 else (parts,)
-    if e.options.compact and weights.stored:
+    if e.options.compact and weights.stored and not weights.nbits:
         outputs = [
             _where_used(e, part, e.op("Gather", counts, np.int64(i)), weights, i) for i, part in enumerate(parts)
         ]

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as onnx
 import torch
 
+from moec.backends.onnxruntime import nbits
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.quant import scaled_product
@@ -38,6 +39,14 @@ def product(e: Emitter, x: onnx.Value, weight: Value) -> onnx.Value:
 @backend.lowers("linear.linear")
 def linear(e: Emitter, node: Node) -> onnx.Value:
     x, weight, bias = given(node)
+    made = nbits.stored_weight(node)
+    if made is not None and not e.options.portable:
+        codes, scale, block = made.operand("codes"), made.operand("scale"), made.attrs["block"]
+        e.count("linear.nbits")
+        y = nbits.product(e, e.value(x), codes, scale, block, bias=None if bias is None else e.value(bias))
+        return nbits.carrying(e, y, e.value(x), int(codes.shape[1])) if nbits.leaves(node.result) else y
+    if nbits.is_integer(weight):
+        e.count("linear.dequantised")
     y = product(e, e.value(x), weight)
     return y if bias is None else e.op("Add", y, e.value(bias))
 

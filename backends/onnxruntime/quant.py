@@ -1,7 +1,8 @@
-"""Lowerings of `quant`: FP8 values are carried in f32, stored weights stay FP8 in the file.
+"""Lowerings of `quant`: FP8 values are carried in f32, stored weights stay FP8 or integers in the file.
 
 A stored weight becomes DequantizeLinear with blocks along its inner axis, its 128×128 scales repeated along
-the outer one; with `session.disable_quant_qdq=1` ONNX Runtime folds it to f32 at load, unless folding is off.
+the outer one; with `session.disable_quant_qdq=1` ONNX Runtime folds it to f32 at load, unless folding is off. Products
+with integer weights take those as they are (see nbits), unless the model is to be portable.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.blocks import Blocks
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.ir import DType, Node, Value
+from moec.ir.arrays import BYTES
 
 
 @backend.lowers("quant.quantize")
@@ -32,7 +34,8 @@ def dequantized(e: Emitter, codes: Value, scale: Value, block: tuple[int, int]) 
     """codes [..., R, C] · scale in f32."""
     if codes.weight is not None and scale.weight is not None:
         return stored_blocks(e, codes, scale, block, codes.shape)
-    blocks, c, s = Blocks.of(codes.shape, block), e.value(codes), e.value(scale)
+    blocks, s = Blocks.of(codes.shape, block), e.value(scale)
+    c = e.cast(e.value(codes), codes.dtype, DType.F32)
     memo = ("dequantized", c, s, blocks)
     if memo not in e.memo:
         known, split, spread = e.memo.get(("split", c, s), (None, None, None))
@@ -62,11 +65,12 @@ def stored_blocks(
         return t.transpose(-1, -2) if transpose else t
 
     def pick_codes(t: torch.Tensor) -> torch.Tensor:
-        return pick(t.view(torch.uint8)).contiguous().view(torch.float8_e4m3fn)
+        return pick(t.view(torch.uint8)).contiguous().view(t.dtype)
 
     out, inner = codes.shape[-2:]
     axis = len(shape) - (2 if transpose else 1)
-    stored = e.stored(codes, key, shape, pick_codes, index=index)
+    held = codes.dtype if codes.dtype in BYTES else None
+    stored = e.stored(codes, key, shape, pick_codes, index=index, dtype=held, widened=DType.F32)
     blocks = [-(-s // block[1]) if i == axis else s for i, s in enumerate(shape)]
     # one scale may serve weights of other heights, in other blocks
     by = f"{key}.{out}by{block[0]}x{block[1]}"

@@ -30,6 +30,7 @@ ONNX = {
     DType.F8E5M2: onnx.DataType.FLOAT8E5M2,
     DType.F16: onnx.DataType.FLOAT16,  # this and the next of weights only, which are widened before anything else
     DType.BF16: onnx.DataType.BFLOAT16,
+    DType.I4: onnx.DataType.INT4,  # of weights that DequantizeLinear takes
     DType.I64: onnx.DataType.INT64,
     DType.I32: onnx.DataType.INT32,
     DType.I16: onnx.DataType.INT16,

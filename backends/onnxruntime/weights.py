@@ -49,6 +49,8 @@ def as_numpy(tensor: torch.Tensor, dtype: DType) -> np.ndarray:
     """A contiguous array of `dtype`; shares memory where it can."""
     if dtype in FLOAT8:
         return tensor.contiguous().view(torch.uint8).numpy().view(NUMPY[dtype])
+    if dtype in BYTES:
+        return to_numpy(tensor)
     if DType.of(tensor.dtype) in BYTES:
         return tensor.contiguous().view(dtype.torch).numpy()
     return to_numpy(tensor.to(dtype.torch).contiguous())

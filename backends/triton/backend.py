@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moec.backends.triton.executable import TritonExecutable
 
 WIDE_UNSIGNED = {DType.U64, DType.U32, DType.U16}  # torch computes with none of them
-DTYPES = frozenset(DType) - {DType.C64, DType.F8E5M2} - WIDE_UNSIGNED - OPAQUE
+DTYPES = frozenset(DType) - {DType.C64, DType.F8E5M2} - WIDE_UNSIGNED - (OPAQUE - {DType.I4})
 
 _KERNEL_FLOATS = (DType.F32, DType.BF16, DType.F16)
 _MAX_WIDTH, _MAX_EXPERTS, _MAX_HEAD = 65536, 4096, 1024
@@ -48,7 +48,7 @@ TORCH_OPS: dict[str, str] = {
     "linear.matmul": _PRODUCT, "linear.grouped_matmul": "grouped product outside moe.experts",
     "linear.conv": "convolution: torch's own",
     "recurrent.lstm": _STEPS, "recurrent.gru": _STEPS, "recurrent.rnn": _STEPS,
-    "quant.dequantize": "a weight that no FP8 kernel takes, expanded",
+    "quant.dequantize": "a weight that no kernel takes as codes (integers, odd blocks), expanded in every run",
 }  # fmt: skip
 """Ops that run through their own reference in torch, on the device of their operands, and why."""
 
@@ -114,6 +114,10 @@ class TritonBackend(Backend):
         """The lowerings of elementwise ops that are not `codegen.expression`."""
         return {op: fn for op, fn in self.lowerings.items() if fn is not expression and lookup(op).elementwise}
 
+    def check(self, node: Node) -> str | None:
+        i4 = any(v is not None and v.dtype is DType.I4 for v in (*node.operands, *node.results))
+        return "triton takes i4 in quant.dequantize only" if i4 and node.op != "quant.dequantize" else None
+
     def coarse_sums(self, node: Node) -> tuple[float, int] | None:
         """Hopper's tensor cores keep about 14 bits of a sum of FP8 products (DeepSeek-V3 report, §3.3.2; `make
         check-gpu` measures it); the kernels go on in f32 after every scale group."""
@@ -176,6 +180,9 @@ def limits(node: Node, gpu: bool) -> str | None:
             return None if _at_most(shape[3], _MAX_HEAD) else f"keys of {shape[3]}, at most {_MAX_HEAD}"
         case "quant.scaled_linear" | "quant.scaled_experts":
             group, width = node.attrs["group"], node.attrs["block"][1]
+            codes = node.operand("weight" if node.op == "quant.scaled_linear" else "gate_up").dtype
+            if codes is not DType.F8E4M3:
+                return f"weights in {codes}, the kernel takes f8e4m3fn"
             if group not in (None, width):
                 return f"activation groups of {group} against weight blocks {width} wide"
             if node.op == "quant.scaled_linear" and node.attrs["dtype"] not in _KERNEL_FLOATS:

@@ -14,7 +14,8 @@ from moec.backends.triton.backend import TritonBackend, by_reference, torch_reas
 from moec.backends.triton.codegen import Custom
 from moec.backends.triton.fusion import Group, Unit, plan
 from moec.backends.triton.runner import KernelError, Resident, mode, run
-from moec.ir import CompileError, Graph, Node, TensorType, Value
+from moec.ir import CompileError, DType, Graph, Node, TensorType, Value
+from moec.ir.arrays import as_bytes, from_bytes
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import attributes, bind_inputs
 from moec.ir.ops.moe import check_expert_ids, routed
@@ -106,7 +107,7 @@ class TritonExecutable(Executable):
         binding = bind_inputs(self.graph, inputs)
         here = device()
         home = inputs[0].device if inputs else torch.device("cpu")
-        env: dict[Value, Any] = {v: t.to(here) for v, t in zip(self.graph.inputs, inputs, strict=True)}
+        env: dict[Value, Any] = {v: _moved(t, here) for v, t in zip(self.graph.inputs, inputs, strict=True)}
         # references in torch make their constants on the current default device
         with torch.no_grad(), here:
             for unit, dead in zip(schedule.units, schedule.dead, strict=True):
@@ -122,7 +123,7 @@ class TritonExecutable(Executable):
                 for v in dead:
                     env.pop(v, None)
             found = [env[v] if v in env else self._weight(v, here) for v in values]
-        return [_plain(x).to(home) for x in found]
+        return [_moved(_plain(x), home) for x in found]
 
     def _node(self, node: Node, env: Mapping[Value, Any], binding: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
         operands = [None if v is None else env[v] for v in node.operands]
@@ -150,7 +151,7 @@ class TritonExecutable(Executable):
         key = value, here
         if key not in self._weights:
             assert value.weight is not None
-            self._weights[key] = Resident(value.weight.load().to(here))
+            self._weights[key] = Resident(_moved(value.weight.load(), here))
         return self._weights[key]
 
 
@@ -165,6 +166,11 @@ def _fused(group: Group, env: Mapping[Value, Any], binding: Mapping[str, int]) -
     shape = tuple(evaluate(s, binding) for s in group.shape)
     made = group.program
     return run("elementwise", made.body, made.outputs, shape, *(env[v] for v in group.inputs))
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; torch moves no 4-bit integers, but the bytes that hold them."""
+    return from_bytes(as_bytes(tensor).to(device), DType.of(tensor.dtype))
 
 
 def _plain(x: Any) -> Any:

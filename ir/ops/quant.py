@@ -1,4 +1,4 @@
-"""`quant`: block-scaled FP8 (DeepSeek-V3 technical report, §3.3)."""
+"""`quant`: values and weights as codes with a scale per block, see `block_codes`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from moec.ir.dims import ceil_div
 from moec.ir.errors import CompileError, require
 from moec.ir.opdef import Attr, Operand, OptionalOperand, op
+from moec.ir.ops.block_codes import CODES, dequantize_blocks, quantize_blocks, scale_type
 from moec.ir.ops.elementwise import check_limit
 from moec.ir.ops.moe import (
     ACTIVATIONS,
@@ -28,48 +28,6 @@ from moec.ir.weight import CheckedSource
 
 if TYPE_CHECKING:
     from moec.ir.graph import Graph
-
-E4M3_MAX = 448.0
-
-
-def scale_type(codes: TensorType, block: tuple[int, int]) -> TensorType:
-    """f32 scales of codes [..., R, C] in blocks of `block`: [..., ⌈R/rows⌉, ⌈C/columns⌉]; edge blocks are
-    ragged."""
-    *lead, rows, columns = codes.shape
-    return TensorType(DType.F32, (*lead, ceil_div(rows, block[0]), ceil_div(columns, block[1])))
-
-
-def block_amax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Largest magnitude per block: x [..., R, C] → [..., ⌈R/rows⌉, ⌈C/columns⌉]."""
-    *lead, rows, columns = x.shape
-    br, bc = block
-    padded = F.pad(x.abs(), (0, -columns % bc, 0, -rows % br))
-    return (
-        padded.reshape(*lead, -(-rows // br), br, -(-columns // bc), bc).amax((-3, -1))
-        if x.numel()
-        else (x.new_zeros(*lead, -(-rows // br), -(-columns // bc)))
-    )
-
-
-def spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
-    """Each block's scale at each of its elements."""
-    wide = scale.repeat_interleave(block[0], dim=-2).repeat_interleave(block[1], dim=-1)
-    return wide[..., : shape[-2], : shape[-1]]
-
-
-def quantize_blocks(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 codes and f32 scales: scale = amax / 448 (1 where that is zero), code = round(x / scale) to
-    nearest even, saturating; NaN stays NaN and makes its block's scale NaN."""
-    x = x.to(torch.float32)
-    amax = block_amax(x, block)
-    scale = amax / E4M3_MAX
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (x / spread(scale, tuple(x.shape), block)).to(torch.float8_e4m3fn), scale
-
-
-def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """codes · scale in f32."""
-    return codes.to(torch.float32) * spread(scale, tuple(codes.shape), block)
 
 
 def require_finite(name: str, tensor: torch.Tensor, *, block: tuple[int, int] | None = None, hint: str) -> None:
@@ -95,7 +53,7 @@ def require_finite(name: str, tensor: torch.Tensor, *, block: tuple[int, int] | 
 
 
 def check_scales(graph: Graph) -> None:
-    """Make every stored scale of the graph's FP8 ops be checked when it is read: NaN and infinity are refused."""
+    """Make every stored scale of the graph's `quant` ops be checked when it is read: NaN and infinity are refused."""
     for node in graph.nodes:
         for name, _ in node.opdef.operands if node.op.startswith("quant.") else ():
             value = node.operand(name) if name.endswith("scale") else None
@@ -139,6 +97,13 @@ class Quantize:
         yield [torch.zeros(r.n, r.k)], {"block": (1, 4)}
 
 
+def check_codes(*codes: TensorType) -> None:
+    """All of one of the dtypes that weights may be stored as."""
+    found = {c.dtype for c in codes}
+    shown = " and ".join(dict.fromkeys(c.dtype for c in codes))
+    require(len(found) == 1 and found <= set(CODES), f"codes are {shown}, expected one of {', '.join(CODES)}")
+
+
 def check_block(block: tuple[int, ...]) -> None:
     ok = len(block) == 2 and all(isinstance(b, int) and b >= 1 for b in block)
     require(ok, f"block {block} must be two positive ints")
@@ -146,7 +111,7 @@ def check_block(block: tuple[int, ...]) -> None:
 
 @op("quant.dequantize")
 class Dequantize:
-    """codes [..., R, C] · their block's scale, as `dtype`."""
+    """codes [..., R, C] (f8e4m3fn, i8 or i4) · their block's scale, as `dtype`."""
 
     codes: Operand
     scale: Operand
@@ -155,7 +120,8 @@ class Dequantize:
 
     def infer(self) -> TensorType:
         check_block(self.block)
-        require(self.codes.dtype is DType.F8E4M3 and self.codes.rank >= 2, f"codes {self.codes}")
+        check_codes(self.codes)
+        require(self.codes.rank >= 2, f"codes {self.codes} must have rank 2 at least")
         want = scale_type(self.codes, self.block)
         require(self.scale == want, f"scale {self.scale}, expected {want}")
         require(self.dtype.is_wide_float, f"dtype {self.dtype}")
@@ -166,9 +132,10 @@ class Dequantize:
 
     @staticmethod
     def samples(r: Any) -> Any:
-        for block in ((1, 4), (4, 2)):
-            codes, scale = quantize_blocks(r.floats(r.n, r.k), block)
-            yield [codes, scale], {"block": block}
+        for dtype in CODES:
+            for block in ((1, 4), (4, 2)):
+                codes, scale = quantize_blocks(r.floats(r.n, r.k), block, dtype)
+                yield [codes, scale], {"block": block}
         yield [codes, scale], {"block": (4, 2), "dtype": "bf16"}
 
 
@@ -230,10 +197,10 @@ class ScaledLinear:
 
 @op("quant.scaled_experts")
 class ScaledExperts:
-    """`moe.experts` on FP8 weights: codes [E, 2f, d] and [E, d, f] with f32 scales per `block` of each
-    expert's matrix, gate rows first, and optional biases [E, 2f] and [E, d] in the dtype of x. x [T, d] is f32/bf16;
-    with `group` the rows going into each of the two products are quantised per (1, group) first (W8A8), with
-    group=None they stay (weight-only). Products accumulate in f32; the result has the dtype of x."""
+    """`moe.experts` on stored weights: codes (f8e4m3fn, i8 or i4) [E, 2f, d] and [E, d, f] with f32 scales per `block`
+    of each expert's matrix, gate rows first, and optional biases [E, 2f] and [E, d] in the dtype of x. x [T, d] is
+    f32/bf16; with `group` (E4M3 only) the rows going into each of the two products are quantised per (1, group) first
+    (W8A8), with group=None they stay (weight-only). Products accumulate in f32; the result has the dtype of x."""
 
     x: Operand
     weights: Operand
@@ -257,7 +224,7 @@ class ScaledExperts:
         require(x.rank == 2 and x.dtype.is_wide_float, f"x {x} must be floats of rank 2")
         check_routing(x, self.weights, self.experts)
         require(gu.rank == 3 and dn.rank == 3, f"gate_up {gu} and down {dn} must have rank 3")
-        require(gu.dtype is DType.F8E4M3 and dn.dtype is DType.F8E4M3, f"codes are {gu.dtype} and {dn.dtype}")
+        check_codes(gu, dn)
         check_expert_shapes(x, gu.shape, dn.shape)
         for what, got, codes in (("gate_up", self.gate_up_scale, gu), ("down", self.down_scale, dn)):
             want = scale_type(codes, self.block)
@@ -265,6 +232,8 @@ class ScaledExperts:
         check_expert_biases(x, gu.shape, self.gate_up_bias, self.down_bias)
         check_limit(self.limit)
         require(self.group is None or (isinstance(self.group, int) and self.group > 0), f"group {self.group!r}")
+        both = gu.dtype is DType.F8E4M3 or self.group is None
+        require(both, f"weights are {gu.dtype}, activations can be quantised (group={self.group}) beside f8e4m3fn only")
         require(self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {ACTIVATIONS}")
         return x
 
@@ -312,3 +281,8 @@ class ScaledExperts:
             biases = r.floats(e, 2 * f), r.floats(e, d)
             yield [x, w, idx, *gu, *dn, *biases], {"block": (2, 4), "group": group, "limit": 7.0}
         yield [x, w, idx, *gu, *dn, None, biases[1]], {"block": (2, 4), "group": None, "activation": "relu"}
+        for dtype in (DType.I8, DType.I4):
+            stored = [*quantize_blocks(r.floats(e, 2 * f, d), (1, 4), dtype)]
+            stored += quantize_blocks(r.floats(e, d, f), (1, 4), dtype)
+            yield [x, w, idx, *stored], {"block": (1, 4), "group": None}
+            yield [x, w, idx, *stored, *biases], {"block": (1, 4), "group": None, "limit": 7.0}

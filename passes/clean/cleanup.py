@@ -136,6 +136,8 @@ class FoldConstants(Pass):
         return known
 
     def _foldable(self, node: Node, constant: set[Value]) -> bool:
+        if node.op == "quant.dequantize":  # what is stored in few bits stays so
+            return False
         if node.opdef.family not in _PROPORTIONAL or any(_symbolic(a) for a in node.attrs.values()):
             return False
         if any(not 0 <= _bytes(r) <= self.limit or r.dtype.bits < 8 for r in node.results):

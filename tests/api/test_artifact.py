@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moec
 from moec import artifact
@@ -54,6 +55,44 @@ def test_fp8_weights_come_back(mlp, mlp_args, tmp_path, quantize):
     assert torch.equal(loaded(*mlp_args)[0], compiled(*mlp_args)[0])
     assert loaded.graph == compiled.graph
     assert {str(v.dtype) for v in loaded.graph.weights.values()} >= {"f8e4m3fn", "f32"}
+
+
+@pytest.mark.parametrize("backend", ["reference", "onnxruntime"])
+@pytest.mark.parametrize(("quantize", "dtype"), [("int8", "i8"), ("int4", "i4")])
+def test_integer_weights_come_back(mlp, mlp_args, tmp_path, backend, quantize, dtype):
+    """4-bit ones take half a byte in the file."""
+    compiled = moec.compile(mlp, backend=backend, quantize=quantize, threads=1)
+    compiled.save(tmp_path / "saved")
+    loaded = moec.load(tmp_path / "saved")
+    assert torch.equal(loaded(*mlp_args)[0], compiled(*mlp_args)[0])
+    assert loaded.graph == compiled.graph
+    codes = {n: v for n, v in loaded.graph.weights.items() if n.endswith("codes")}
+    assert {v.dtype for v in codes.values()} == {dtype}
+    for name, v in codes.items():
+        mine = compiled.graph.weights[name].weight.load()
+        assert torch.equal(v.weight.load().view(torch.int8), mine.view(torch.int8))
+    held = load_file(tmp_path / "saved" / "weights.safetensors")
+    assert sum(held[n].nbytes for n in codes) == sum(v.type.nbytes for v in codes.values())
+
+
+def test_packed_weights_of_another_size_are_refused(mlp, tmp_path):
+    moec.compile(mlp, backend="reference", quantize="int4").save(tmp_path / "saved")
+    path = tmp_path / "saved" / "weights.safetensors"
+    held = load_file(path)
+    name = next(n for n in held if n.endswith("codes"))
+    held[name] = torch.cat([held[name], held[name][:1]])
+    save_file(held, path)
+    _sign(tmp_path / "saved", path)
+    with pytest.raises(ArtifactError, match=rf"weight '{name}' is u8\[\d+\], forward.ir expects u8\[\d+\]"):
+        moec.load(tmp_path / "saved")
+
+
+def _sign(folder: Path, path: Path) -> None:
+    """Give the manifest the digest of a file that was changed."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest_file(path)}
+    manifest["sha256"] = manifest_digest({k: v for k, v in manifest.items() if k != "sha256"})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="module")

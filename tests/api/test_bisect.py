@@ -18,7 +18,7 @@ from moec.backends.reference.backend import ReferenceBackend, ReferenceExecutabl
 from moec.cli import app
 from moec.graph_file import load_graph
 from moec.ir import CompileError, DType, run
-from moec.passes import DeadCode, Pipeline, QuantizeFP8, Rewrite, RuleSet, default_pipeline
+from moec.passes import DeadCode, Pipeline, QuantizeWeights, Rewrite, RuleSet, default_pipeline
 from moec.passes.clean.canonicalise import RULES
 from moec.passes.fuse.fuse_mlp import FuseSwiGLU
 from moec.passes.rewrite import limited
@@ -281,10 +281,10 @@ def bind_half(text):
 
 
 def test_quantising_is_no_fault_but_a_wrong_scale_is(graph):
-    fp8 = QuantizeFP8(moec.Quantization(block=(16, 16), group=16))
+    fp8 = QuantizeWeights(moec.Quantization(block=(16, 16), group=16))
     culprit = moec.bisect(graph, passes=Pipeline((DeadCode(), fp8, DeadCode())))
     assert not culprit
-    assert "quantize_fp8 quantises" in str(culprit)
+    assert "quantize_weights quantises" in str(culprit)
     culprit = moec.bisect(graph, passes=Pipeline((fp8, wrong.WrongSilu())), seconds=0)
     assert culprit.culprit == wrong.WrongSilu(), "what follows is held against the quantised graph"
     culprit = moec.bisect(graph, passes=Pipeline((fp8, wrong.WrongCodes())))

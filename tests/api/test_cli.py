@@ -63,6 +63,16 @@ def test_compile_inspect_compare(module, tmp_path):
     assert "onnxruntime" in done.output
 
 
+def test_compile_in_int4(module, tmp_path):
+    done = call("compile", f"{module}:model", "--out", tmp_path / "out", "--quantize", "int4")
+    assert done.exit_code == 0, done.output
+    loaded = moec.load(tmp_path / "out")
+    assert {v.dtype for n, v in loaded.graph.weights.items() if n.endswith("codes")} == {"i4"}
+    done = call("compile", f"{module}:model", "--out", tmp_path / "out", "--quantize", "int5")
+    assert done.exit_code == 1
+    assert "'int8', 'int4'" in str(done.exception)
+
+
 def test_generate_from_a_saved_folder(compiled_lm, tmp_path):
     compiled_lm.save(tmp_path / "lm")
     done = call("generate", tmp_path / "lm", "--prompt", "\x01\x02", "--max-new-tokens", "3")

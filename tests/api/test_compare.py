@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import moec
+from moec.backends import get_backend
 from moec.graph_file import load_graph
 from moec.ir import ArgumentValueError, Builder, Dim, Graph, TensorType, Weight
 from moec.testing import assert_backends_agree
@@ -75,6 +76,43 @@ def test_a_faulty_fp8_linear_is_seen(mlp, mlp_args):
     faulty = FaultyBackend("quant.scaled_linear", scaled(1.01))
     comparison = moec.compare(mlp, mlp_args, backends=("reference", faulty), quantize="fp8")
     assert {n.op for n in comparison.nodes if not n.ok} == {"quant.scaled_linear"}
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_integers_are_judged_node_by_node(mlp, mlp_args, quantize):
+    """Where a backend rounds activations to multiply by them, and end to end where it does not."""
+    comparison = assert_backends_agree(mlp, mlp_args, quantize=quantize)
+    assert comparison.isolated
+    assert max(n.difference.relative_error for n in comparison.nodes if n.op == "linear.linear") > 1e-3
+    assert not moec.compare(mlp, mlp_args, quantize=quantize, backends=("reference", "reference")).isolated
+    assert not moec.compare(mlp, mlp_args, quantize=quantize, isolated=False).ok
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_faulty_integer_linear_is_seen(mlp, mlp_args, quantize):
+    """3% are beyond what rounding the rows explains; without that, 0.1% are too much."""
+    rounding = FaultyBackend("linear.linear", scaled(1.03))
+    rounding.coarse_sums = get_backend("onnxruntime").coarse_sums
+    for faulty in (rounding, FaultyBackend("linear.linear", scaled(1.001))):
+        comparison = moec.compare(mlp, mlp_args, backends=("reference", faulty), quantize=quantize, isolated=True)
+        assert {n.op for n in comparison.nodes if not n.ok} == {"linear.linear"}
+
+
+def test_what_is_written_of_an_integer_linear_shows_it(mlp, mlp_args, tmp_path, monkeypatch):
+    """With its stored weights: dequantised ones would be multiplied in f32."""
+    monkeypatch.setattr(type(get_backend("onnxruntime")), "coarse_sums", lambda self, node: (2.0**-24, 1))
+    comparison = moec.compare(mlp, mlp_args, quantize="int4", isolated=True)
+    found = comparison.first_divergence
+    assert found.node.op == "linear.linear"
+    comparison.save_repro(tmp_path)
+    graph, inputs = load_graph(tmp_path / "node.ir")
+    assert [n.op for n in graph.nodes] == ["quant.dequantize", "linear.linear"]
+    assert not moec.compare(graph, inputs, isolated=False).ok
+
+
+def test_integers_in_processes_of_their_own(mlp, mlp_args):
+    comparison = assert_backends_agree(mlp, mlp_args, quantize="int4", processes=True)
+    assert {n.op for n in comparison.nodes} >= {"quant.dequantize", "linear.linear"}
 
 
 def test_eager_and_compiled_contenders(mlp, mlp_args):

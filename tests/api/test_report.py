@@ -22,11 +22,11 @@ def test_to_dict(compiled):
     program = data["programs"]["forward"]
     names = [p["name"] for p in program["passes"]]
     assert names[-1] == "legalise"
-    assert "quantize_fp8" in names
+    assert "quantize_weights" in names
     first = program["passes"][0]
     assert first["nodes_before"] == 4
     assert first["seconds"] >= 0
-    assert program["figures"]["quantize_fp8.share"] == 1.0
+    assert program["figures"]["quantize_weights.share"] == 1.0
     assert program["ops"] == compiled.graph.count_ops()
     assert program["weights"]["bytes"]["f8e4m3fn"] == 32 * 16 + 8 * 32
     assert program["fallbacks"] == []
@@ -36,7 +36,7 @@ def test_html_is_self_contained(compiled, tmp_path):
     compiled.report.save(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text("utf-8")
     assert not re.search(r"(src|href)\s*=|https?:|<script|@import|url\(", text)
-    for word in ("quantize_fp8", "nodes before", "onnxruntime", "share", "norm.rms"):
+    for word in ("quantize_weights", "nodes before", "onnxruntime", "share", "norm.rms"):
         assert word in text
     assert text.count("<table") == text.count("</table>")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

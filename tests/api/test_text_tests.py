@@ -93,10 +93,10 @@ def test_an_unknown_pass():
 
 
 def test_an_error_that_is_expected():
-    text = CASE.replace("fuse_swiglu", "quantize_fp8")
+    text = CASE.replace("fuse_swiglu", "quantize_weights")
     assert outcome(text + "// ERROR: coverage\n").problem is not None  # nothing to quantise is no error
     linear = """
-// RUN: quantize_fp8{quantization={keep=["m"], min_coverage=1.0}}
+// RUN: quantize_weights{quantization={keep=["m"], min_coverage=1.0}}
 graph(%x: f32[T, 8]) -> (%y: f32[T, 8]) {
   weight @w: f32[8, 8]
   %0: f32[T, 8] = linear.linear(%x, @w) loc("m" "m.py":1)

@@ -61,6 +61,12 @@ def tolerance(graph: Graph) -> float:
     return 8 * eps * max(longest, 1) ** 0.5
 
 
+def coarse(graph: Graph, backend: Backend) -> float:
+    """What a backend adds to it where it rounds operands of its own (of few numbers, one decides)."""
+    found = [backend.coarse_sums(n) for n in graph.nodes]
+    return sum(4 * unit * terms**0.5 for unit, terms in filter(None, found))
+
+
 def assert_same(got: torch.Tensor, want: torch.Tensor, rtol: float) -> None:
     """Equal shape and dtype; floats to `rtol` of the larger of the value and the typical magnitude, other
     types and FP8 codes exactly; NaN and infinities in the same places."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from moec.ir.ops.quant import E4M3_MAX, block_amax, dequantize_blocks, spread
+from moec.ir.ops.block_codes import E4M3_MAX, block_amax, dequantize_blocks, spread
 
 from .hf_checkpoints import _deepseek_v3, save
 

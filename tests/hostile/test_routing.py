@@ -17,7 +17,7 @@ import torch
 import moec
 from moec.ir import CompileError, Dim, DType, TensorType, parse, run
 from moec.ir.fp8 import E4M3FN, quantize_exactly
-from moec.ir.ops.quant import quantize_blocks
+from moec.ir.ops.block_codes import quantize_blocks
 from moec.passes.pipeline import run_pass
 from moec.passes.spec import parse_passes
 from moec.text_cases import read_cases

@@ -15,7 +15,7 @@ from torch import nn
 import moec
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Quantization, parse
 from moec.ir.fp8 import codes_of
-from moec.passes.quantize import QuantizeFP8
+from moec.passes.quantize import QuantizeWeights
 
 from .limits import limited
 from .setups import SETUPS, compiled, no_worker_left, same
@@ -59,7 +59,7 @@ def test_a_token_is_the_same_in_any_batch(setup):
     """Codes, scales and experts of a token are equal to the bit alone, among others and in any order; its result is,
     but for the rounding of products of other shapes."""
     q = Quantization(block=(32, 32), group=32)
-    graph = QuantizeFP8(q).run(layer())
+    graph = QuantizeWeights(q).run(layer())
     (quantize,) = graph.find("quant.quantize")
     x = rows(9)
     x[3] *= 1e4  # a batch-mate with another scale

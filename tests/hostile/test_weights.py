@@ -19,7 +19,7 @@ from moec.ir import CompileError, Dim, DType, Graph, Quantization, TensorType, p
 from moec.ir.fp8 import E4M3FN, codes_of, quantize_exactly
 from moec.passes import FoldNormWeight, FoldScales
 from moec.passes.pipeline import run_pass
-from moec.passes.quantize import QuantizeFP8
+from moec.passes.quantize import QuantizeWeights
 
 from .limits import limited
 from .setups import SETUPS, compiled, graph_of, no_worker_left, same, weight
@@ -99,7 +99,7 @@ def test_the_block_of_a_bad_element_is_named():
     w[260, 130] = NAN
     w[299, 499] = INF
     g = graph_of({"x": TensorType(DType.F32, (Dim("T"), 500))}, lambda b, x: b.linear(x, weight(b, "w", w)))
-    q = QuantizeFP8(Quantization()).run(g)
+    q = QuantizeWeights(Quantization()).run(g)
     with pytest.raises(CompileError, match=r"2 NaN or infinite elements: nan in row 260, column 130, block \[2, 1\]"):
         run(q, [torch.zeros(1, 500)])
 
@@ -153,7 +153,7 @@ def test_extreme_blocks(setup, quantize):
         for name, fill in FILLS.items():
             w = fill(torch.randn(40, 48, generator=r))
             g = graph_of({"x": TensorType(DType.F32, (Dim("T"), 48))}, lambda b, x, w=w: b.linear(x, weight(b, "w", w)))
-            g = QuantizeFP8(q).run(g)
+            g = QuantizeWeights(q).run(g)
             codes, scale = quantize_exactly(w, q.block)
             assert torch.equal(codes_of(g.weights["w.codes"].weight.load()), codes), name
             assert torch.equal(g.weights["w.scale"].weight.load(), scale), name
@@ -183,7 +183,7 @@ def test_ragged_edges(setup, quantize):
             w, x = torch.randn(n, k, generator=r), torch.randn(3, k, generator=r)
             w[-1] *= 50  # the edge blocks' own scales matter
             g = graph_of({"x": TensorType(DType.F32, (Dim("T"), k))}, lambda b, x, w=w: b.linear(x, weight(b, "w", w)))
-            g = QuantizeFP8(q).run(g)
+            g = QuantizeWeights(q).run(g)
             codes, scale = quantize_exactly(w, (128, 128))
             assert g.weights["w.scale"].shape == (-(-n // 128), -(-k // 128))
             rows = x.double()

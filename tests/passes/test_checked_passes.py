@@ -12,8 +12,8 @@ from moec.checks import apply_checked, check_idempotent, describe
 from moec.ir import Graph, Mesh, Placement, Quantization, Weight, opdef, parse, require
 from moec.ir.cases import with_data
 from moec.ir.equivalence import first_difference
-from moec.ir.ops.quant import dequantize_blocks, quantize_blocks
-from moec.passes import DropBroadcasts, Legalise, PlaceExperts, QuantizeFP8, default_pipeline
+from moec.ir.ops.block_codes import dequantize_blocks, quantize_blocks
+from moec.passes import DropBroadcasts, Legalise, PlaceExperts, QuantizeWeights, default_pipeline
 from moec.testing import check_pass, check_unchanged
 
 GRAPHS = Path(__file__).parent.parent / "graphs"
@@ -69,7 +69,7 @@ def test_a_wrong_placement_is_seen(fused):
 @pytest.mark.parametrize("name", CHOSEN)
 def test_weight_only_fp8_is_the_graph_with_rounded_weights(fused, name):
     graph = fused[name]
-    p = QuantizeFP8(BLOCK)
+    p = QuantizeWeights(BLOCK)
     result, _ = apply_checked(p, graph)
     check_idempotent(describe(p), [p], result)
     stored = {n.removesuffix(".codes") for n in result.weights if n.endswith(".codes")}
@@ -89,7 +89,7 @@ def test_weight_only_fp8_is_the_graph_with_rounded_weights(fused, name):
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_w8a8_changes_nothing_twice_and_leaves_its_input(fused, name):
-    p = QuantizeFP8(Quantization(block=(16, 16), group=8, min_coverage=0.0))
+    p = QuantizeWeights(Quantization(block=(16, 16), group=8, min_coverage=0.0))
     result, record = apply_checked(p, fused[name])
     assert record.figures
     assert result.find("quant.quantize")

@@ -290,7 +290,7 @@ def test_pipelines_from_arguments():
     plain = default_pipeline()
     assert build_pipeline(None) == plain
     assert build_pipeline([FuseSwiGLU()]).names == [*plain.names, "fuse_swiglu"]
-    assert build_pipeline(None, "fp8").names[-1] == "quantize_fp8"
+    assert build_pipeline(None, "fp8").names[-1] == "quantize_weights"
     assert build_pipeline(None, Quantization(group=64)).passes[-1].quantization.group == 64
     assert build_pipeline(FuseSwiGLU()) == build_pipeline([FuseSwiGLU()])
     assert Pipeline(Phase("a", DeadCode())) == Pipeline((Phase("a", (DeadCode(),)),))

@@ -10,7 +10,7 @@ from moec.ir import Builder, CompileError, ComputedSource, Graph, Mesh, Placemen
 from moec.passes.calibrate import expert_coactivation, expert_load
 from moec.passes.place import PlaceExperts
 from moec.passes.placement import place_experts
-from moec.passes.quantize import QuantizeFP8
+from moec.passes.quantize import QuantizeWeights
 
 from .placement_cases import moe_graph
 
@@ -57,7 +57,7 @@ def test_any_weights_to_rounding(options):
 @pytest.mark.parametrize("quantise", [False, True])
 def test_a_permutation_is_bit_equal_on_any_weights(quantise):
     g = moe_graph(biases=True)
-    g = QuantizeFP8().run(g) if quantise else g
+    g = QuantizeWeights().run(g) if quantise else g
     permuted = PlaceExperts(Placement(Mesh(1, 3, 2), [[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]])).run(g)
     permuted.verify()
     assert same_bits(g, permuted, inputs(33))
@@ -65,7 +65,7 @@ def test_a_permutation_is_bit_equal_on_any_weights(quantise):
 
 
 def test_quantised_experts_are_replicated_with_their_scales():
-    g = QuantizeFP8(Quantization(block=(8, 8), group=8)).run(moe_graph(layers=1))
+    g = QuantizeWeights(Quantization(block=(8, 8), group=8)).run(moe_graph(layers=1))
     placed = PlaceExperts(Placement(MESH, REPLICATED[:1])).run(g)
     placed.verify()
     assert_close(g, placed, inputs(33))

@@ -1,4 +1,4 @@
-"""QuantizeFP8: which weights, with which codes and scales, and what it reports or refuses."""
+"""QuantizeWeights: which weights, with which codes and scales, and what it reports or refuses."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from moec.ir import Builder, CompileError, ComputedSource, Dim, DType, Graph, Quantization, TensorType, Weight, run
-from moec.ir.ops.quant import dequantize_blocks, quantize_blocks
+from moec.ir.ops.block_codes import dequantize_blocks, quantize_blocks
 from moec.passes.coverage import quantized_coverage
 from moec.passes.pipeline import run_pass
-from moec.passes.quantize import QuantizeFP8
+from moec.passes.quantize import QuantizeWeights
 
 from .placement_cases import builder, moe_graph
 
@@ -37,7 +37,7 @@ def rounded(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_and_scales_are_deepseeks(shape, dtype):
     w = torch.randn(shape).to(dtype)
-    q = QuantizeFP8(Quantization(min_coverage=0)).run(linear_graph(w))
+    q = QuantizeWeights(Quantization(min_coverage=0)).run(linear_graph(w))
     codes, scale = (q.weights[f"proj.weight.{what}"].weight.load() for what in ("codes", "scale"))
     assert codes.dtype == torch.float8_e4m3fn
     assert scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
@@ -58,7 +58,7 @@ def test_linear_computes_on_rounded_operands(rank, dtype, tokens):
     w = torch.randn(130, 200).to(dtype)
     g = linear_graph(w, bias=True, rank=rank)
     before = str(g)
-    q = QuantizeFP8().run(g)
+    q = QuantizeWeights().run(g)
     q.verify()
     assert str(g) == before
     x = torch.randn(*[tokens, 3, 2][: rank - 1], 200).to(dtype)
@@ -85,7 +85,7 @@ EXPERTS = [
 @pytest.mark.parametrize("quantization", [SMALL, WEIGHT_ONLY])
 def test_experts_compute_on_rounded_operands(options, quantization):
     g = moe_graph(layers=1, d=24, f=12, **options)
-    q = QuantizeFP8(quantization).run(g)
+    q = QuantizeWeights(quantization).run(g)
     q.verify()
     seen = {}
     node, new = g.find("moe.experts")[0], q.find("quant.scaled_experts")[0]
@@ -126,11 +126,11 @@ def test_one_quantisation_per_value():
     y = [b.linear(x, w[0]), b.linear(x, w[1]), b.linear(b.silu(x), w[0])]
     for v in y:
         g.add_output(v)
-    q = QuantizeFP8(SMALL).run(g)
+    q = QuantizeWeights(SMALL).run(g)
     q.verify()
     assert len(q.find("quant.quantize")) == 2
     assert sorted(q.weights) == ["w0.codes", "w0.scale", "w1.codes", "w1.scale"]
-    only = QuantizeFP8(WEIGHT_ONLY).run(g)
+    only = QuantizeWeights(WEIGHT_ONLY).run(g)
     only.verify()
     assert len(only.find("quant.dequantize")) == 2
     assert not only.find("quant.quantize")
@@ -141,7 +141,7 @@ def test_a_weight_read_in_two_row_orders_is_stored_twice():
     first, second = g.find("moe.experts")
     g.replace_operand(second, 3, first.operands[3])
     second.attrs["interleaved"] = True
-    q = QuantizeFP8().run(g)
+    q = QuantizeWeights().run(g)
     q.verify()
     codes = [n.operand("gate_up").weight.load().float() for n in q.find("quant.scaled_experts")]
     assert torch.equal(codes[1], torch.cat([codes[0][:, 0::2], codes[0][:, 1::2]], dim=1))
@@ -149,7 +149,7 @@ def test_a_weight_read_in_two_row_orders_is_stored_twice():
 
 def test_weight_only_rounds_nothing_but_weights():
     w, x = torch.randn(40, 130), torch.randn(6, 130)
-    q = QuantizeFP8(WEIGHT_ONLY).run(linear_graph(w))
+    q = QuantizeWeights(WEIGHT_ONLY).run(linear_graph(w))
     q.verify()
     assert torch.equal(run(q, [x])[0], F.linear(x, rounded(w, (128, 128))))
     assert quantized_coverage(q).share == 1.0
@@ -157,7 +157,7 @@ def test_weight_only_rounds_nothing_but_weights():
 
 def test_routers_and_kept_modules_stay():
     g = moe_graph()
-    q = QuantizeFP8(SMALL).run(g)
+    q = QuantizeWeights(SMALL).run(g)
     left = {x.weight: x.reason for x in quantized_coverage(q).left}
     assert left == {
         "layers.0.gate.weight": "router projection",
@@ -166,14 +166,14 @@ def test_routers_and_kept_modules_stay():
     }
     # the routing sees unrounded weights
     assert len(q.find("linear.linear")) == 3
-    everything = QuantizeFP8(Quantization(keep=())).run(g)
+    everything = QuantizeWeights(Quantization(keep=())).run(g)
     assert len(everything.find("linear.linear")) == 2
-    nothing = QuantizeFP8(Quantization(keep=("layers", "lm_head"), min_coverage=0)).run(g)
+    nothing = QuantizeWeights(Quantization(keep=("layers", "lm_head"), min_coverage=0)).run(g)
     assert nothing == g
-    one = QuantizeFP8(Quantization(keep=("layers.1",))).run(g)
+    one = QuantizeWeights(Quantization(keep=("layers.1",))).run(g)
     assert {n.location.module for n in one.find("quant.scaled_linear")} == {"layers.0.proj", "lm_head"}
     # a prefix ends at a dot
-    assert QuantizeFP8(Quantization(keep=("layers.1.pro", "lm"))).run(g) == everything
+    assert QuantizeWeights(Quantization(keep=("layers.1.pro", "lm"))).run(g) == everything
 
 
 def test_a_router_behind_casts_and_reshapes_is_found():
@@ -185,7 +185,7 @@ def test_a_router_behind_casts_and_reshapes_is_found():
     flat = b.mul(b.cast(b.reshape(logits, shape=(Dim("B") * 4, 8)), dtype="f32"), 0.5)
     for v in b.route(flat, k=2):
         g.add_output(v)
-    q = QuantizeFP8(Quantization(min_coverage=0)).run(g)
+    q = QuantizeWeights(Quantization(min_coverage=0)).run(g)
     q.verify()
     assert [n.operand("weight").weight.name for n in q.find("linear.linear")] == ["router"]
     assert [n.operand("weight").weight.name for n in q.find("quant.scaled_linear")] == ["proj.codes"]
@@ -196,20 +196,20 @@ def test_too_little_that_can_be_quantised():
     (node,) = g.find("moe.experts")
     b = Builder(g, before=node)
     g.replace_operand(node, 3, b.mul(node.operand("gate_up"), node.operand("gate_up")))
-    q = QuantizeFP8(Quantization(min_coverage=0)).run(g)
+    q = QuantizeWeights(Quantization(min_coverage=0)).run(g)
     q.verify()
     assert q.find("moe.experts")
     left = [x.reason for x in quantized_coverage(q).left]
     assert sum("not a stored weight" in r for r in left) == 1
     with pytest.raises(CompileError, match=r"min_coverage asks for 50\.0%") as e:
-        QuantizeFP8().run(g)
+        QuantizeWeights().run(g)
     assert e.value.code == "coverage"
     assert "layers.0.down" in str(e.value)
 
 
 def test_coverage_counts_bytes():
     g = moe_graph(layers=1, experts=6, d=16, f=8, dtype="bf16")
-    q, record = run_pass(QuantizeFP8(), g)
+    q, record = run_pass(QuantizeWeights(), g)
     weights = 2 * (16 * 16 + 6 * 16 * 16 + 6 * 16 * 8)
     kept = 2 * (6 * 16 + 32 * 16)
     coverage = quantized_coverage(q)
@@ -227,7 +227,7 @@ def test_a_matmul_with_a_weight_counts_as_left():
     g.add_output(Builder(g).matmul(x, w))
     assert quantized_coverage(g).share == 0.0
     with pytest.raises(CompileError, match=r"matmul with a weight"):
-        QuantizeFP8().run(g)
+        QuantizeWeights().run(g)
 
 
 def test_products_of_activations_are_no_candidates():
@@ -235,11 +235,11 @@ def test_products_of_activations_are_no_candidates():
     x = g.add_input("x", TensorType("f32", (Dim("T"), 8)))
     b = Builder(g)
     g.add_output(b.matmul(x, b.transpose(x, perm=(1, 0))))
-    assert QuantizeFP8().run(g) == g
+    assert QuantizeWeights().run(g) == g
 
 
 def test_a_vector_input_is_left():
-    q = QuantizeFP8(Quantization(min_coverage=0)).run(linear_graph(torch.randn(4, 8), rank=1))
+    q = QuantizeWeights(Quantization(min_coverage=0)).run(linear_graph(torch.randn(4, 8), rank=1))
     q.verify()
     assert "no token axis" in quantized_coverage(q).left[0].reason
 
@@ -250,7 +250,7 @@ def test_a_tied_embedding_keeps_its_table():
     table = g.add_weight(Weight.of("embed", torch.randn(10, 8)))
     b = Builder(g)
     g.add_output(b.linear(b.gather(table, ids), table))
-    q = QuantizeFP8(SMALL).run(g)
+    q = QuantizeWeights(SMALL).run(g)
     q.verify()
     assert sorted(q.weights) == ["embed", "embed.codes", "embed.scale"]
 
@@ -261,7 +261,7 @@ def test_nothing_is_read_before_it_is_needed_and_codes_are_computed_once():
     g = linear_graph(data)
     value = g.weights["proj.weight"]
     value.weight = Weight("proj.weight", value.type, ComputedSource(lambda: reads.append(1) or data))
-    q = QuantizeFP8().run(g)
+    q = QuantizeWeights().run(g)
     assert not reads
     for name in ("proj.weight.codes", "proj.weight.scale"):
         q.weights[name].weight.load()
@@ -271,7 +271,7 @@ def test_nothing_is_read_before_it_is_needed_and_codes_are_computed_once():
 def test_weights_without_data_are_quantised_in_type():
     g = linear_graph(torch.randn(8, 8))
     g.weights["proj.weight"].weight = Weight("proj.weight", TensorType("f32", (8, 8)))
-    q = QuantizeFP8().run(g)
+    q = QuantizeWeights().run(g)
     q.verify()
     assert q.weights["proj.weight.codes"].weight.source is None
 
@@ -280,7 +280,7 @@ def test_weights_without_data_are_quantised_in_type():
 def test_weights_that_are_not_finite(bad):
     w = torch.randn(8, 8)
     w[3, 4] = bad
-    q = QuantizeFP8().run(linear_graph(w))
+    q = QuantizeWeights().run(linear_graph(w))
     with pytest.raises(CompileError, match=r"weight 'proj.weight' has 1 NaN or infinite"):
         run(q, [torch.randn(2, 8)])
 
@@ -289,7 +289,7 @@ def test_weights_that_are_not_finite(bad):
 def test_extreme_blocks(value):
     w = torch.zeros(8, 8)
     w[2, 3] = value
-    q = QuantizeFP8().run(linear_graph(w))
+    q = QuantizeWeights().run(linear_graph(w))
     codes, scale = (q.weights[f"proj.weight.{what}"].weight.load() for what in ("codes", "scale"))
     assert scale.isfinite().all()
     assert (scale > 0).all()
@@ -306,7 +306,7 @@ def test_functions_are_rewritten_too():
     x = outer.add_input("x", inner.inputs[0].type)
     node = outer.create("call.graph", [x], {"callee": "layer", "dims": (("T", x.shape[0]),)})
     outer.add_output(node.result)
-    q = QuantizeFP8().run(outer)
+    q = QuantizeWeights().run(outer)
     q.verify()
     assert len(q.find("quant.scaled_linear")) == 1
     assert not outer.find("quant.scaled_linear")
@@ -314,5 +314,5 @@ def test_functions_are_rewritten_too():
 
 
 def test_running_twice_changes_nothing():
-    q = QuantizeFP8().run(moe_graph())
-    assert QuantizeFP8().run(q) == q
+    q = QuantizeWeights().run(moe_graph())
+    assert QuantizeWeights().run(q) == q

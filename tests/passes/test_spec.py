@@ -17,7 +17,7 @@ from moec.passes import (
     FoldConstants,
     Pass,
     PlaceExperts,
-    QuantizeFP8,
+    QuantizeWeights,
     Rewrite,
     RuleSet,
     parse_pass,
@@ -160,8 +160,8 @@ def test_a_rules_own_name_sets_its_options():
 def test_options_are_converted():
     p = parse_pass("fold_constants{limit=8}")
     assert p == FoldConstants(limit=8)
-    q = parse_pass("quantize_fp8{quantization={activations=none, block=[64, 32], keep=[]}}")
-    assert isinstance(q, QuantizeFP8)
+    q = parse_pass("quantize_weights{quantization={activations=none, block=[64, 32], keep=[]}}")
+    assert isinstance(q, QuantizeWeights)
     assert (q.quantization.activations, q.quantization.block, q.quantization.keep) == (None, (64, 32), ())
     r = parse_pass("rule_set{rules=[fuse_swiglu, silu], quiet=true,}")
     assert isinstance(r, RuleSet)
@@ -238,9 +238,9 @@ def test_your_own_from_a_module(rules_file, monkeypatch):
         ("rule_set{rules=fuse_swiglu}", ["takes tuple[Rewrite, …], got fuse_swiglu", "[first, second]"]),
         ("rule_set{rules=[dead_code]}", ["takes tuple[Rewrite, …], got [dead_code]"]),
         ("rule_set{rules=[fuse_swigl]}", ["column 17: there is no pass 'fuse_swigl'"]),
-        ("quantize_fp8{quantization=fp8}", ["takes Quantization, got fp8", "activations=…"]),
-        ("quantize_fp8{quantization={block=[1]}}", ["column 34: option 'block' of Quantization takes tuple[int, int]"]),
-        ("quantize_fp8{quantization={group=0}}", ["column 27: Quantization: block (128, 128) and group 0"]),
+        ("quantize_weights{quantization=fp8}", ["takes Quantization, got fp8", "activations=…"]),
+        ("quantize_weights{quantization={block=[1]}}", ["column 38: option 'block' of Quantization takes tuple[int"]),
+        ("quantize_weights{quantization={group=0}}", ["column 31: Quantization: block (128, 128)", "group 0"]),
         ("place_experts", ["place_experts needs the option 'placement': Placement"]),
         ("fold_constants{limit=8", ["column 23: expected ',' or '}'"]),
         ("fold_constants{limit}", ["column 21: expected '=' after 'limit'"]),

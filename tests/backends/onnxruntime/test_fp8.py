@@ -13,7 +13,7 @@ import torch
 
 from moec.backends.onnxruntime.executable import session_options
 from moec.ir import Dim, run
-from moec.ir.ops.quant import quantize_blocks
+from moec.ir.ops.block_codes import quantize_blocks
 
 from .conftest import agrees, compiled, graph_of, typed, weight
 

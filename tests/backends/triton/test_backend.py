@@ -10,6 +10,8 @@ from moec.backends import get_backend
 from moec.backends.triton.backend import TORCH_OPS
 from moec.backends.triton.fusion import MAX_NODES, MAX_POINTERS, Group, plan
 from moec.ir import ArgumentTypeError, Builder, CompileError, Dim, DType, Graph, TensorType, Value, Weight, all_ops, run
+from moec.ir.arrays import copied
+from moec.ir.ops.block_codes import quantize_blocks
 
 backend = get_backend("triton")
 
@@ -198,6 +200,28 @@ def test_unsupported_dtypes_and_sizes_say_why():
     assert "head sizes 2048" in (backend.missing(b.sdpa(wide, wide, wide, scale=1.0).producer) or "")
     e5m2 = g.add_input("e", TensorType(DType.F8E5M2, (3,)))
     assert backend.missing(b.cast(e5m2, dtype="f32").producer) == "triton does not take f8e5m2"
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4"])
+def test_integer_weights_are_dequantised(dtype):
+    """No kernel takes them: torch widens them in every run, and the report says so."""
+    codes, scale = quantize_blocks(torch.randn(4, 16, 20), (1, 16), DType.of(dtype))
+    down, down_scale = quantize_blocks(torch.randn(4, 20, 8), (1, 16), DType.of(dtype))
+    g = Graph("integers")
+    b = Builder(g)
+    x = g.add_input("x", TensorType(DType.F32, (Dim("T"), 20)))
+    stored = {"c": codes, "scale": scale, "d": down, "dscale": down_scale}
+    c, s, d, ds = (g.add_weight(Weight.of(n, t)) for n, t in stored.items())
+    w, i = b.route(b.slice(x, axis=1, start=0, end=4), k=2)
+    h = b.scaled_experts(x, w, i, c, s, d, ds, block=(1, 16), group=None)
+    first = g.add_weight(Weight.of("first", copied(codes[0]))), g.add_weight(Weight.of("fscale", scale[0].clone()))
+    g.add_output(b.linear(h, b.dequantize(*first, block=(1, 16))))
+    assert backend.missing(h.producer) == f"weights in {dtype}, the kernel takes f8e4m3fn"
+    compiled = moec.compile(g, backend="triton")
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(compiled(x)[0], run(g, [x])[0], rtol=1e-4, atol=1e-4)
+    assert compiled.report.to_dict()["programs"]["forward"]["backend"]["torch_ops"]["quant.dequantize"] == 3
+    assert backend.missing(b.cast(g.inputs[0], dtype="i4").producer) == "triton takes i4 in quant.dequantize only"
 
 
 def test_f64_norm_is_decomposed_into_generated_kernels():
