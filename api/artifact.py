@@ -1,7 +1,7 @@
 """Saved models: text IR, safetensors weights, a manifest and the backend's own files in one folder.
 
     manifest.json           what is here: format, versions, call structure, programs, SHA-256 of every file
-    weights.safetensors     every weight once, whichever programs use it
+    weights.safetensors     every weight once, whichever programs use it; the manifest has the SHA-256 of each
     forward.ir, cached.ir   the graphs after the target-independent passes
     forward/, cached/       what the backend wrote (model.onnx, …)
     tokenizer.json          of the checkpoint, where it had one
@@ -44,7 +44,7 @@ from moec.ir import (
 )
 from moec.ir.opdef import known
 from moec.ir.weight import digest as digest_tensor
-from moec.program import Program, Settings, legalise, lower
+from moec.program import Program, Settings, cache_folder, legalise, lower
 from moec.speculation import Speculator
 from moec.transformers_types import import_class
 
@@ -199,6 +199,7 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         "stops": _stops_json(compiled),
         "ops": _foreign_ops(programs),
         "programs": entries,
+        "tensors": {key: digest for digest, key in keys.items()},
         "files": files,
     }
     manifest["sha256"] = manifest_digest(manifest)
@@ -236,13 +237,15 @@ def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
     }
 
 
-def load(folder: str | Path, *, threads: int | None = None, **unknown: Any) -> CompiledModel:
+def load(
+    folder: str | Path, *, threads: int | None = None, cache: str | Path | None = None, **unknown: Any
+) -> CompiledModel:
     """A model that `CompiledModel.save` wrote, on the backend that it was compiled for; its outputs are bit-equal to
     the saved model's on the same machine.
 
-    threads: CPU threads, None for what it was compiled with. Every file is checked against its digest, nothing in
-    the folder is executed or unpickled. Raises ArtifactError naming the file or field, expected and got, and
-    ArgumentTypeError (a TypeError) for other options of `moec.compile`.
+    threads: CPU threads, None for what it was compiled with. cache: as in `moec.compile`, whose entries serve both.
+    Every file is checked against its digest, nothing in the folder is executed or unpickled. Raises ArtifactError
+    naming the file or field, expected and got, and ArgumentTypeError (a TypeError) for other options of `moec.compile`.
     """
     if unknown:
         raise ArgumentTypeError(
@@ -259,7 +262,7 @@ def load(folder: str | Path, *, threads: int | None = None, **unknown: Any) -> C
     for left in reversed(range(_TRIES)):
         with Folder(root) as files:
             try:
-                model = _load(files, threads)
+                model = _load(files, threads, cache_folder(cache))
                 files.check_unchanged()
                 return model
             except ArtifactError:
@@ -272,7 +275,7 @@ _TRIES = 5
 _LONGEST_PAD = 1 << 16
 
 
-def _load(files: Folder, threads: int | None) -> CompiledModel:
+def _load(files: Folder, threads: int | None, cache: Path | None) -> CompiledModel:
     from moec.compiled import CompiledModel
 
     manifest = read_manifest(files, MANIFEST)
@@ -284,7 +287,7 @@ def _load(files: Folder, threads: int | None) -> CompiledModel:
         )
     _check_files(files, manifest)
     _check_ops(manifest)
-    settings = _settings(manifest, threads)
+    settings = _settings(manifest, threads, cache)
     programs = {name: _program(files, manifest, name, settings) for name in entries}
     signature = None
     if "forward" in programs:
@@ -334,7 +337,7 @@ def _check_ops(manifest: Manifest) -> None:
             )
 
 
-def _settings(manifest: Manifest, threads: int | None) -> Settings:
+def _settings(manifest: Manifest, threads: int | None, cache: Path | None) -> Settings:
     from moec.backends import BACKENDS, get_backend
     from moec.passes.pipeline import Pipeline
 
@@ -344,7 +347,7 @@ def _settings(manifest: Manifest, threads: int | None) -> Settings:
     if threads is None:
         threads = manifest.value("threads")
     try:
-        return Settings(get_backend(name), Pipeline(()), manifest.text("fallback"), threads)
+        return Settings(get_backend(name), Pipeline(()), manifest.text("fallback"), threads, cache=cache)
     except ArtifactError:
         raise
     except CompileError as e:
@@ -383,6 +386,7 @@ def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -
 def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph) -> None:
     path = files.path / WEIGHTS
     names = manifest.mapping("programs", program, "weights")
+    digests = manifest.mapping("tensors") if "tensors" in manifest.data else {}
     try:
         with files.opened(WEIGHTS) as fd:
             file = safe_open(f"/dev/fd/{fd}", framework="pt")  # what was checked, not what the name leads to by now
@@ -397,7 +401,7 @@ def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph)
                 raise ArtifactError(
                     f"{path}: weight {key!r} is {found}, {program}.ir expects {value.type}", code="artifact"
                 )
-            bound[name] = Weight(name, value.type, SafetensorsSource(path, key, file))
+            bound[name] = Weight(name, value.type, SafetensorsSource(path, key, file, digests.get(key)))
     except (SafetensorError, OSError) as e:
         raise ArtifactError(f"{path}: {e}", code="artifact") from None
     except CompileError as e:

@@ -18,7 +18,7 @@ from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.sizes import Sizes
 from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, onnx_type
 from moec.backends.onnxruntime.weights import WeightReader
-from moec.ir import CompileError, Dim, DType, Graph, Node, Value
+from moec.ir import CompileError, Dim, DType, Graph, Node, Value, Weight
 from moec.ir.fp8 import E5M2
 from moec.ir.literals import literal
 
@@ -66,6 +66,8 @@ class Emitter:
         self.sizes = Sizes(self)
         self.reader = WeightReader()
         self.resident: dict[str, tuple[int, int]] = {}  # of each weight: its bytes folded to f32, and as it is stored
+        self.read_from: dict[str, tuple[Weight, str]] = {}  # of each initialiser over a weight: what makes it of that
+        self.others = False  # whether a lowering from outside of moec was used
         self._values: dict[Value, onnx.Value] = {}
         self._names: set[str] = set()
         self._numbers: dict[str, int] = {}  # last number given to a taken name
@@ -249,6 +251,7 @@ class Emitter:
 
             tensor = onnx.LazyTensor(load, dtype=ONNX[dtype], shape=onnx.Shape(shape), name=name)
             self.memo[memo] = self._initializer(tensor)
+            self.read_from[name] = weight, f"{key} {index}"
             count = math.prod(shape)
             folded = carrier(v.dtype).bits // 8 * count
             self.resident[name] = 0 if scales else folded, min(v.dtype.bits * count // 8, folded)
