@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +273,7 @@ def load(
 
 
 _TRIES = 5
+_READERS = 4  # threads that digest files
 _LONGEST_PAD = 1 << 16
 
 
@@ -311,16 +313,18 @@ def _check_files(files: Folder, manifest: Manifest) -> None:
         if name not in listed:
             raise manifest.bad("files", f"an entry for {name}", sorted(listed))
     for name in listed:
-        entry = manifest.mapping("files", name)
+        manifest.mapping("files", name)
         want, path = manifest.integer("files", name, "bytes"), files.path / name
         size = files.size(name)
         if size != want:
             raise ArtifactError(f"{path} has {size} bytes, expected {want}", code="artifact")
         if name.endswith(".ir") and size > TEXT_LIMIT:
             raise ArtifactError(f"{path} has {size} bytes, more than {TEXT_LIMIT}", code="artifact")
-        found = files.digest(name)
-        if found != entry.get("sha256"):
-            raise ArtifactError(f"{path} has SHA-256 {found}, expected {entry.get('sha256')}", code="artifact")
+    with ThreadPoolExecutor(_READERS) as pool:
+        for name, found in zip(listed, pool.map(files.digest, listed), strict=True):
+            want = listed[name].get("sha256")
+            if found != want:
+                raise ArtifactError(f"{files.path / name} has SHA-256 {found}, expected {want}", code="artifact")
     for name in files.names():
         if name not in listed and name != MANIFEST:
             raise ArtifactError(f"{files.path / name} is not listed in {MANIFEST}", code="artifact")

@@ -74,7 +74,7 @@ def compile(
         not fit into memory is mapped without being asked for, and the report says so. Other backends hold FP8 weights
         in 8 bits either way.
     cache: for onnxruntime, a folder for optimised models, shared by processes; None keeps none. Compiling the same
-        model again, or loading it, then starts from there (docs/onnx.md); the report says whether it did.
+        model again, or loading it, then starts from there (docs/starting.md); the report says whether it did.
 
     A module is compiled as it is in evaluation, with a warning where it is in training mode and has dropout or batch
     norms. Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises

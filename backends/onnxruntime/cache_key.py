@@ -35,14 +35,14 @@ def content_key(lowered: Lowered, options: Options) -> str:
         _add(whole, part.encode())
     for data in _structure(lowered.model):
         _add(whole, data)
-    digests = _weight_digests({id(w): w for w, _ in lowered.stored.values()}.values())
+    digests = _weight_digests({id(w): w for weights, _ in lowered.stored.values() for w in weights}.values())
     for value in lowered.model.graph.initializers.values():
         tensor, stored = value.const_value, lowered.stored.get(str(value.name))
         assert tensor is not None
         _add(whole, f"{value.name} {tensor.dtype} {tensor.shape}".encode())
         if stored is not None and not lowered.foreign:
-            weight, how = stored
-            _add(whole, f"{digests[id(weight)]} {how}".encode())
+            weights, how = stored
+            _add(whole, " ".join([*(digests[id(w)] for w in weights), how]).encode())
         else:  # a constant, or what somebody else's lowering makes of a weight
             _add(whole, tensor.tobytes())
     return whole.hexdigest()

@@ -23,8 +23,8 @@ IR_VERSION = 11
 class Lowered:
     """An ONNX model of a graph. `inputs` and `outputs` are the ONNX names of the graph's, in order;
     `sources` leads from prefixes of ONNX node names to IR nodes; `resident` says how many bytes the weights take in
-    each `Options.memory`. `stored` leads from initialisers to the weights that they are read from and says which part
-    in which order; `foreign`: some lowering is not ours."""
+    each `Options.memory`. `stored` leads from initialisers to the weights that they are made of and says how;
+    `foreign`: some lowering is not ours."""
 
     model: onnx.Model
     inputs: list[str]
@@ -34,7 +34,7 @@ class Lowered:
     weight_bytes: int
     resident: dict[str, int]
     reader: WeightReader
-    stored: dict[str, tuple[Weight, str]]
+    stored: dict[str, tuple[tuple[Weight, ...], str]]
     foreign: bool
 
     def forget_weights(self) -> None:

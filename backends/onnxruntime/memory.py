@@ -1,7 +1,8 @@
-"""Whether a session may hold weights of its own."""
+"""Memory of the process: whether a session may hold weights of its own."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,13 @@ def fitting(lowered: Lowered, options: Options, available: int | None = None) ->
         return options, None
     why = f"weights of {need / 1e9:.1f} GB do not fit into the {available / 1e9:.1f} GB of memory that are available"
     return replace(options, memory="mapped"), why
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library keeps it (glibc): of weights on their way, say."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_memory() -> int | None:

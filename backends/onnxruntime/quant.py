@@ -66,6 +66,13 @@ def stored_blocks(
 
     out, inner = codes.shape[-2:]
     axis = len(shape) - (2 if transpose else 1)
+    if e.options.mapped:  # nothing is folded at load, or it would be memory of the session's own
+
+        def product(c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            wide = s.repeat_interleave(block[0], dim=-2)[..., :out, :].repeat_interleave(block[1], dim=-1)
+            return pick(c.float() * wide[..., :inner].float())
+
+        return e.scaled(codes, scale, f"{key}.by{block[0]}x{block[1]}", shape, product, index=index)
     stored = e.stored(codes, key, shape, pick_codes, index=index)
     blocks = [-(-s // block[1]) if i == axis else s for i, s in enumerate(shape)]
     # one scale may serve weights of other heights, in other blocks

@@ -15,6 +15,7 @@ import torch
 from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Lowered
+from moec.backends.onnxruntime.memory import give_back
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import carried, uncarried
 from moec.ir import CompileError, Dim, Graph, Node, Value
@@ -120,6 +121,7 @@ def start(lowered: Lowered, options: Options, threads: int | None, optimised: Op
         return Session.of(open_session(path, options, threads, lowered.sources, optimised), lowered)
     finally:
         shutil.rmtree(folder)  # what the session maps stays readable
+        give_back()
 
 
 def open_session(

@@ -16,6 +16,7 @@ from moec.backends.cache import Cache, Unusable
 from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.cache_key import content_key
 from moec.backends.onnxruntime.lower import Lowered
+from moec.backends.onnxruntime.memory import give_back
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.session import Optimised, Session, open_session
 from moec.ir import CompileError
@@ -58,7 +59,9 @@ def _open(
         artifact.check_model(folder)
     with _timed(seconds, "load"):
         path = folder / artifact.MODEL
-        return Session.of(open_session(path, options, threads, lowered.sources, Optimised(path)), lowered)
+        session = open_session(path, options, threads, lowered.sources, Optimised(path))
+        give_back()  # layouts that were made to be compared, and the session that wrote them
+        return Session.of(session, lowered)
 
 
 @contextmanager
