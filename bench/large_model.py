@@ -58,7 +58,7 @@ def main() -> int:
 def child(options: argparse.Namespace, *one: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--width", str(options.width), "--layers", str(options.layers)]
     command += ["--runs", str(options.runs), "--one", *one]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
@@ -128,6 +128,8 @@ def measure(work: str, how: str, memory: str, cache: str, options: argparse.Name
         compiled.save(folder / memory)
         return {}
     now = Anonymous.now()
+    for note in compiled.report.notes():
+        print(note, file=sys.stderr)
     found = {"seconds": seconds, "peak": watch.peak - before, "now": now - before}
     for rows in (1, 64):
         x = torch.randn(rows, options.width)

@@ -306,3 +306,51 @@ def test_compile_save_and_load_share_entries(tmp_path: Path):
 def test_what_is_no_folder():
     with pytest.raises(moec.ArgumentTypeError, match="cache must be a folder or None, got int"):
         moec.compile(torch.nn.Linear(2, 2), (torch.ones(1, 2),), cache=3)  # type: ignore[arg-type]
+
+
+class Mixed(torch.nn.Module):
+    """What ONNX Runtime lays out in ways of its own, and bodies of loops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 32, 3)
+        self.lstm = torch.nn.LSTM(32, 16, batch_first=True)
+        self.table = torch.nn.Embedding(10, 16)
+
+    def forward(self, image: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        h, _ = self.lstm(self.conv(image).relu().flatten(2).transpose(1, 2))
+        return h @ self.table(ids).transpose(1, 2)
+
+
+@pytest.mark.parametrize("memory", ["fast", "fp8", "mapped"])
+def test_convolutions_loops_and_tables(tmp_path: Path, memory: str):
+    torch.manual_seed(0)
+    model, args = Mixed().eval(), (torch.randn(2, 3, 8, 8), torch.arange(6).reshape(2, 3))
+    plain = moec.compile(model, args, backend="onnxruntime", memory=memory)(*args)
+    for result in ("miss", "hit"):
+        compiled = moec.compile(model, args, backend="onnxruntime", memory=memory, cache=tmp_path)
+        assert any(f"cache {result}" in note for note in compiled.report.notes())
+        assert torch.equal(compiled(*args), plain)
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8", "fp8-weight-only"])
+@pytest.mark.parametrize(
+    "options", [{}, {"experts": "moe"}, {"experts": "loop"}, {"memory": "fp8"}, {"memory": "mapped"}], ids=str
+)
+def test_forms_of_experts(tmp_path: Path, quantize: str | None, options: dict[str, str]):
+    from moec.models import build
+    from moec.passes import default_pipeline
+    from moec.program import Settings, legalise
+
+    if quantize == "fp8" and options == {"experts": "moe"}:
+        pytest.skip("that operator rounds no activations")
+    graph = moec.trace(build("deepseek-v3-mini"), (torch.arange(8).reshape(1, 8),))
+    after, _ = default_pipeline(quantize).run(graph)
+    legal, _, _ = legalise(after, Settings(get_backend("onnxruntime"), default_pipeline()))
+    ids = torch.arange(8).reshape(1, 8)
+    (plain,) = compiled(legal, None, **options).run([ids])
+    for result in ("miss", "hit"):
+        executable = compiled(legal, tmp_path, **options)
+        assert said(executable)["result"] == result
+        assert "warning" not in said(executable)
+        assert torch.equal(executable.run([ids])[0], plain)
