@@ -19,6 +19,7 @@ from moec.backends.onnxruntime.lower import Lowered
 from moec.backends.onnxruntime.options import Options
 from moec.ir import ArgumentValueError, ArtifactError
 
+_LIST = 1 << 16  # bytes of a list of sizes
 MODEL, DATA, OPTIONS = "model.onnx", "model.onnx.data", "onnxruntime.json"
 
 
@@ -51,6 +52,26 @@ def read_options(folder: Path) -> Options:
     except (ValueError, TypeError) as error:
         reason = error.message if isinstance(error, ArgumentValueError) else str(error)
         raise ArtifactError(f"{folder / OPTIONS}: {reason}", code="artifact") from None
+
+
+def inline_integers(folder: Path) -> None:
+    """Move small integers from a model's data into the model itself: lists of sizes, which ONNX Runtime reads while it
+    loads, and not from another file."""
+    model = protobuf.load_model(folder / MODEL, load_external_data=False)
+    moved = False
+    for tensor in _tensors(model.graph):
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        whole = tensor.data_type in (protobuf.TensorProto.INT64, protobuf.TensorProto.INT32)
+        if not whole or tensor.data_location != protobuf.TensorProto.EXTERNAL or int(said["length"]) > _LIST:
+            continue
+        with (folder / DATA).open("rb") as data:
+            data.seek(int(said.get("offset", 0)))
+            tensor.raw_data = data.read(int(said["length"]))
+        tensor.ClearField("external_data")
+        tensor.data_location = protobuf.TensorProto.DEFAULT
+        moved = True
+    if moved:
+        (folder / MODEL).write_bytes(model.SerializeToString())
 
 
 def check_model(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from moec.backends.cache import Cache, Unusable
@@ -21,6 +21,7 @@ from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.session import Optimised, Session, open_session
 from moec.ir import CompileError
 
+_REFUSED = "refused.txt"
 Make = Callable[[Optimised | None], Session]
 
 
@@ -35,20 +36,43 @@ def cached(
     with _timed(seconds, "key"):
         key = said["key"] = content_key(lowered, options)
         lowered.forget_weights()
-    try:
-        return _open(lowered, options, threads, cache, key, seconds), said
-    except (Unusable, CompileError) as e:
-        said |= {"result": "miss", "why": e.message if isinstance(e, CompileError) else str(e)}
     session: Session | None = None
+    written = False
     try:
-        with _timed(seconds, "store"), cache.writing(key) as folder:
-            session = make(Optimised(folder / artifact.MODEL, write=True))
-        session = None  # one copy of the weights at a time
         return _open(lowered, options, threads, cache, key, seconds), said
-    except (Unusable, CompileError, OSError) as e:
-        said["warning"] = f"not kept in {cache.folder}: {e.message if isinstance(e, CompileError) else e}"
+    except _RefusedError as e:
+        said |= {"result": "miss", "why": str(e)}
+    except (Unusable, CompileError) as e:
+        said |= {"result": "miss", "why": _reason(e)}
+        try:
+            with _timed(seconds, "store"), cache.writing(key) as folder:
+                session = make(Optimised(folder / artifact.MODEL, write=True))
+                artifact.inline_integers(folder)
+            written, session = True, None  # one copy of the weights at a time
+            return _open(lowered, options, threads, cache, key, seconds), said
+        except (Unusable, CompileError, OSError) as error:
+            said["warning"] = f"not kept in {cache.folder}: {_reason(error)}"
+            if written:
+                _note_refusal(cache, key, _reason(error))
     with _timed(seconds, "load"):
         return session or make(None), said
+
+
+class _RefusedError(Exception):
+    """ONNX Runtime did not open what it had written for this model; trying each time would cost more than no cache."""
+
+
+def _note_refusal(cache: Cache, key: str, reason: str) -> None:
+    """Put the reason in place of an entry that is as it was written, and is refused nevertheless."""
+    with suppress(Unusable, OSError):
+        cache.find(key)
+        cache.discard(key)
+        with cache.writing(key) as folder:
+            (folder / _REFUSED).write_text(reason, "utf-8")
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, CompileError) else str(error)
 
 
 def _open(
@@ -56,6 +80,8 @@ def _open(
 ) -> Session:
     with _timed(seconds, "check"):
         folder = cache.find(key)
+        if (folder / _REFUSED).exists():
+            raise _RefusedError((folder / _REFUSED).read_text("utf-8"))
         artifact.check_model(folder)
     with _timed(seconds, "load"):
         path = folder / artifact.MODEL

@@ -354,3 +354,39 @@ def test_forms_of_experts(tmp_path: Path, quantize: str | None, options: dict[st
         assert said(executable)["result"] == result
         assert "warning" not in said(executable)
         assert torch.equal(executable.run([ids])[0], plain)
+
+
+def test_lists_of_sizes_are_in_the_model(tmp_path: Path):
+    """One of an Int64 for each of many pieces, which ONNX Runtime makes of Gathers, and cannot read from a file."""
+
+    def build(b: Any, x: Any) -> Any:
+        h = b.op("linear.linear", [x, weight(b, "w", torch.ones(300, 32))])
+        parts = [b.relu(b.slice(h, axis=1, start=i, end=i + 1)) for i in range(300)]
+        return b.concat(*parts, axis=1)
+
+    graph = graph_of({"x": typed("f32", "T", 32)}, build)
+    plain = outputs(compiled(graph, None, memory="fp8"))
+    for result in ("miss", "hit"):
+        executable = compiled(graph, tmp_path, memory="fp8")
+        assert said(executable)["result"] == result
+        assert "warning" not in said(executable)
+        assert torch.equal(outputs(executable), plain)
+
+
+def test_what_is_refused_as_it_was_written_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain, real = outputs(compiled(mlp(), None)), session.open_session
+
+    def refuses(*given: Any) -> Any:
+        if given[4] is not None and not given[4].write:
+            raise moec.CompileError("no", code="onnxruntime")
+        return real(*given)
+
+    monkeypatch.setattr("moec.backends.onnxruntime.warm.open_session", refuses)
+    first, second = compiled(mlp(), tmp_path), compiled(mlp(), tmp_path)
+    assert said(first)["warning"] == f"not kept in {tmp_path}: no"
+    assert (said(second)["result"], said(second)["why"]) == ("miss", "no")
+    assert "store" not in said(second)["seconds"]
+    assert "warning" not in said(second)
+    for executable in (first, second):
+        assert torch.equal(outputs(executable), plain)
+    assert sum(p.stat().st_size for p in entry(tmp_path).iterdir()) < 4096
