@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
+.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-load bench-large bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -16,6 +16,14 @@ test: lint
 # how the rewriting passes scale with the graph
 bench-passes: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/passes.py
+
+# passes, lowering and loading of 8 to 61 layers with 256 experts each
+bench-load: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/cpu_load.py
+
+# memory and seconds of starting a model of more than 2 GB; takes 20 GB of disk for a while
+bench-large: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/large_model.py
 
 # passes of choice against the default pipeline
 bench-attention: $(STAMP)

@@ -1,7 +1,7 @@
 """Saved models: text IR, safetensors weights, a manifest and the backend's own files in one folder.
 
     manifest.json           what is here: format, versions, call structure, programs, SHA-256 of every file
-    weights.safetensors     every weight once, whichever programs use it
+    weights.safetensors     every weight once, whichever programs use it; the manifest has the SHA-256 of each
     forward.ir, cached.ir   the graphs after the target-independent passes
     forward/, cached/       what the backend wrote (model.onnx, …)
     tokenizer.json          of the checkpoint, where it had one
@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ from moec.ir.arrays import copied, packed, packed_type
 from moec.ir.opdef import known
 from moec.ir.weight import PackedSource
 from moec.ir.weight import digest as digest_tensor
-from moec.program import Program, Settings, legalise, lower
+from moec.program import Program, Settings, cache_folder, legalise, lower
 from moec.speculation import Speculator
 from moec.transformers_types import import_class
 
@@ -201,6 +202,7 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         "stops": _stops_json(compiled),
         "ops": _foreign_ops(programs),
         "programs": entries,
+        "tensors": {key: digest for digest, key in keys.items()},
         "files": files,
     }
     manifest["sha256"] = manifest_digest(manifest)
@@ -238,13 +240,15 @@ def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
     }
 
 
-def load(folder: str | Path, *, threads: int | None = None, **unknown: Any) -> CompiledModel:
+def load(
+    folder: str | Path, *, threads: int | None = None, cache: str | Path | None = None, **unknown: Any
+) -> CompiledModel:
     """A model that `CompiledModel.save` wrote, on the backend that it was compiled for; its outputs are bit-equal to
     the saved model's on the same machine.
 
-    threads: CPU threads, None for what it was compiled with. Every file is checked against its digest, nothing in
-    the folder is executed or unpickled. Raises ArtifactError naming the file or field, expected and got, and
-    ArgumentTypeError (a TypeError) for other options of `moec.compile`.
+    threads: CPU threads, None for what it was compiled with. cache: as in `moec.compile`, whose entries serve both.
+    Every file is checked against its digest, nothing in the folder is executed or unpickled. Raises ArtifactError
+    naming the file or field, expected and got, and ArgumentTypeError (a TypeError) for other options of `moec.compile`.
     """
     if unknown:
         raise ArgumentTypeError(
@@ -261,7 +265,7 @@ def load(folder: str | Path, *, threads: int | None = None, **unknown: Any) -> C
     for left in reversed(range(_TRIES)):
         with Folder(root) as files:
             try:
-                model = _load(files, threads)
+                model = _load(files, threads, cache_folder(cache))
                 files.check_unchanged()
                 return model
             except ArtifactError:
@@ -271,10 +275,11 @@ def load(folder: str | Path, *, threads: int | None = None, **unknown: Any) -> C
 
 
 _TRIES = 5
+_READERS = 4  # threads that digest files
 _LONGEST_PAD = 1 << 16
 
 
-def _load(files: Folder, threads: int | None) -> CompiledModel:
+def _load(files: Folder, threads: int | None, cache: Path | None) -> CompiledModel:
     from moec.compiled import CompiledModel
 
     manifest = read_manifest(files, MANIFEST)
@@ -286,7 +291,7 @@ def _load(files: Folder, threads: int | None) -> CompiledModel:
         )
     _check_files(files, manifest)
     _check_ops(manifest)
-    settings = _settings(manifest, threads)
+    settings = _settings(manifest, threads, cache)
     programs = {name: _program(files, manifest, name, settings) for name in entries}
     signature = None
     if "forward" in programs:
@@ -310,16 +315,18 @@ def _check_files(files: Folder, manifest: Manifest) -> None:
         if name not in listed:
             raise manifest.bad("files", f"an entry for {name}", sorted(listed))
     for name in listed:
-        entry = manifest.mapping("files", name)
+        manifest.mapping("files", name)
         want, path = manifest.integer("files", name, "bytes"), files.path / name
         size = files.size(name)
         if size != want:
             raise ArtifactError(f"{path} has {size} bytes, expected {want}", code="artifact")
         if name.endswith(".ir") and size > TEXT_LIMIT:
             raise ArtifactError(f"{path} has {size} bytes, more than {TEXT_LIMIT}", code="artifact")
-        found = files.digest(name)
-        if found != entry.get("sha256"):
-            raise ArtifactError(f"{path} has SHA-256 {found}, expected {entry.get('sha256')}", code="artifact")
+    with ThreadPoolExecutor(_READERS) as pool:
+        for name, found in zip(listed, pool.map(files.digest, listed), strict=True):
+            want = listed[name].get("sha256")
+            if found != want:
+                raise ArtifactError(f"{files.path / name} has SHA-256 {found}, expected {want}", code="artifact")
     for name in files.names():
         if name not in listed and name != MANIFEST:
             raise ArtifactError(f"{files.path / name} is not listed in {MANIFEST}", code="artifact")
@@ -336,7 +343,7 @@ def _check_ops(manifest: Manifest) -> None:
             )
 
 
-def _settings(manifest: Manifest, threads: int | None) -> Settings:
+def _settings(manifest: Manifest, threads: int | None, cache: Path | None) -> Settings:
     from moec.backends import BACKENDS, get_backend
     from moec.passes.pipeline import Pipeline
 
@@ -346,7 +353,7 @@ def _settings(manifest: Manifest, threads: int | None) -> Settings:
     if threads is None:
         threads = manifest.value("threads")
     try:
-        return Settings(get_backend(name), Pipeline(()), manifest.text("fallback"), threads)
+        return Settings(get_backend(name), Pipeline(()), manifest.text("fallback"), threads, cache=cache)
     except ArtifactError:
         raise
     except CompileError as e:
@@ -385,6 +392,7 @@ def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -
 def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph) -> None:
     path = files.path / WEIGHTS
     names = manifest.mapping("programs", program, "weights")
+    digests = manifest.mapping("tensors") if "tensors" in manifest.data else {}
     try:
         with files.opened(WEIGHTS) as fd:
             file = safe_open(f"/dev/fd/{fd}", framework="pt")  # what was checked, not what the name leads to by now
@@ -398,7 +406,7 @@ def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph)
             held = packed_type(value.type)
             if found != held:
                 raise ArtifactError(f"{path}: weight {key!r} is {found}, {program}.ir expects {held}", code="artifact")
-            source: Any = SafetensorsSource(path, key, file)
+            source: Any = SafetensorsSource(path, key, file, digests.get(key))
             source = PackedSource(source, value.type) if found != value.type else source
             bound[name] = Weight(name, value.type, source)
     except (SafetensorError, OSError) as e:

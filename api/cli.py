@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moec.cli_compare import compare
-from moec.cli_options import BackendName, Batch, Memory, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
+from moec.cli_options import BackendName, Batch, Cache, Memory, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
 from moec.cli_passes import bisect, explain
 from moec.files import MANIFEST_LIMIT, read_regular, written_whole
 from moec.ir import ArgumentValueError, CompileError
@@ -54,6 +54,7 @@ def compile_(
     seq: Seq = 24,
     threads: Threads = None,
     memory: Memory = "fast",
+    cache: Cache = None,
     fallback: Annotated[str, typer.Option(help="error, or reference for nodes the backend lacks")] = "error",
     dump: Annotated[Path | None, typer.Option(help="folder for the IR after every pass")] = None,
     report: Annotated[Path | None, typer.Option(help="write the report, .html or .json")] = None,
@@ -73,6 +74,7 @@ def compile_(
         fallback=fallback,
         threads=threads,
         memory=memory,
+        cache=cache,
         dump=dump,
     )
     compiled.save(out)
@@ -98,6 +100,7 @@ def generate(
     quantize: Quantize = None,
     threads: Threads = None,
     memory: Memory = "fast",
+    cache: Cache = None,
 ) -> None:
     """Continue a prompt greedily."""
     import torch
@@ -115,11 +118,11 @@ def generate(
     if is_saved(source):
         if quantize is not None:
             raise typer.BadParameter("a saved model is quantised already or not at all", param_hint="--quantize")
-        compiled = moec.load(source, threads=threads)
+        compiled = moec.load(source, threads=threads, cache=cache)
     else:
         model = resolve(source).model
         from_checkpoint = isinstance(model, CheckpointModel)
-        compiled = moec.compile(model, backend=backend, quantize=quantize, threads=threads, memory=memory)
+        compiled = moec.compile(model, backend=backend, quantize=quantize, threads=threads, memory=memory, cache=cache)
     if from_checkpoint or compiled.tokenizer_json is not None:
         tokenizer = compiled.tokenizer
         ids = torch.tensor([tokenizer.encode(prompt).ids])

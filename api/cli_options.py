@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +22,17 @@ Source = Annotated[
 ]
 Memory = Annotated[
     str,
-    typer.Option(help="onnxruntime: fast (weights in f32) or fp8 (weights as they are stored; less memory, slower)"),
+    typer.Option(
+        help="onnxruntime: fast (weights in f32), fp8 (as they are stored; less memory, slower) or mapped (in f32, "
+        "where the file is mapped; no copy, slower)"
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="MOEC_CACHE",
+        help="onnxruntime: a folder for optimised models, from which the same model starts sooner the next time",
+    ),
 ]
 Quantize = Annotated[str | None, typer.Option(help="fp8, fp8-weight-only, int8 or int4")]
 Batch = Annotated[int, typer.Option(min=1, help="example batch size")]

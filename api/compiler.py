@@ -29,7 +29,7 @@ from moec.generation import Generator, Stops
 from moec.ir import CompileError, Graph, Placement, Quantization
 from moec.passes.base import Pass
 from moec.passes.pipeline import Pipeline, build_pipeline
-from moec.program import Program, Settings, build
+from moec.program import Program, Settings, build, cache_folder
 from moec.progress import progress
 from moec.sources import acquire, describe, warn_of_training
 from moec.speculation import Speculator
@@ -49,6 +49,7 @@ def compile(
     dump: str | Path | None = None,
     threads: int | None = None,
     memory: str = "fast",
+    cache: str | Path | None = None,
 ) -> CompiledModel:
     """Compile a model for a backend.
 
@@ -69,8 +70,12 @@ def compile(
     dump: a folder for the IR after every pass.
     threads: CPU threads of the backend; None for its default.
     memory: for onnxruntime, which multiplies no FP8: "fast" holds all weights in f32, "fp8" as they are stored (8 or 16
-        bits) and widens each where it is used, which is slower; the report has the bytes of both. Integer weights stay
-        integers either way, and other backends hold FP8 weights in 8 bits.
+        bits) and widens each where it is used, which is slower; the report has the bytes of both. "mapped" leaves f32
+        weights in a memory-mapped file: a session starts at once and holds no copy, and products are slower. What does
+        not fit into memory is mapped without being asked for, and the report says so. Integer weights stay integers in
+        each of them, and other backends hold FP8 weights in 8 bits.
+    cache: for onnxruntime, a folder for optimised models, shared by processes; None keeps none. Compiling the same
+        model again, or loading it, then starts from there (docs/starting.md); the report says whether it did.
 
     A module is compiled as it is in evaluation, with a warning where it is in training mode and has dropout or batch
     norms. Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises
@@ -87,6 +92,7 @@ def compile(
         threads=threads,
         dump=Path(dump) if dump is not None else None,
         memory=memory,
+        cache=cache_folder(cache),
     )
     warn_of_training(model)
     name = describe(model)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from moec.backends import Backend, Executable
 from moec.backends.partition import Fallback, PartitionedExecutable, fallbacks
-from moec.ir import ArgumentValueError, CompileError, Graph
+from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Graph
 from moec.passes.base import Record
 from moec.passes.dump import Dump
 from moec.passes.legalise import Legalise
@@ -19,7 +21,7 @@ from moec.passes.pipeline import Pipeline, run_pass
 Step = Callable[[str], None]
 MOST_THREADS = 1024
 FALLBACKS = ("error", "reference")
-MEMORY = ("fast", "fp8")
+MEMORY = ("fast", "fp8", "mapped")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Settings:
     threads: int | None = None
     dump: Path | None = None
     memory: str = "fast"
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
@@ -44,13 +47,26 @@ class Settings:
             )
 
     @property
-    def options(self) -> dict[str, str] | None:
-        """What the backend is told about memory; most hold FP8 weights in 8 bits anyway."""
-        return {"memory": self.memory} if self.backend.holds_wide and self.memory != "fast" else None
+    def options(self) -> dict[str, Any] | None:
+        """What the backend is told about memory (most hold FP8 weights in 8 bits anyway) and the cache (most have
+        nothing to keep there)."""
+        found: dict[str, Any] = {}
+        if self.backend.holds_wide and self.memory != "fast":
+            found["memory"] = self.memory
+        if self.backend.caches and self.cache is not None:
+            found["cache"] = self.cache
+        return found or None
 
     def under(self, name: str) -> Settings:
         """The same with its dumps in a subfolder."""
         return replace(self, dump=self.dump / name) if self.dump else self
+
+
+def cache_folder(cache: str | os.PathLike[str] | None) -> Path | None:
+    """A caller's `cache` argument. Raises ArgumentTypeError."""
+    if cache is None or isinstance(cache, str | os.PathLike):
+        return None if cache is None else Path(cache).expanduser()
+    raise ArgumentTypeError(f"cache must be a folder or None, got {type(cache).__name__}", code="cache")
 
 
 @dataclass(eq=False)
@@ -122,7 +138,7 @@ def lower(legal: Graph, settings: Settings, left: list[Fallback], folder: Path |
         if left:
             return PartitionedExecutable(legal, backend, settings.threads, folder, settings.options)
         if folder is not None:
-            return backend.load(legal, folder, threads=settings.threads)
+            return backend.load(legal, folder, threads=settings.threads, options=settings.options)
         return backend.compile(legal, threads=settings.threads, options=settings.options)
     except (CompileError, KeyboardInterrupt, MemoryError):
         raise

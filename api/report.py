@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -76,6 +77,7 @@ class Report:
                 f"{name}: {f['op']} at {f['location']} runs in the reference: {f['reason']}"
                 for f in program["fallbacks"]
             ]
+            found += [f"{name}: {note}" for note in _loading(program["backend"])]
         return found
 
     def __str__(self) -> str:
@@ -88,6 +90,20 @@ class Report:
         for note in self.notes():
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         return out.getvalue()
+
+
+def _loading(stats: Mapping[str, Any]) -> list[str]:
+    """What is worth knowing of how sessions came about; those of a split program have a prefix."""
+    found = []
+    for key, value in stats.items():
+        if key.endswith("memory") and isinstance(value, dict) and "why" in value:
+            found.append(f"{key} is {value['mode']!r}: {value['why']}")
+        if key.endswith("cache") and isinstance(value, dict):
+            seconds = ", ".join(f"{what} {s:.2f} s" for what, s in value["seconds"].items())
+            why = f": {value['why']}" if "why" in value else ""
+            found.append(f"{key} {value['result']}{why} ({seconds})")
+            found += [f"{key}: {value['warning']}"] if "warning" in value else []
+    return found
 
 
 def _program(program: Program) -> dict[str, Any]:

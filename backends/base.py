@@ -92,14 +92,16 @@ def known(size: int | Dim, binding: Mapping[str, int]) -> bool:
 @dataclass(eq=False)
 class Backend:
     """A target. `holds_wide`: it multiplies no FP8 and holds such weights in f32, unless `compile` is given the option
-    memory="fp8". `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported`
-    names ops it refuses on purpose, with the reason; an op in neither must have a decomposition."""
+    memory="fp8". `caches`: `compile` and `load` take the option cache= (see moec.backends.cache). `lowerings` is filled
+    by `@backend.lowers("math.add")`, also from outside of moec; `unsupported` names ops it refuses on purpose, with the
+    reason; an op in neither must have a decomposition."""
 
     name: str
     dtypes: frozenset[DType]
     max_rank: int = 8
     dynamic: bool = True
     holds_wide: bool = False
+    caches: bool = False
     lowerings: dict[str, Callable[..., Any]] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
@@ -201,7 +203,9 @@ class Backend:
         """Lower a legal graph. Raises CompileError."""
         raise CompileError(f"backend {self.name} does not compile", code="backend")
 
-    def load(self, graph: Graph, folder: Path, *, threads: int | None = None) -> Executable:
+    def load(
+        self, graph: Graph, folder: Path, *, threads: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> Executable:
         """From what `Executable.save` wrote; compiles again where nothing was."""
         return self.compile(graph, threads=threads)
 

@@ -168,7 +168,7 @@ class PartitionedExecutable(Executable):
             if s.in_reference:
                 self.parts.append(reference.compile(s.graph))
             elif folder is not None:
-                self.parts.append(backend.load(s.graph, folder / f"segment{i}", threads=threads))
+                self.parts.append(backend.load(s.graph, folder / f"segment{i}", threads=threads, options=options))
             else:
                 self.parts.append(backend.compile(s.graph, threads=threads, options=options))
 

@@ -84,11 +84,12 @@ class TensorSource:
 @dataclass(frozen=True)
 class SafetensorsSource:
     """One tensor of a safetensors file, memory-mapped by the library. With `file`, the open one: what was checked stays
-    what is read, whatever the name leads to later."""
+    what is read, whatever the name leads to later. `digest`: of the tensor, where the file's own was checked."""
 
     path: Path
     key: str
     file: Any = field(default=None, compare=False, repr=False)
+    digest: str | None = field(default=None, compare=False, repr=False)
 
     def load(self) -> torch.Tensor:
         if self.file is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.backends.base import Backend
+from moec.backends.cache import cache_of
 from moec.backends.onnxruntime.nbits import rounded_products
 from moec.backends.onnxruntime.options import Options
 from moec.ir import DType, Graph, Node
@@ -30,7 +31,7 @@ class OnnxRuntimeBackend(Backend):
     """ONNX Runtime's CPUExecutionProvider.
 
     `compile(..., options=)` takes the fields of `Options`: `portable` (standard opset only), `experts` and
-    `memory`.
+    `memory`; and `cache`, a folder or Cache for optimised models.
     """
 
     def check(self, node: Node) -> str | None:
@@ -56,12 +57,16 @@ class OnnxRuntimeBackend(Backend):
     ) -> OnnxExecutable:
         from moec.backends.onnxruntime.executable import OnnxExecutable  # it imports the lowerings, they this module
 
-        return OnnxExecutable.compile(graph, Options.of(options), threads, self)
+        cache, others = cache_of(options)
+        return OnnxExecutable.compile(graph, Options.of(others), threads, self, cache)
 
-    def load(self, graph: Graph, folder: Path, *, threads: int | None = None) -> OnnxExecutable:
+    def load(
+        self, graph: Graph, folder: Path, *, threads: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> OnnxExecutable:
+        """A saved model has the options it was compiled with; of those here, only `cache` counts."""
         from moec.backends.onnxruntime.executable import OnnxExecutable
 
-        return OnnxExecutable.load(graph, folder, threads, self)
+        return OnnxExecutable.load(graph, folder, threads, self, cache_of(options)[0])
 
 
-backend = OnnxRuntimeBackend("onnxruntime", dtypes=DTYPES, holds_wide=True)
+backend = OnnxRuntimeBackend("onnxruntime", dtypes=DTYPES, holds_wide=True, caches=True)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from moec.backends.onnxruntime.opsets import Requirement, attach, rename_values
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.sizes import Sizes
 from moec.backends.onnxruntime.types import FLOAT8, ONNX, carrier, numpy_type, onnx_type
-from moec.backends.onnxruntime.weights import WeightReader
-from moec.ir import CompileError, Dim, DType, Graph, Node, Value
+from moec.backends.onnxruntime.weights import WeightReader, as_numpy
+from moec.ir import CompileError, Dim, DType, Graph, Node, Value, Weight
 from moec.ir.fp8 import E5M2
 from moec.ir.literals import literal
 
@@ -27,6 +28,7 @@ COMPACT = 1 << 14  # elements; smaller weights are not worth a cast in every run
 PIECE = 1 << 21  # elements that are widened at once
 _WIDENED = ("cast", "dequantized")  # entries of `memo` that are nodes over weights
 Transform = Callable[[torch.Tensor], torch.Tensor]
+Scale = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @contextmanager
@@ -66,6 +68,10 @@ class Emitter:
         self.sizes = Sizes(self)
         self.reader = WeightReader()
         self.resident: dict[str, tuple[int, int]] = {}  # of each weight: its bytes folded to f32, and as it is stored
+        self.read_from: dict[
+            str, tuple[tuple[Weight, ...], str]
+        ] = {}  # of an initialiser: weights, and what is made of them
+        self.others = False  # whether a lowering from outside of moec was used
         self._values: dict[Value, onnx.Value] = {}
         self._names: set[str] = set()
         self._numbers: dict[str, int] = {}  # last number given to a taken name
@@ -180,13 +186,15 @@ class Emitter:
         """Within: nodes go to the yielded list (the body of a Loop or a branch), and widened weights with them. Sizes
         must have been made before."""
         before, self.nodes = self.nodes, []
-        outside = set(self.memo)
+        outside = len(self.memo)
         try:
             yield self.nodes
         finally:
             self.nodes = before
-            for key in [k for k in self.memo if k not in outside and isinstance(k, tuple) and k[0] in _WIDENED]:
-                del self.memo[key]
+            inside = list(islice(reversed(self.memo), len(self.memo) - outside))  # there are thousands of bodies
+            for key in inside:
+                if isinstance(key, tuple) and key[0] in _WIDENED:
+                    del self.memo[key]
 
     def constant(self, array: np.ndarray | np.generic) -> onnx.Value:
         """An initialiser; equal constants are shared."""
@@ -251,9 +259,33 @@ class Emitter:
 
             tensor = onnx.LazyTensor(load, dtype=ONNX[held], shape=onnx.Shape(shape), name=name)
             self.memo[memo] = self._initializer(tensor)
+            self.read_from[name] = (weight,), f"{key} {index}"
             count = math.prod(shape)
             folded = (widened or carrier(v.dtype)).bits // 8 * count
             self.resident[name] = 0 if scales else folded, min((dtype or v.dtype).bits * count // 8, folded)
+        return self.memo[memo]
+
+    def scaled(
+        self, codes: Value, scales: Value, key: str, shape: Sequence[int], product: Scale, *, index: int | None = None
+    ) -> onnx.Value:
+        """The f32 initialiser of `product(codes, scales)` of two weights, or of their matrices `index`, computed when
+        the model is written; `key` as in `stored`."""
+        assert codes.weight is not None
+        assert scales.weight is not None
+        pair = codes.weight, scales.weight
+        memo = ("scaled", *((w.name, id(w.source)) for w in pair), key)
+        if memo not in self.memo:
+            name = self.unique(f"{pair[0].name}{key}")
+
+            def load() -> onnx.Tensor:
+                data = product(*(self.reader.data(w, index) for w in pair))
+                return onnx.Tensor(as_numpy(data, DType.F32), dtype=ONNX[DType.F32], name=name)
+
+            tensor = onnx.LazyTensor(load, dtype=ONNX[DType.F32], shape=onnx.Shape(shape), name=name)
+            self.memo[memo] = self._initializer(tensor)
+            self.read_from[name] = pair, f"{key} {index}"
+            count = math.prod(shape)
+            self.resident[name] = 4 * count, codes.dtype.bits * count // 8
         return self.memo[memo]
 
     def weight(

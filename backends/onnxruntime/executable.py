@@ -2,83 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as onnx
-import onnxruntime
 import torch
 
 from moec.backends.base import TAP_BUDGET, Backend, Executable, Keep
+from moec.backends.cache import Cache
 from moec.backends.onnxruntime import artifact
-from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Lowered, lower
+from moec.backends.onnxruntime.memory import fitting
 from moec.backends.onnxruntime.options import Options
-from moec.backends.onnxruntime.types import carried, uncarried
-from moec.ir import CompileError, Dim, Graph, Node, Value
-from moec.ir.arrays import from_numpy
-from moec.ir.interpreter import bind_inputs
-
-# a model in memory is copied while it is loaded; larger ones go through a memory-mapped file
-IN_MEMORY = 32 * 2**20
-
-
-# onnxruntime 1.32: removes the node that computes the bias where others read it too, and takes any transpose of two
-# axes for a swap (issue 32228 there)
-_BROKEN = ["GemmTransposeFusion"]
-
-
-def session_options(threads: int | None, options: Options | None = None) -> onnxruntime.SessionOptions:
-    """Full optimisation, quiet; FP8 weights are folded to f32 at load, or with memory="fp8" widened one at a time, in
-    memory that is given back at once."""
-    result = onnxruntime.SessionOptions()
-    result.log_severity_level = 4  # errors come as exceptions
-    result.intra_op_num_threads = threads or 0
-    result.add_session_config_entry("session.disable_quant_qdq", "1")
-    if options is not None and options.compact:
-        result.enable_cpu_mem_arena = False  # it keeps a place for every widened weight
-        result.enable_mem_pattern = False
-    return result
-
-
-@dataclass(eq=False)
-class Session:
-    """An ONNX Runtime session with the names of its inputs and outputs in the order of the graph."""
-
-    session: onnxruntime.InferenceSession
-    inputs: list[str]
-    outputs: list[str]
-    sources: dict[str, Node]
-
-    def run(self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
-        """Outputs in the dtypes of `values`. Raises Argument… errors on inputs that do not fit."""
-        check_derived(values, bind_inputs(graph, inputs))
-        if not self.outputs:
-            return []
-        feeds = {
-            name: carried(t.detach().cpu(), v.dtype).contiguous().numpy()
-            for name, v, t in zip(self.inputs, graph.inputs, inputs, strict=True)
-        }
-        try:
-            arrays = self.session.run(self.outputs, feeds)
-        except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-            raise wrapped(error, self.sources, "running") from error
-        return [uncarried(from_numpy(a), v.dtype) for a, v in zip(arrays, values, strict=True)]
-
-
-def check_derived(values: Sequence[Value], binding: Mapping[str, int]) -> None:
-    """Raise CompileError where a computed size of `values` is negative or no integer: ONNX clips such sizes."""
-    for size in {s: None for v in values for s in v.shape if isinstance(s, Dim) and not s.is_symbol}:
-        if size.symbols <= binding.keys() and size.evaluate(binding) < 0:
-            known = ", ".join(f"{n} = {binding[n]}" for n in sorted(size.symbols))
-            raise CompileError(
-                f"a result has the size {size}, which is {size.evaluate(binding)} for {known}", code="shape"
-            )
+from moec.backends.onnxruntime.session import Optimised, Session, open_session, start
+from moec.backends.onnxruntime.warm import cached
+from moec.ir import CompileError, Graph, Value
 
 
 @dataclass(eq=False)
@@ -92,41 +32,45 @@ class OnnxExecutable(Executable):
     backend: Backend
     _session: Session | None
     figures: dict[str, Any]
+    cache: Cache | None = None
     _tapped: tuple[tuple[Value, ...], Session] | None = field(default=None, repr=False)
 
     @staticmethod
-    def compile(graph: Graph, options: Options, threads: int | None, backend: Backend) -> OnnxExecutable:
+    def compile(
+        graph: Graph, options: Options, threads: int | None, backend: Backend, cache: Cache | None = None
+    ) -> OnnxExecutable:
         began = time.perf_counter()
         lowered = lower(graph, options, backend)
+        options, why = fitting(lowered, options)
+        if why is not None:
+            lowered = lower(graph, options, backend)
         built = time.perf_counter()
-        session = start(lowered, options, threads)
-        figures = {
-            "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
-            "weight_bytes": lowered.weight_bytes,
-            "memory": _memory(lowered, options),
-            "forms": dict(lowered.choices),
-            "lowering_seconds": built - began,
-            "load_seconds": time.perf_counter() - built,
-        }
-        return OnnxExecutable(graph, options, threads, backend, session, figures)
+
+        def make(optimised: Optimised | None = None) -> Session:
+            return start(lowered, options, threads, optimised)
+
+        session, said = (make(), None) if cache is None else cached(lowered, options, threads, cache, make)
+        figures = _figures(lowered, options, why, said)
+        figures |= {"lowering_seconds": built - began, "load_seconds": time.perf_counter() - built}
+        return OnnxExecutable(graph, options, threads, backend, session, figures, cache)
 
     @staticmethod
-    def load(graph: Graph, folder: Path, threads: int | None, backend: Backend) -> OnnxExecutable:
+    def load(
+        graph: Graph, folder: Path, threads: int | None, backend: Backend, cache: Cache | None = None
+    ) -> OnnxExecutable:
         began = time.perf_counter()
-        path, options = artifact.check(Path(folder))
+        options = artifact.read_options(Path(folder))
         lowered = lower(graph, options, backend)  # for names: no weight is read
-        session = Session(
-            open_session(path, options, threads, lowered.sources), lowered.inputs, lowered.outputs, lowered.sources
-        )
+        options, why = fitting(lowered, options)
+
+        def make(optimised: Optimised | None = None) -> Session:
+            path = artifact.check_model(Path(folder))
+            return Session.of(open_session(path, options, threads, lowered.sources, optimised), lowered)
+
+        session, said = (make(), None) if cache is None else cached(lowered, options, threads, cache, make)
         artifact.check_interface(session.session, lowered)
-        figures = {
-            "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
-            "weight_bytes": lowered.weight_bytes,
-            "memory": _memory(lowered, options),
-            "forms": dict(lowered.choices),
-            "load_seconds": time.perf_counter() - began,
-        }
-        return OnnxExecutable(graph, options, threads, backend, session, figures)
+        figures = _figures(lowered, options, why, said) | {"load_seconds": time.perf_counter() - began}
+        return OnnxExecutable(graph, options, threads, backend, session, figures, cache)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.session.run(self.graph, inputs, self.graph.outputs)
@@ -146,7 +90,13 @@ class OnnxExecutable(Executable):
     def session(self) -> Session:
         """The session that `run` uses."""
         if self._session is None:
-            self._session = start(lower(self.graph, self.options, self.backend), self.options, self.threads)
+            lowered = lower(self.graph, self.options, self.backend)
+
+            def make(optimised: Optimised | None = None) -> Session:
+                return start(lowered, self.options, self.threads, optimised)
+
+            given = (lowered, self.options, self.threads)
+            self._session = make() if self.cache is None else cached(*given, self.cache, make)[0]
         return self._session
 
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
@@ -177,40 +127,14 @@ class OnnxExecutable(Executable):
         return dict(self.figures)
 
 
-def _memory(lowered: Lowered, options: Options) -> dict[str, Any]:
-    """How weights are held, and the bytes that they take in either way."""
-    return {"mode": options.memory, "weight_bytes_resident": dict(lowered.resident)}
-
-
-def start(lowered: Lowered, options: Options, threads: int | None) -> Session:
-    """Load a lowered model into a session. Raises CompileError."""
-    # with memory="fp8", weights stay in the mapped file
-    if lowered.weight_bytes <= IN_MEMORY and not options.compact:
-        with serialising():
-            data = onnx.to_proto(lowered.model).SerializeToString()
-        lowered.forget_weights()
-        session = open_session(data, options, threads, lowered.sources)
-        return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
-    folder = Path(tempfile.mkdtemp(prefix="moec-"))
-    try:
-        path = artifact.write_model(lowered, folder)
-        session = open_session(path, options, threads, lowered.sources)
-    finally:
-        shutil.rmtree(folder)  # what the session maps stays readable
-    return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
-
-
-def open_session(
-    source: bytes | Path, options: Options, threads: int | None, sources: dict[str, Node]
-) -> onnxruntime.InferenceSession:
-    """Raises CompileError naming the IR op that ONNX Runtime refuses."""
-    model = source if isinstance(source, bytes) else str(source)
-    try:
-        return onnxruntime.InferenceSession(
-            model,
-            session_options(threads, options),
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=[*_BROKEN, *(["ConstantFolding"] if options.compact else [])],
-        )
-    except Exception as error:
-        raise wrapped(error, sources, "loading") from error
+def _figures(lowered: Lowered, options: Options, why: str | None, cache: dict[str, Any] | None) -> dict[str, Any]:
+    """What the report says: among it how weights are held, why so where it was not asked for, and the bytes that they
+    take in memory of the process's own in each way."""
+    memory = {"mode": options.memory, "weight_bytes_resident": {**lowered.resident, "mapped": 0}}
+    return {
+        "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
+        "weight_bytes": lowered.weight_bytes,
+        "memory": memory | ({} if why is None else {"why": why}),
+        "forms": dict(lowered.choices),
+        **({} if cache is None else {"cache": cache}),
+    }

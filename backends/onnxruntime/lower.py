@@ -14,7 +14,7 @@ from moec.backends.onnxruntime.opsets import OPSET, choose, domain_versions
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import onnx_type
 from moec.backends.onnxruntime.weights import WeightReader
-from moec.ir import CompileError, DType, Graph, Node, Value
+from moec.ir import CompileError, DType, Graph, Node, Value, Weight
 
 IR_VERSION = 11
 
@@ -23,7 +23,8 @@ IR_VERSION = 11
 class Lowered:
     """An ONNX model of a graph. `inputs` and `outputs` are the ONNX names of the graph's, in order;
     `sources` leads from prefixes of ONNX node names to IR nodes; `resident` says how many bytes the weights take in
-    each `Options.memory`."""
+    each `Options.memory`. `stored` leads from initialisers to the weights that they are made of and says how;
+    `foreign`: some lowering is not ours."""
 
     model: onnx.Model
     inputs: list[str]
@@ -33,6 +34,8 @@ class Lowered:
     weight_bytes: int
     resident: dict[str, int]
     reader: WeightReader
+    stored: dict[str, tuple[tuple[Weight, ...], str]]
+    foreign: bool
 
     def forget_weights(self) -> None:
         """Drop what reading the weights kept."""
@@ -90,7 +93,11 @@ def _lower(
     kept = [e.resident[name] for name in body.initializers if name in e.resident]
     resident = {"fast": sum(folded for folded, _ in kept), "fp8": sum(stored for _, stored in kept)}
     named = [str(v.name) for v in inputs]
-    return Lowered(model, named, names, e.sources, e.choices, total, resident, e.reader), exact
+    stored = {name: e.read_from[name] for name in body.initializers if name in e.read_from}
+    return (
+        Lowered(model, named, names, e.sources, e.choices, total, resident, e.reader, stored, e.others),
+        exact,
+    )
 
 
 def interface_shape(v: Value) -> onnx.Shape:
@@ -117,6 +124,7 @@ def emit_nodes(e: Emitter, graph: Graph) -> None:
                 raise lowering_failed(fn, node, error) from error
         results = returned(fn, node, emitted, onnx.Value)
         if not ships(fn):
+            e.others = True
             try:
                 check_emitted(e, node, e.nodes[before:], results, OPSET)
             except CompileError as error:

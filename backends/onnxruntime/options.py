@@ -9,14 +9,15 @@ from typing import Any
 from moec.ir import ArgumentValueError
 
 EXPERTS = ("auto", "unrolled", "moe", "loop")
-MEMORY = ("fast", "fp8")
+MEMORY = ("fast", "fp8", "mapped")
 
 
 @dataclass(frozen=True)
 class Options:
     """`portable`: standard ONNX operators only. `experts`: the form of `moe.experts`; "auto" chooses by the
-    number of experts (see experts.choose). `memory`: "fast" folds weights to f32 once, at load; "fp8" keeps them as
-    they are stored, in 8 or 16 bits, and widens each where it is used, in every run."""
+    number of experts (see experts.choose). `memory`: "fast" folds weights to f32 once, at load, and holds them in the
+    layouts that its kernels multiply fastest; "fp8" keeps them as they are stored, in 8 or 16 bits, and widens each
+    where it is used, in every run; "mapped" reads them in f32 from a memory-mapped file and copies none."""
 
     portable: bool = False
     experts: str = "auto"
@@ -46,6 +47,11 @@ class Options:
     def compact(self) -> bool:
         """Whether weights stay as they are stored."""
         return self.memory == "fp8"
+
+    @property
+    def mapped(self) -> bool:
+        """Whether weights are read where the file is mapped, in f32."""
+        return self.memory == "mapped"
 
     @staticmethod
     def of(options: Mapping[str, Any] | None) -> Options:

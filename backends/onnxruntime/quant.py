@@ -16,7 +16,7 @@ from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.blocks import Blocks
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.ir import DType, Node, Value
-from moec.ir.arrays import BYTES
+from moec.ir.arrays import BYTES, as_bytes
 
 
 @backend.lowers("quant.quantize")
@@ -69,6 +69,13 @@ def stored_blocks(
 
     out, inner = codes.shape[-2:]
     axis = len(shape) - (2 if transpose else 1)
+    if e.options.mapped:  # nothing is folded at load, or it would be memory of the session's own
+
+        def product(c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            wide = s.repeat_interleave(block[0], dim=-2)[..., :out, :].repeat_interleave(block[1], dim=-1)
+            return pick(as_bytes(c).float() * wide[..., :inner].float())
+
+        return e.scaled(codes, scale, f"{key}.by{block[0]}x{block[1]}", shape, product, index=index)
     held = codes.dtype if codes.dtype in BYTES else None
     stored = e.stored(codes, key, shape, pick_codes, index=index, dtype=held, widened=DType.F32)
     blocks = [-(-s // block[1]) if i == axis else s for i, s in enumerate(shape)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -16,11 +17,11 @@ from moec.ir.weight import loading_once
 
 
 class WeightReader:
-    """Keeps the last weight read, because its experts are asked for one after another; where a source has experts one
-    by one, it reads just these."""
+    """Keeps the last two weights read, because their experts are asked for one after another, codes and scales in turn;
+    where a source has experts one by one, it reads just these."""
 
     def __init__(self) -> None:
-        self._last: tuple[Weight, torch.Tensor] | None = None
+        self._last: deque[tuple[Weight, torch.Tensor]] = deque(maxlen=2)
         self._lock = threading.Lock()
 
     def read(
@@ -32,17 +33,22 @@ class WeightReader:
         index: int | None = None,
     ) -> onnx.Tensor:
         """`transform` of a weight, or of matrix `index` along its first axis, as an ONNX tensor of `dtype`."""
+        data = transform(self.data(weight, index))
+        return onnx.Tensor(as_numpy(data, dtype), dtype=ONNX[dtype], name=name)
+
+    def data(self, weight: Weight, index: int | None = None) -> torch.Tensor:
+        """A weight, or its matrix `index`."""
         with self._lock, loading_once():  # the session holds it from now on
             if index is not None and hasattr(weight.source, "part"):
-                data = weight.part(index).detach().cpu()
-            else:
-                if self._last is None or self._last[0] is not weight:
-                    self._last = (weight, weight.load().detach().cpu())
-                data = self._last[1] if index is None else self._last[1][index]
-        return onnx.Tensor(as_numpy(transform(data), dtype), dtype=ONNX[dtype], name=name)
+                return weight.part(index).detach().cpu()
+            found = next((t for w, t in self._last if w is weight), None)
+            if found is None:
+                found = weight.load().detach().cpu()
+                self._last.append((weight, found))
+            return found if index is None else found[index]
 
     def forget(self) -> None:
-        self._last = None
+        self._last.clear()
 
 
 def as_numpy(tensor: torch.Tensor, dtype: DType) -> np.ndarray:

@@ -48,6 +48,9 @@ class Applications:
 
 # a value with more uses than this connects no roots
 _WIDE = 32
+# where a value with more uses than this loses one, its users are visited once, at the end: each layer of a model may
+# take one from it, and each time all the others would be visited
+_FEW = 8
 
 _limit: ContextVar[Applications | None] = ContextVar("rule_applications", default=None)
 
@@ -171,11 +174,12 @@ class _Engine:
         self.oldest = len(graph) + 1000
         self.limit = 50 * len(graph) + 1000
         self.count = 0
+        self.later: dict[Value, None] = {}  # values with many uses that lost one
 
     def run(self) -> None:
         queue: deque[Node] = deque(self.graph.nodes)
         waiting = set(queue)
-        while queue and not (self.applications and self.applications.exhausted):
+        while (queue or self._resume(queue, waiting)) and not (self.applications and self.applications.exhausted):
             node = queue.popleft()
             waiting.discard(node)
             if node.graph is None:
@@ -184,6 +188,15 @@ class _Engine:
                 if again not in waiting and again.graph is not None:
                     waiting.add(again)
                     queue.append(again)
+
+    def _resume(self, queue: deque[Node], waiting: set[Node]) -> bool:
+        """Queue what the values of `later` may have made possible; whether there is any."""
+        users = [u for v in self.later if v.producer and v.producer.graph is not None for u in v.users]
+        self.later.clear()
+        found = self._above(users, {})
+        queue.extend(found)
+        waiting.update(found)
+        return bool(queue)
 
     def _visit(self, node: Node) -> list[Node]:
         for rule, pattern in self.by_op.get(node.op, ()):
@@ -319,11 +332,18 @@ class _Engine:
         frontier = [*redirected, *(u for n in created for r in n.results for u in r.users)]
         # a value that lost a use may now be an inner one; with more uses left than in any pattern it cannot
         made = [(v, v.producer) for v in released if v.producer is not None and v.producer.graph is not None]
-        frontier += [u for v, _ in made if len(v.uses) <= self.uses for u in v.users]
+        for v, _ in made:
+            if len(v.uses) <= min(self.uses, _FEW):
+                frontier += v.users
+            elif len(v.uses) <= self.uses:
+                self.later[v] = None
         # or its node a root: the top of a tree, or one whose other results are no longer used
         frontier += [n for _, n in made if n.op in self.tree_ops or len(n.results) > 1]
         frontier += [v.producer for v in new if v.producer is not None and v.producer.op in self.tree_ops]
-        frontier = [n for n in frontier if n.graph is not None]
+        return self._above([n for n in frontier if n.graph is not None], affected)
+
+    def _above(self, frontier: list[Node], affected: dict[Node, None]) -> list[Node]:
+        """`affected`, the nodes of `frontier`, and users up to the pattern depth."""
         for _ in range(self.depth):
             fresh = [n for n in dict.fromkeys(frontier) if n not in affected]
             if self.tree_ops:

@@ -235,3 +235,14 @@ def test_bad_input_prints_the_error_and_exits_with_two(tmp_path):
 def test_bad_models(module, spec):
     with pytest.raises(CompileError):
         runner.invoke(app, ["inspect", spec], catch_exceptions=False)
+
+
+def test_cache(module, tmp_path, monkeypatch):
+    """By option, or by the environment; without either nothing is written."""
+    command = ("compile", f"{module}:model", "--out", tmp_path / "out", "--backend", "onnxruntime")
+    assert "forward: cache" not in call(*command).output
+    assert "cache miss: there is none yet" in call(*command, "--cache", tmp_path / "cache").output
+    monkeypatch.setenv("MOEC_CACHE", str(tmp_path / "cache"))
+    done = call(*command)
+    assert "forward: cache hit" in done.output
+    assert "forward: cache hit" in call(*command, "--threads", "1").output

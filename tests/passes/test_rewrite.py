@@ -9,6 +9,7 @@ import torch
 from moec.ir import Builder, CompileError, Graph, Location, TensorType, parse, run
 from moec.passes.base import Record, active_record
 from moec.passes.rewrite import Rewrite, RuleSet
+from moec.passes.rewriting import engine
 from moec.passes.rewriting.explain import explain
 
 from .small_rules import TYPE, graph_of, ops, rule
@@ -451,3 +452,53 @@ def test_a_rebuilt_ladder_or_chain_is_compared_in_little_time_and_depth():
 
     tree = rule(lambda s, p: p.tree("add", p.repeat(lambda v: p.neg(v)), p.rest("others")), replace)
     assert len(tree.run(graph_of(chain)).find("abs")) == 1
+
+
+WIDE = 12
+ALL_OF_ONE = rule(  # an inner value that one node uses many times
+    lambda self, p, x: p.concat(*[p.exp(x)] * WIDE, axis=0), lambda self, b, m: b.concat(*[b.abs(m.x)] * WIDE, axis=0)
+)
+LETS_GO = rule(  # sin(v + e) does not use e any more
+    lambda self, p, v, e: p.sin(p.add(v, p.shared(p.exp(e)))), lambda self, b, m: b.cos(m.v)
+)
+
+
+def test_a_value_with_many_uses_that_becomes_an_inner_one():
+    """Its users come before what makes it one, and it has more uses left than are looked at each time."""
+
+    def body(b, x, y):
+        e = b.exp(x)
+        many = b.concat(*[e] * WIDE, axis=0)
+        return many, b.sin(b.add(y, e))
+
+    after = RuleSet((ALL_OF_ONE, LETS_GO)).run(graph_of(body))
+    assert sorted(ops(after)) == ["math.abs", "math.cos", "tensor.concat"]
+
+
+def test_what_an_application_affects_does_not_grow_where_all_layers_use_one_value(monkeypatch):
+    affected = []
+    above = engine._Engine._above
+
+    def counted(self, frontier, known):
+        found = above(self, frontier, known)
+        affected.append(len(found))
+        return found
+
+    monkeypatch.setattr(engine._Engine, "_above", counted)
+    many = rule(  # with it, a value may have hundreds of uses inside of a match
+        lambda self, p, x: p.concat(*[p.exp(x)] * 500, axis=0), lambda self, b, m: b.concat(*[m.x] * 500, axis=0)
+    )
+    per_layer = {}
+    for layers in (50, 400):
+
+        def body(b, x, y, layers=layers):
+            e = b.exp(x)
+            for _ in range(layers):
+                y = b.sin(b.add(b.mul(y, e), e))
+            return y
+
+        affected.clear()
+        after = RuleSet((many, LETS_GO)).run(graph_of(body))
+        assert ops(after) == ["math.exp", *["math.mul", "math.cos"] * layers]
+        per_layer[layers] = sum(affected) / layers
+    assert per_layer[400] < 1.2 * per_layer[50]

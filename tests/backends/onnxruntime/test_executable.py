@@ -273,9 +273,9 @@ def test_save_and_load_are_bit_equal(saved: tuple[Graph, Path], rng: torch.Gener
 
 
 def test_large_models_go_through_a_file(saved: tuple[Graph, Path], rng: torch.Generator, monkeypatch: Any):
-    from moec.backends.onnxruntime import executable
+    from moec.backends.onnxruntime import session
 
-    monkeypatch.setattr(executable, "IN_MEMORY", 0)
+    monkeypatch.setattr(session, "IN_MEMORY", 0)
     agrees(compiled(saved[0]), [torch.randn(2, 32, generator=rng)])
 
 

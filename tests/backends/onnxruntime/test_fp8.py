@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from moec.backends.onnxruntime.executable import session_options
+from moec.backends.onnxruntime.session import session_options
 from moec.ir import Dim, run
 from moec.ir.ops.block_codes import quantize_blocks
 
