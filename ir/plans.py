@@ -10,6 +10,9 @@ import numpy as np
 
 from moec.ir.errors import ArgumentValueError
 
+# None, for the default that goes with `weights`: __post_init__ fills it in, so that nobody else sees it
+_OF_WEIGHTS: Any = None
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -26,12 +29,11 @@ class Quantization:
 
     weights: str = "f8e4m3fn"
     activations: str | None = "f8e4m3fn"
-    # None stands for the default of `weights`, which __post_init__ fills in
-    block: tuple[int, int] = None  # type: ignore[assignment]
+    block: tuple[int, int] = _OF_WEIGHTS
     group: int = 128
-    keep: tuple[str, ...] = None  # type: ignore[assignment]
+    keep: tuple[str, ...] = _OF_WEIGHTS
     min_coverage: float = 0.5
-    in_i8: tuple[str, ...] = None  # type: ignore[assignment]
+    in_i8: tuple[str, ...] = _OF_WEIGHTS
 
     def __post_init__(self) -> None:
         if self.weights not in _BLOCKS:

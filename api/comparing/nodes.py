@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -135,8 +135,19 @@ def _routed(
     return list(node.opdef.instance([logits, bias], node.attrs).reference())
 
 
+class Known(Protocol):
+    """The values of one run of a graph, with their actual types: every size is a number."""
+
+    @property
+    def graph(self) -> Graph: ...
+
+    def get(self, value: Value, /) -> torch.Tensor: ...
+
+    def type(self, value: Value, /) -> TensorType: ...
+
+
 def isolate(
-    nodes: Sequence[Node], values: Values, binding: Mapping[str, int], backend: Backend | None = None
+    nodes: Sequence[Node], values: Known, binding: Mapping[str, int], backend: Backend | None = None
 ) -> tuple[Graph, list[torch.Tensor]]:
     """A graph of some nodes, not connected to each other, with every size a number; and their operands. Weights stay
     weights, also those that are dequantised first where `backend` takes what is stored; constants stay constants. Its

@@ -113,7 +113,7 @@ def check_nodes(
     name = settings.backend.name
     seen = _Seen(graph, values)
     try:
-        whole, fed = isolate(nodes, seen, binding, settings.backend)  # type: ignore[arg-type]  # _Seen has the methods it uses
+        whole, fed = isolate(nodes, seen, binding, settings.backend)
         legal, _, left = legalise(whole, settings)
         got = lower(legal, settings, left).run(fed)
     except CompileError as e:
@@ -175,7 +175,7 @@ def _open_node(
 ) -> bool:
     """Whether a node that is off is so where it overflows on the way, say."""
     assert node.graph is not None
-    single, fed = isolate([node], _Seen(node.graph, values), binding)  # type: ignore[arg-type]  # _Seen has the methods it uses
+    single, fed = isolate([node], _Seen(node.graph, values), binding)
     open_ = spread(single, fed)
     return open_ is None or open_[v.index].explains(values[v], got, tolerance)
 

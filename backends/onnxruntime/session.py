@@ -140,5 +140,5 @@ def open_session(
             providers=["CPUExecutionProvider"],
             disabled_optimizers=[*_BROKEN, *(["ConstantFolding"] if options.compact else [])],
         )
-    except Exception as error:
+    except Exception as error:  # as above
         raise wrapped(error, sources, "loading") from error
