@@ -45,7 +45,7 @@ from moec.ir import (
 )
 from moec.ir.arrays import copied, packed, packed_type
 from moec.ir.opdef import known
-from moec.ir.weight import PackedSource
+from moec.ir.weight import PackedSource, WeightSource
 from moec.ir.weight import digest as digest_tensor
 from moec.program import Program, Settings, cache_folder, legalise, lower
 from moec.speculation import Speculator
@@ -406,8 +406,11 @@ def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph)
             held = packed_type(value.type)
             if found != held:
                 raise ArtifactError(f"{path}: weight {key!r} is {found}, {program}.ir expects {held}", code="artifact")
-            source: Any = SafetensorsSource(path, key, file, digests.get(key))
-            source = PackedSource(source, value.type) if found != value.type else source
+            source: WeightSource
+            if found == value.type:
+                source = SafetensorsSource(path, key, file, digests.get(key))
+            else:
+                source = PackedSource(SafetensorsSource(path, key, file), value.type, digests.get(key))
             bound[name] = Weight(name, value.type, source)
     except (SafetensorError, OSError) as e:
         raise ArtifactError(f"{path}: {e}", code="artifact") from None

@@ -100,10 +100,12 @@ class SafetensorsSource:
 
 @dataclass(frozen=True)
 class PackedSource:
-    """A weight of `type`, of less than 8 bits, that a file holds packed (`moec.ir.arrays.packed`)."""
+    """A weight of `type`, of less than 8 bits, that a file holds packed (`moec.ir.arrays.packed`). `digest`: of the
+    weight, not of what is packed, where the file's own was checked."""
 
     source: WeightSource
     type: TensorType
+    digest: str | None = field(default=None, compare=False, repr=False)
 
     def load(self) -> torch.Tensor:
         return unpacked(self.source.load(), self.type)
