@@ -126,7 +126,7 @@ def lower(legal: Graph, settings: Settings, left: list[Fallback], folder: Path |
         return backend.compile(legal, threads=settings.threads, options=settings.options)
     except (CompileError, KeyboardInterrupt, MemoryError):
         raise
-    except Exception as e:
+    except Exception as e:  # whatever a backend from outside raises
         raise CompileError(
             f"{backend.name} failed to take the program: {type(e).__name__}: {e}",
             code="lowering",

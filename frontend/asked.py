@@ -9,50 +9,34 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import sympy
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
+from moec.frontend.decisions import Ask, Question, deciding
 from moec.frontend.locate import import_path, is_users
 from moec.ir import Location
 
 Asked = dict[sympy.Basic, Location]  # what was true → the user's line that asked
 
-_asked: ContextVar[Asked | None] = ContextVar("_asked", default=None)
-
 
 @contextmanager
 def asking() -> Iterator[Asked]:
-    """Within, in this thread: conditions on the sizes of inputs that torch decides. Yields a record of them.
-
-    Exports of several threads take turns, see stand_ins.
-    """
+    """Within, in this thread: conditions on the sizes of inputs that torch decides. Yields a record of them."""
     record: Asked = {}
-    token = _asked.set(record)
-    original: Any = ShapeEnv._evaluate_expr
-    uninteresting_files().add(__file__)  # guards name the innermost line of other files
 
-    def evaluate(self: Any, expr: Any, hint: Any = None, node: Any = None, oblivious: bool = False,
-                 fallback: bool | None = None, **more: Any) -> Any:  # fmt: skip
-        result = original(self, expr, hint, node, oblivious, fallback, **more)
-        known = _asked.get()
-        # the fallback is what is right for any size
-        if known is not None and (fallback is None or result != fallback):
-            symbols = getattr(expr, "free_symbols", None)
-            if symbols and symbols <= self.backed_var_to_val.keys():
-                held = _held(expr, result)
-                if held is not None and held not in known:
-                    known[held] = _users_line()
+    def decide(question: Question, ask: Ask) -> Any:
+        result = ask()
+        if question.fallback is None or result != question.fallback:
+            symbols = getattr(question.expr, "free_symbols", None)
+            if symbols and symbols <= question.env.backed_var_to_val.keys():
+                held = _held(question.expr, result)
+                if held is not None:
+                    record.setdefault(held, _users_line())
         return result
 
-    ShapeEnv._evaluate_expr = evaluate  # type: ignore[method-assign, assignment]  # torch has no hook
-    try:
+    with deciding(decide):
         yield record
-    finally:
-        ShapeEnv._evaluate_expr = original  # type: ignore[method-assign]  # as it was
-        _asked.reset(token)
 
 
 def _held(expr: Any, result: Any) -> sympy.Basic | None:

@@ -109,9 +109,8 @@ def assumptions(
         found.setdefault(str(guard), guard)
     known: Ranges = {}
     for g in found.values():
-        r = interval(g.stated.expr) if g.stated is not None else None
-        if r is not None:
-            (s,) = g.stated.expr.free_symbols  # type: ignore[union-attr]  # it is there if r is
+        if g.stated is not None and (r := interval(g.stated.expr)) is not None:
+            (s,) = g.stated.expr.free_symbols
             known[s] = narrowed(known.get(s, ANY), r)
     for symbol, (least, greatest) in ranges(program, {}).items():
         dim = plain.names.get(str(symbol))

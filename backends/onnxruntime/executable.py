@@ -212,5 +212,5 @@ def open_session(
             providers=["CPUExecutionProvider"],
             disabled_optimizers=[*_BROKEN, *(["ConstantFolding"] if options.compact else [])],
         )
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but this
         raise wrapped(error, sources, "loading") from error
