@@ -40,7 +40,7 @@ def asking() -> Iterator[Asked]:
 
 
 def _held(expr: Any, result: Any) -> sympy.Basic | None:
-    if isinstance(expr, sympy.logic.boolalg.Boolean):
+    if isinstance(expr, sympy.logic.boolalg.Boolean) and not expr.is_Symbol:  # to sympy, symbols are both
         return expr if result in (True, sympy.true) else sympy.Not(expr)
     return sympy.Eq(expr, result) if isinstance(result, int | sympy.Integer) else None
 

@@ -84,18 +84,23 @@ def guards(program: torch.export.ExportedProgram, names: Mapping[str, Dim]) -> l
 
 
 def assumptions(
-    program: torch.export.ExportedProgram, asked: Mapping[sympy.Basic, Location], symbols: Symbols
+    program: torch.export.ExportedProgram,
+    asked: Mapping[sympy.Basic, Location],
+    symbols: Symbols,
+    first: torch.export.ExportedProgram | None = None,
 ) -> list[Guard]:
     """What the trace took as true of the sizes of inputs: torch's guards, what it knew from them when it was asked, and
-    ranges that neither explains. Each is false for some sizes, as far as that is easily seen."""
+    ranges that neither explains. Each is false for some sizes, as far as that is easily seen. `symbols` are those of
+    the `first` program, which was traced at other sizes, where one is given."""
     env = shape_env(program)
     if env is None:
         return []
     plain = Symbols()  # without ranges, in which some of the conditions are true
-    plain.names = symbols.names
+    plain.names = symbols.names if first is None else _same_axes(first, program, symbols.names)
     found: dict[str, Guard] = {}
     for expr, location in [*((g.expr, _location(g.sloc)) for g in env.guards), *asked.items()]:
-        condition = env.replace(expr)
+        # what another trace found equal to a number or to each other is no part of the first program
+        condition = env.replace(expr) if first is None else expr
         if condition in (sympy.true, sympy.false) or not all(str(s) in plain.names for s in condition.free_symbols):
             continue
         try:
@@ -123,6 +128,16 @@ def assumptions(
             condition = Condition(text)
             found[text] = Guard(condition.expr, Location(), plain.names, condition)
     return list(found.values())
+
+
+def _same_axes(
+    first: torch.export.ExportedProgram, second: torch.export.ExportedProgram, names: Mapping[str, Dim]
+) -> dict[str, Dim]:
+    """The names of a program's symbols in another program, by the axes that they are the sizes of."""
+    one, other = shape_env(first), shape_env(second)
+    axes = one.source_to_var if one is not None else {}
+    pairs = ((axes.get(source), symbol) for source, symbol in other.source_to_var.items())
+    return {str(b): names[str(a)] for a, b in pairs if a is not None and str(a) in names}
 
 
 def limits(guards: Iterable[Guard]) -> tuple[dict[str, Range], tuple[str, ...]]:
