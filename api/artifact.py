@@ -98,14 +98,26 @@ def _programs(compiled: CompiledModel) -> dict[str, Program]:
 def _check_target(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(f"{folder} exists and is no folder", code="artifact")
-    if folder.is_dir() and any(folder.iterdir()):
+    while (seen := _seen(folder)) is not None:
         try:
             with Folder(folder) as files:
                 read_manifest(files, MANIFEST)
+            return
         except ArtifactError:
-            raise ArtifactError(
-                f"{folder} is not empty and holds no saved model", code="artifact", hint="choose another folder"
-            ) from None
+            if _seen(folder) == seen:
+                raise ArtifactError(
+                    f"{folder} is not empty and holds no saved model", code="artifact", hint="choose another folder"
+                ) from None
+            # else another save has put its model here, and removed what was being read
+
+
+def _seen(folder: Path) -> tuple[int, ...] | None:
+    """What tells one folder of files under a name from the next; None where there is none, or nothing in it."""
+    try:
+        status = folder.stat()
+        return (status.st_dev, status.st_ino, status.st_ctime_ns) if any(folder.iterdir()) else None
+    except FileNotFoundError:
+        return None
 
 
 def _put(work: Path, folder: Path) -> None:

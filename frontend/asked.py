@@ -9,15 +9,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
+import torch
 
 from moec.frontend.decisions import Ask, Question, deciding
 from moec.frontend.locate import import_path, is_users
 from moec.ir import Location
 
-Asked = dict[sympy.Basic, Location]  # what was true → the user's line that asked
+
+class Asker(NamedTuple):
+    """The user's line that asked, and whether it did so itself: a branch of the model, not of an op that it calls."""
+
+    line: Location
+    itself: bool
+
+
+Asked = dict[sympy.Basic, Asker]  # by what was true
 
 
 @contextmanager
@@ -31,8 +40,9 @@ def asking() -> Iterator[Asked]:
             symbols = getattr(question.expr, "free_symbols", None)
             if symbols and symbols <= question.env.backed_var_to_val.keys():
                 held = _held(question.expr, result)
-                if held is not None:
-                    record.setdefault(held, _users_line())
+                if held is not None and not (held in record and record[held].itself):
+                    asker = _asker()
+                    record[held] = asker if asker.itself else record.get(held, asker)
         return result
 
     with deciding(decide):
@@ -45,8 +55,13 @@ def _held(expr: Any, result: Any) -> sympy.Basic | None:
     return sympy.Eq(expr, result) if isinstance(result, int | sympy.Integer) else None
 
 
-def _users_line() -> Location:
+def _asker() -> Asker:
     frame: Any = sys._getframe(2)
+    called: Any = None
     while frame is not None and not is_users(frame.f_code.co_filename):
-        frame = frame.f_back
-    return Location.at("", import_path(frame.f_code.co_filename), frame.f_lineno) if frame is not None else Location()
+        frame, called = frame.f_back, frame
+    if frame is None:
+        return Asker(Location(), False)
+    # bool(size), int(size): ops ask torch's record without
+    itself = called is not None and called.f_code.co_filename == torch.__file__
+    return Asker(Location.at("", import_path(frame.f_code.co_filename), frame.f_lineno), itself)

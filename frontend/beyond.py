@@ -13,7 +13,7 @@ import sympy
 
 from moec.frontend.conditions import Condition
 from moec.frontend.guards import Guard, always
-from moec.frontend.ranges import ANY, Range, interval
+from moec.frontend.ranges import Range, interval
 from moec.frontend.sizes import Sizes, inside
 from moec.ir import CompileError
 
@@ -29,19 +29,16 @@ def beyond(
     known = {str(g) for g in guards}
     found: dict[str, tuple[Guard, Sizes]] = {}
     untraced: list[Sizes] = []
-    traced: dict[str, list[Guard] | None] = {}
-    for guard in dropped:
+    for guard in (g for g in dropped if g.branched):
         places = [sizes for sizes in agreed if not guard.holds(sizes)]
         place = max(places, key=lambda s: (0 not in s.values(), -_broken(guards, s), math.prod(s.values())))
-        if str(place) not in traced:
-            traced[str(place)] = asked_at(place)
-        asked = traced[str(place)]
+        asked = asked_at(place)
         if asked is None:
             untraced += [place] if 0 not in place.values() else []
             continue
-        either = {str(e): (e, other) for other in asked if (e := _either(guard, other)) is not None}
+        either = {str(e): (e, other) for other in asked if other.branched and (e := _either(guard, other)) is not None}
         more = {text: pair for text, pair in either.items() if text not in known}
-        if any(_pins(other) for _, other in more.values()):  # it fixes a size: there is no end to the others
+        if any(_pins(*pair) for pair in more.values()):
             untraced.append(place)
             continue
         for text, (e, _) in more.items():
@@ -49,9 +46,13 @@ def beyond(
     return list(found.values()), untraced
 
 
-def _pins(guard: Guard) -> bool:
-    expr = guard.condition if guard.stated is None else guard.stated.expr
-    return isinstance(expr, sympy.Eq) and len(expr.free_symbols) == 1
+def _pins(either: Guard, asked: Guard) -> bool:
+    """Whether what was asked fixes a size that is no neighbour of those known: there is no end to the others."""
+    expr = asked.condition if asked.stated is None else asked.stated.expr
+    if not isinstance(expr, sympy.Eq) or len(expr.free_symbols) != 1 or either.stated is None:
+        return False
+    spans = [interval(p) for p in sympy.Or.make_args(either.stated.expr) if p.free_symbols == expr.free_symbols]
+    return any(r is None or r[0] == r[1] for r in spans)
 
 
 def _broken(guards: Sequence[Guard], sizes: Sizes) -> int:
@@ -65,7 +66,7 @@ def _either(a: Guard, b: Guard) -> Guard | None:
     if joined == sympy.true:
         return None
     if a.stated is None or b.stated is None:
-        return Guard(joined, b.location, names)
+        return Guard(joined, b.location, names, branched=True)
     rest: list[sympy.Basic] = []
     spans: dict[str, list[Range]] = {}
     for part in (*sympy.Or.make_args(a.stated.expr), *sympy.Or.make_args(b.stated.expr)):
@@ -75,21 +76,23 @@ def _either(a: Guard, b: Guard) -> Guard | None:
             continue
         symbol = str(next(iter(part.free_symbols)))
         spans[symbol] = _with(spans.get(symbol, []), r)
-    if any(r == ANY for ranges in spans.values() for r in ranges) or any(map(always, rest)):
+    # whether something is there at all is tried by itself
+    if any(r[0] <= 1 and r[1] is None for ranges in spans.values() for r in ranges) or any(map(always, rest)):
         return None
     for part in rest:  # n != 5, or what holds for 5
         if isinstance(part, sympy.Ne) and part.lhs.is_Symbol and part.rhs.is_Integer:
             n = int(part.rhs)
-            if any(inside(n, r) for r in spans.get(part.lhs.name, [])):
+            others = (other.subs(part.lhs, n) for other in rest if other is not part)
+            if any(inside(n, r) for r in spans.get(part.lhs.name, [])) or sympy.true in others:
                 return None
     parts = [Condition(_between(symbol, r)).expr for symbol, ranges in spans.items() for r in ranges]
     expr = sympy.Or(*rest, *parts)
     if expr == sympy.true:
         return None
     try:
-        return Guard(joined, b.location, names, Condition.of(expr))
+        return Guard(joined, b.location, names, Condition.of(expr), True)
     except CompileError:
-        return Guard(joined, b.location, names)
+        return Guard(joined, b.location, names, branched=True)
 
 
 def _with(ranges: list[Range], more: Range) -> list[Range]:

@@ -119,9 +119,16 @@ class _Trials:
 
     def kept(self, asked_at: AskedAt, declared: Bounds) -> tuple[list[Guard], list[Guard]]:
         """The guards to keep and the ones to drop, after branches behind those to drop were tried too."""
+        traced: dict[str, list[Guard] | None] = {}
+
+        def once(sizes: Sizes) -> list[Guard] | None:
+            if str(sizes) not in traced:
+                traced[str(sizes)] = asked_at(sizes)
+            return traced[str(sizes)]
+
         for _ in range(_ROUNDS):
             _, dropped = _kept(self.guards, self.agreed, self.parted)
-            found, untraced = beyond(dropped, self.guards, self.agreed, asked_at)
+            found, untraced = beyond(dropped, self.guards, self.agreed, once)
             self.parted += untraced  # nothing is known of other sizes there
             if not found:
                 break
@@ -158,7 +165,7 @@ def _left(dropped: Sequence[Guard], agreed: Sequence[Sizes]) -> Iterator[tuple[s
         r = interval(g.stated.expr) if g.stated is not None else None
         if r is not None and r[0] > 0:
             (s,) = g.symbols
-            yield s, (min(sizes[s] for sizes in agreed if not g.holds(sizes)), None)
+            yield s, (min(r[0], *(sizes[s] for sizes in agreed if not g.holds(sizes))), None)
 
 
 def _refused(name: str, sizes: Sizes, problem: str, replaced: Mapping[str, int], branches: Set[Jump]) -> CompileError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import sympy
@@ -28,12 +28,13 @@ from moec.frontend.dynamic import (
 )
 from moec.frontend.errors import translated
 from moec.frontend.grouped import GroupedMMMode
-from moec.frontend.guards import Guard, assumptions, fixed_axes, guards, hints, limits, ranges
+from moec.frontend.guards import Guard, assumptions, fixed_axes, guards, hints, limits, ones, ranges
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
 from moec.frontend.ranges import ANY, Ranges, narrowed
 from moec.frontend.recheck import recheck
 from moec.frontend.recurrent import RecurrentMode
 from moec.frontend.signature import Signature, as_constant
+from moec.frontend.size_bools import plain_bools
 from moec.frontend.sizes import Bounds, Sizes, breaks_beyond_one
 from moec.frontend.stand_ins import Used, standing_in, structural
 from moec.ir import ArgumentTypeError, CompileError, Graph, Location
@@ -168,11 +169,16 @@ def _from_module(
             program = _decomposed(_export(wrapper, model, tensors, specs), model)
         user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
         spans = ranges(program, {(i, axis): declared_range(d) for i, s in enumerate(specs) for axis, d in s.items()})
-        lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims, ranges=spans)
+        lower = partial(Lowerer, program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims)
+        lowerer = lower(ranges=spans)
         try:
             graph = lowerer.run()
         except CompileError as e:
-            raise _explained(e, program, lowerer) from None
+            fixed = ones(program)
+            if not fixed:
+                raise _explained(e, program, lowerer) from None
+            lowerer = lower(ranges=spans | fixed)
+            graph = lowerer.run()
         specialised = _specialised(graph, specs, program)
         signature = Signature(
             in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs)
@@ -256,7 +262,7 @@ def _export_settings() -> Iterator[None]:
     open_sizes = torch.fx.experimental._config.patch(  # type: ignore[attr-defined]  # made when torch is imported
         backed_size_oblivious=True
     )
-    with open_sizes, GroupedMMMode(), RecurrentMode():
+    with open_sizes, plain_bools(), GroupedMMMode(), RecurrentMode():
         yield
 
 
