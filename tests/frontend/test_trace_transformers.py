@@ -67,19 +67,15 @@ def test_agrees_at_other_shapes(name, experts, attention, same, well_formed):
     assert f"transformers/models/{name}/modeling_{name}.py" in files
 
 
-def test_an_example_of_one_row(same):
+@pytest.mark.parametrize(
+    ("example", "type", "others"), [((1, 6), "i64[1, S]", [(1, 1), (1, 9)]), ((2, 1), "i64[B, 1]", [(5, 1), (3, 1)])]
+)
+def test_an_example_of_one_row_or_token(example, type, others, same):
+    """transformers asks whether it is one, as torch's operators do: that size is fixed, and the other one open."""
     model = build("mixtral", attention="sdpa")
-    traced = trace(model, (), call(1, 6), dynamic_shapes="auto")
-    for shape in [(1, 6), (1, 1), (3, 9)]:
-        same(traced, model, (), call(*shape))
-
-
-def test_an_example_of_one_token(same):
-    """transformers asks whether there is one query: the program is for one, of any number of rows it says."""
-    model = build("mixtral", attention="sdpa")
-    traced = trace(model, (), call(2, 1), dynamic_shapes="auto")
-    assert str(traced.graph.inputs[0].type) == "i64[B, 1]"
-    for shape in [(2, 1), (1, 1), (5, 1)]:
+    traced = trace(model, (), call(*example), dynamic_shapes="auto")
+    assert str(traced.graph.inputs[0].type) == type
+    for shape in [example, *others]:
         same(traced, model, (), call(*shape))
 
 
