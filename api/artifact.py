@@ -31,6 +31,7 @@ from moec.files import TEXT_LIMIT, Folder, Manifest, digest_file, exchange, mani
 from moec.frontend import Signature
 from moec.frontend.checkpoints import is_checkpoint
 from moec.frontend.containers import type_names
+from moec.frontend.limits import Limits
 from moec.generation import Generator, Stops
 from moec.ir import (
     ArgumentTypeError,
@@ -189,7 +190,7 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         (work / f"{name}.ir").write_text(str(program.graph), "utf-8")
         (work / name).mkdir()
         program.executable.save(work / name)
-        entries[name] = {"legal_sha256": program.legal_digest, "weights": names}
+        entries[name] = {"legal_sha256": program.legal_digest, "weights": names, "limits": program.limits.to_dict()}
     if compiled.tokenizer_json is not None:
         (work / TOKENIZER).write_bytes(compiled.tokenizer_json)
     save_file(tensors, work / WEIGHTS)
@@ -389,7 +390,16 @@ def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -
         raise ArtifactError(
             f"{path}: {e.message}", code="artifact", location=e.location, excerpt=e.excerpt, hint=e.hint
         ) from e
-    return Program(graph, legal, executable, [record], {}, left)
+    return Program(graph, legal, executable, [record], {}, left, _limits(manifest, name))
+
+
+def _limits(manifest: Manifest, program: str) -> Limits:
+    if "limits" not in manifest.mapping("programs", program):  # folders of before have none
+        return Limits()
+    try:
+        return Limits.from_dict(manifest.mapping("programs", program, "limits"))
+    except ArtifactError as e:
+        raise ArtifactError(f"{manifest.path}: programs.{program}.limits: {e.message}", code="artifact") from None
 
 
 def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph) -> None:
