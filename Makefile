@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint graphs matrix matrix-passes bench-passes bench-load bench-large bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
+.PHONY: demo test test-large lint graphs matrix matrix-passes bench-passes bench-load bench-large bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# graphs of up to a hundred thousand nodes, memory of large checkpoints
+test-large: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m large
 
 # how the rewriting passes scale with the graph
 bench-passes: $(STAMP)

@@ -32,6 +32,7 @@ from moec.files import TEXT_LIMIT, Folder, Manifest, digest_file, exchange, mani
 from moec.frontend import Signature
 from moec.frontend.checkpoints import is_checkpoint
 from moec.frontend.containers import type_names
+from moec.frontend.limits import Limits
 from moec.generation import Generator, Stops
 from moec.ir import (
     ArgumentTypeError,
@@ -101,14 +102,26 @@ def _programs(compiled: CompiledModel) -> dict[str, Program]:
 def _check_target(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(f"{folder} exists and is no folder", code="artifact")
-    if folder.is_dir() and any(folder.iterdir()):
+    while (seen := _seen(folder)) is not None:
         try:
             with Folder(folder) as files:
                 read_manifest(files, MANIFEST)
+            return
         except ArtifactError:
-            raise ArtifactError(
-                f"{folder} is not empty and holds no saved model", code="artifact", hint="choose another folder"
-            ) from None
+            if _seen(folder) == seen:
+                raise ArtifactError(
+                    f"{folder} is not empty and holds no saved model", code="artifact", hint="choose another folder"
+                ) from None
+            # else another save has put its model here, and removed what was being read
+
+
+def _seen(folder: Path) -> tuple[int, ...] | None:
+    """What tells one folder of files under a name from the next; None where there is none, or nothing in it."""
+    try:
+        status = folder.stat()
+        return (status.st_dev, status.st_ino, status.st_ctime_ns) if any(folder.iterdir()) else None
+    except FileNotFoundError:
+        return None
 
 
 def _put(work: Path, folder: Path) -> None:
@@ -180,7 +193,7 @@ def _write(compiled: CompiledModel, programs: Mapping[str, Program], work: Path)
         (work / f"{name}.ir").write_text(str(program.graph), "utf-8")
         (work / name).mkdir()
         program.executable.save(work / name)
-        entries[name] = {"legal_sha256": program.legal_digest, "weights": names}
+        entries[name] = {"legal_sha256": program.legal_digest, "weights": names, "limits": program.limits.to_dict()}
     if compiled.tokenizer_json is not None:
         (work / TOKENIZER).write_bytes(compiled.tokenizer_json)
     save_file(tensors, work / WEIGHTS)
@@ -386,7 +399,16 @@ def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -
         raise ArtifactError(
             f"{path}: {e.message}", code="artifact", location=e.location, excerpt=e.excerpt, hint=e.hint
         ) from e
-    return Program(graph, legal, executable, [record], {}, left)
+    return Program(graph, legal, executable, [record], {}, left, _limits(manifest, name))
+
+
+def _limits(manifest: Manifest, program: str) -> Limits:
+    if "limits" not in manifest.mapping("programs", program):  # folders of before have none
+        return Limits()
+    try:
+        return Limits.from_dict(manifest.mapping("programs", program, "limits"))
+    except ArtifactError as e:
+        raise ArtifactError(f"{manifest.path}: programs.{program}.limits: {e.message}", code="artifact") from None
 
 
 def _bind_weights(files: Folder, manifest: Manifest, program: str, graph: Graph) -> None:

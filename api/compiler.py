@@ -25,6 +25,7 @@ from moec.decoder import (
 )
 from moec.frontend import Signature
 from moec.frontend.errors import translated
+from moec.frontend.limits import Limits
 from moec.generation import Generator, Stops
 from moec.ir import CompileError, Graph, Placement, Quantization
 from moec.passes.base import Pass
@@ -146,31 +147,34 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
         step("trace")
         start = time.perf_counter()
         first: Graph | None = None
+        before = Limits()
         with translated(module, "running the model with its cache"):
             try:
                 decoder, past_of = cached_decoder(module)
-                graph, least = _decoder_graph(model, decoder, *example(past_of))
+                graph, limits, least = _decoder_graph(model, decoder, *example(past_of))
             except CompileError:
                 split = split_decoder(module)
                 if split is None:
                     raise
                 prompt, decoder, past_of = split
                 example_prompt, shapes = prompt_example()
-                first, least = _decoder_graph(model, prompt, example_prompt, shapes, fewest=example_prompt[0].shape[1])
+                fewest = example_prompt[0].shape[1]
+                first, before, least = _decoder_graph(model, prompt, example_prompt, shapes, fewest)
                 check_padding(prompt, least)
-                graph, _ = _decoder_graph(model, decoder, *example(past_of, length=1))
+                graph, limits, _ = _decoder_graph(model, decoder, *example(past_of, length=1))
         seconds["trace cached"] = time.perf_counter() - start
-        cached = build(graph, settings.under("cached"), step)
-        prompted = None if first is None else build(first, settings.under("prompt"), step)
+        cached = build(graph, settings.under("cached"), step, limits)
+        prompted = None if first is None else build(first, settings.under("prompt"), step, before)
         return Generator(cached, Stops.of(module), prompted, least)
 
 
 def _decoder_graph(
     model: Any, decoder: torch.nn.Module, args: tuple[Any, ...], shapes: dict[str, Any], fewest: int = 1
-) -> tuple[Graph, int]:
-    """The graph of a decoder, which holds for `fewest` new tokens and any more, and how few it does hold for."""
+) -> tuple[Graph, Limits, int]:
+    """The graph of a decoder, which holds for `fewest` new tokens, the sizes it holds for, and how few
+    new tokens that is."""
     graph, signature = acquire(_with_weights(model, decoder), args, None, shapes)
-    return graph, check_decoding(graph, signature.bounds, fewest)
+    return graph, signature.limits, check_decoding(graph, signature.bounds, fewest)
 
 
 def _speculator(model: Any, settings: Settings, seconds: dict[str, float]) -> Speculator:
@@ -179,9 +183,9 @@ def _speculator(model: Any, settings: Settings, seconds: dict[str, float]) -> Sp
         start = time.perf_counter()
         with translated(module_of(model), "running the model with its drafts"):
             decoder, args, shapes = draft_decoder(module_of(model))
-        graph, _ = acquire(_with_weights(model, decoder), args, None, shapes)
+        graph, signature = acquire(_with_weights(model, decoder), args, None, shapes)
         seconds["trace speculative"] = time.perf_counter() - start
-        return Speculator(build(graph, settings, step), Stops.of(module_of(model)))
+        return Speculator(build(graph, settings, step, signature.limits), Stops.of(module_of(model)))
 
 
 def _with_weights(model: Any, decoder: torch.nn.Module) -> Any:

@@ -216,11 +216,10 @@ def _grows(t: Tensor, longer: Tensor, least: Tensor, axes: list[int]) -> bool:
 
 
 def check_decoding(graph: Graph, bounds: Mapping[str, tuple[int, int | None]], fewest: int = 1) -> int:
-    """The fewest new tokens that a traced decoder takes. Raises CompileError where it does not hold for `fewest`, or
-    not for any more."""
+    """The fewest new tokens that a traced decoder takes. Raises CompileError where it does not hold for `fewest`."""
     (length,) = graph.inputs[0].shape[1:]
     least, greatest = bounds.get(str(length), (0, None))
-    if least > fewest or greatest is not None:
+    if least > fewest or (greatest is not None and greatest < fewest):
         raise no_generation(
             f"traced at several new tokens at once, it holds for {least} or more"
             + (f" up to {greatest}" if greatest is not None else "")

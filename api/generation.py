@@ -139,6 +139,14 @@ class Generator:
                     code="value",
                 )
 
+    def _check_last(self, mask: torch.Tensor, max_new_tokens: int) -> None:
+        """Raise ArgumentValueError where the program does not hold for the sizes of the last step."""
+        ids, attended = (v.shape for v in self.program.graph.inputs[:2])
+        grown = attended[1] - ids[1]
+        if max_new_tokens > 1 and isinstance(grown, Dim) and grown.is_symbol:
+            sizes = {str(ids[0]): len(mask), str(ids[1]): 1, str(grown): mask.shape[1] + max_new_tokens - 2}
+            self.program.limits.check(sizes)
+
     def generate(
         self,
         input_ids: torch.Tensor,
@@ -156,6 +164,7 @@ class Generator:
             )
         self.check_ids(input_ids)
         self.stops.check_room(mask, max_new_tokens)
+        self._check_last(mask, max_new_tokens)
         eos, pad = self.stops.resolve(eos_token_id)
         ids, step = input_ids, input_ids
         if self.prompt is None:
@@ -169,7 +178,7 @@ class Generator:
         for _ in range(max_new_tokens):
             if ended.all():
                 break
-            logits, *past = program.executable.run([step, mask, *past])
+            logits, *past = program.run([step, mask, *past])
             program = self.program
             token = torch.where(ended, pad, sampling.choose(logits, random))
             ids = torch.cat((ids, token[:, None]), dim=1)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moec.backends import Backend, Executable
 from moec.backends.partition import Fallback, PartitionedExecutable, fallbacks
+from moec.frontend.limits import Limits
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Graph
+from moec.ir.interpreter import bind_inputs
 from moec.passes.base import Record
 from moec.passes.dump import Dump
 from moec.passes.legalise import Legalise
@@ -72,7 +76,7 @@ def cache_folder(cache: str | os.PathLike[str] | None) -> Path | None:
 @dataclass(eq=False)
 class Program:
     """A compiled graph. `graph` is the IR after the target-independent passes, `legal` what was lowered from
-    it; `records` say what each pass did, `seconds` how long each step took."""
+    it; `records` say what each pass did, `seconds` how long each step took; `limits` are the sizes it holds for."""
 
     graph: Graph
     legal: Graph
@@ -80,6 +84,13 @@ class Program:
     records: list[Record] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
+    limits: Limits = field(default_factory=Limits)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs of tensors that fit the inputs' types. Raises ArgumentValueError for sizes outside the limits."""
+        if self.limits:
+            self.limits.check(bind_inputs(self.graph, inputs))
+        return self.executable.run(inputs)
 
     @property
     def legal_digest(self) -> str:
@@ -95,7 +106,7 @@ def legalise(graph: Graph, settings: Settings) -> tuple[Graph, Record, list[Fall
     return legal, record, left
 
 
-def build(graph: Graph, settings: Settings, step: Step = lambda name: None) -> Program:
+def build(graph: Graph, settings: Settings, step: Step = lambda name: None, limits: Limits | None = None) -> Program:
     """Run the pipeline, legalise and lower. Raises CompileError."""
     start = time.perf_counter()
     graph.verify()
@@ -104,6 +115,7 @@ def build(graph: Graph, settings: Settings, step: Step = lambda name: None) -> P
     seconds = {"passes": time.perf_counter() - start}
     program = finish(after, settings, step)
     program.records[:0] = records
+    program.limits = limits or Limits()
     program.seconds = {**seconds, **program.seconds}
     if dump is not None:
         dump.add(program.records[-1], after, program.legal)
@@ -142,7 +154,7 @@ def lower(legal: Graph, settings: Settings, left: list[Fallback], folder: Path |
         return backend.compile(legal, threads=settings.threads, options=settings.options)
     except (CompileError, KeyboardInterrupt, MemoryError):
         raise
-    except Exception as e:
+    except Exception as e:  # whatever a backend from outside raises
         raise CompileError(
             f"{backend.name} failed to take the program: {type(e).__name__}: {e}",
             code="lowering",

@@ -62,13 +62,13 @@ class Speculator(Generator):
         if prompt.shape[1] == 1:  # the program takes two positions at least
             prompt, mask = (torch.nn.functional.pad(t, (1, 0)) for t in (prompt, mask))
         known = torch.ones(len(prompt), 1, dtype=torch.int64)
-        tokens, drafts, *past = self.program.executable.run([prompt, mask, known, *self.empty_cache(len(prompt))])
+        tokens, drafts, *past = self.program.run([prompt, mask, known, *self.empty_cache(len(prompt))])
         last, draft = tokens[:, 1], drafts[:, 1]
         rows.add(last)
         while rows.open:
             ids = torch.stack((last, draft), dim=1)
             mask = torch.cat((mask, mask.new_ones(len(mask), 2)), dim=1)
-            tokens, drafts, *past = self.program.executable.run([ids, mask, torch.zeros_like(known), *past])
+            tokens, drafts, *past = self.program.run([ids, mask, torch.zeros_like(known), *past])
             accepted = tokens[:, 0] == draft
             counts.steps += 1
             counts.drafted += int(rows.running.sum())

@@ -207,7 +207,7 @@ def run_all(todo: list[Any], workers: int) -> Iterator[Result]:
     """Results as they come. A case whose worker dies or takes too long fails with that reason, and the others go on."""
     context = multiprocessing.get_context("fork")
     waiting = list(range(len(todo)))[::-1]
-    busy: dict[Connection, tuple[Any, int | None, float]] = {}
+    busy: dict[Connection, tuple[Any, int, float]] = {}
 
     def start() -> None:
         mine, theirs = context.Pipe()
@@ -227,10 +227,11 @@ def run_all(todo: list[Any], workers: int) -> Iterator[Result]:
     for _ in range(workers):
         start()
     while busy:
-        for end in wait(list(busy), timeout=1):
-            child, number, _ = busy.pop(end)  # type: ignore[call-overload]  # only connections are waited for
+        ready = wait(list(busy), timeout=1)
+        for end in [e for e in busy if e in ready]:
+            child, number, _ = busy.pop(end)
             try:
-                result = end.recv()  # type: ignore[union-attr]
+                result = end.recv()
             except EOFError:
                 child.join()
                 yield lost(todo[number], f"crash: exit code {child.exitcode}")
@@ -238,12 +239,12 @@ def run_all(todo: list[Any], workers: int) -> Iterator[Result]:
                     start()
                 continue
             yield result
-            give(end, child)  # type: ignore[arg-type]
+            give(end, child)
         for end, (child, number, since) in list(busy.items()):
             if time.monotonic() - since > SECONDS:
                 child.kill()
                 busy.pop(end)
-                yield lost(todo[number], f"no result within {SECONDS} s")  # type: ignore[index]
+                yield lost(todo[number], f"no result within {SECONDS} s")
                 if waiting:
                     start()
 

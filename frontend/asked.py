@@ -9,60 +9,59 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
+import torch
 
+from moec.frontend.decisions import Ask, Question, deciding
 from moec.frontend.locate import import_path, is_users
 from moec.ir import Location
 
-Asked = dict[sympy.Basic, Location]  # what was true → the user's line that asked
 
-_asked: ContextVar[Asked | None] = ContextVar("_asked", default=None)
+class Asker(NamedTuple):
+    """The user's line that asked, and whether it did so itself: a branch of the model, not of an op that it calls."""
+
+    line: Location
+    itself: bool
+
+
+Asked = dict[sympy.Basic, Asker]  # by what was true
 
 
 @contextmanager
 def asking() -> Iterator[Asked]:
-    """Within, in this thread: conditions on the sizes of inputs that torch decides. Yields a record of them.
-
-    Exports of several threads take turns, see stand_ins.
-    """
+    """Within, in this thread: conditions on the sizes of inputs that torch decides. Yields a record of them."""
     record: Asked = {}
-    token = _asked.set(record)
-    original: Any = ShapeEnv._evaluate_expr
-    uninteresting_files().add(__file__)  # guards name the innermost line of other files
 
-    def evaluate(self: Any, expr: Any, hint: Any = None, node: Any = None, oblivious: bool = False,
-                 fallback: bool | None = None, **more: Any) -> Any:  # fmt: skip
-        result = original(self, expr, hint, node, oblivious, fallback, **more)
-        known = _asked.get()
-        # the fallback is what is right for any size
-        if known is not None and (fallback is None or result != fallback):
-            symbols = getattr(expr, "free_symbols", None)
-            if symbols and symbols <= self.backed_var_to_val.keys():
-                held = _held(expr, result)
-                if held is not None and held not in known:
-                    known[held] = _users_line()
+    def decide(question: Question, ask: Ask) -> Any:
+        result = ask()
+        if question.fallback is None or result != question.fallback:
+            symbols = getattr(question.expr, "free_symbols", None)
+            if symbols and symbols <= question.env.backed_var_to_val.keys():
+                held = _held(question.expr, result)
+                if held is not None and not (held in record and record[held].itself):
+                    asker = _asker()
+                    record[held] = asker if asker.itself else record.get(held, asker)
         return result
 
-    ShapeEnv._evaluate_expr = evaluate  # type: ignore[method-assign, assignment]  # torch has no hook
-    try:
+    with deciding(decide):
         yield record
-    finally:
-        ShapeEnv._evaluate_expr = original  # type: ignore[method-assign]  # as it was
-        _asked.reset(token)
 
 
 def _held(expr: Any, result: Any) -> sympy.Basic | None:
-    if isinstance(expr, sympy.logic.boolalg.Boolean):
+    if isinstance(expr, sympy.logic.boolalg.Boolean) and not expr.is_Symbol:  # to sympy, symbols are both
         return expr if result in (True, sympy.true) else sympy.Not(expr)
     return sympy.Eq(expr, result) if isinstance(result, int | sympy.Integer) else None
 
 
-def _users_line() -> Location:
+def _asker() -> Asker:
     frame: Any = sys._getframe(2)
+    called: Any = None
     while frame is not None and not is_users(frame.f_code.co_filename):
-        frame = frame.f_back
-    return Location.at("", import_path(frame.f_code.co_filename), frame.f_lineno) if frame is not None else Location()
+        frame, called = frame.f_back, frame
+    if frame is None:
+        return Asker(Location(), False)
+    # bool(size), int(size): ops ask torch's record without
+    itself = called is not None and called.f_code.co_filename == torch.__file__
+    return Asker(Location.at("", import_path(frame.f_code.co_filename), frame.f_lineno), itself)

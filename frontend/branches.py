@@ -11,13 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
 
 import sympy
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
+from moec.frontend.decisions import Ask, Question, deciding
 from moec.frontend.locate import is_users
 
 
@@ -37,47 +36,32 @@ _MANY = 1_000_003
 _OFTEN = 100_000  # times that a branch may ask: for each expert of each layer, but not for ever
 _ABSENT: Any = object()
 
-# branches of the model that were decided in this thread
-_decided: ContextVar[set[Jump] | None] = ContextVar("_decided", default=None)
-
 
 @contextmanager
 def something_found() -> Iterator[set[Jump]]:
     """Within, in this thread: torch takes sizes that depend on values as not 0, and bools as true, where a branch of
-    the model asks for it. Yields the branches of the model that do.
-
-    Exports of several threads take turns, see stand_ins.
-    """
+    the model asks for it. Yields the branches of the model that do."""
     jumps: set[Jump] = set()
     times: Counter[Jump] = Counter()
-    token = _decided.set(jumps)
-    original: Any = ShapeEnv._evaluate_expr
-    uninteresting_files().add(__file__)  # guards name the innermost line of other files (torch keeps this set)
 
-    def evaluate(self: Any, expr: Any, hint: Any = None, node: Any = None, oblivious: bool = False,
-                 fallback: bool | None = None, **more: Any) -> Any:  # fmt: skip
-        known = _decided.get()
-        if known is None or fallback is not None or hint is not None:
-            return original(self, expr, hint, node, oblivious, fallback, **more)
-        found = _if_found(self, expr)
+    def decide(question: Question, ask: Ask) -> Any:
+        if question.fallback is not None or question.hint is not None:
+            return ask()
+        found = _if_found(question.env, question.expr)
         jump = None if found is None else _users_jump(sys._getframe())
         if found is None or jump is None:
-            return original(self, expr, hint, node, oblivious, fallback, **more)
-        result = original(self, expr, hint, node, oblivious, _ABSENT, **more)
+            return ask()
+        result = ask(fallback=_ABSENT)
         if result is not _ABSENT:  # torch knew
             return result
-        known.add(jump)
+        jumps.add(jump)
         times[jump] += 1
         if times[jump] > _OFTEN:
-            return original(self, expr, hint, node, oblivious, fallback, **more)
+            return ask()
         return sympy.true if found else sympy.false
 
-    ShapeEnv._evaluate_expr = evaluate  # type: ignore[method-assign, assignment]  # torch has no hook
-    try:
+    with deciding(decide):
         yield jumps
-    finally:
-        ShapeEnv._evaluate_expr = original  # type: ignore[method-assign]  # as it was
-        _decided.reset(token)
 
 
 def _if_found(env: Any, expr: Any) -> bool | None:

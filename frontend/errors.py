@@ -51,7 +51,7 @@ def translated(model: torch.nn.Module | None, doing: str) -> Iterator[None]:
             yield
     except CompileError:
         raise
-    except Exception as e:
+    except Exception as e:  # whatever torch or the model raises
         raise translate(e, model, doing) from None
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import sympy
 import torch
 
+from moec.frontend.asked import Asker
 from moec.frontend.conditions import Condition
 from moec.frontend.locate import import_path, is_users
 from moec.frontend.ranges import ANY, Range, Ranges, assumed, interval, narrowed
@@ -23,12 +24,13 @@ _SOURCE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 @dataclass(frozen=True, eq=False)
 class Guard:
     """A condition on torch's size symbols, the same over IR symbols where it has such a form, and the line that made
-    it (empty where that is torch's own)."""
+    it (empty where that is torch's own). `branched`: the model's own code went by it, not an op that it calls."""
 
     condition: sympy.Basic
     location: Location
     names: Mapping[str, Dim]
     stated: Condition | None = None
+    branched: bool = False
 
     @property
     def symbols(self) -> frozenset[str]:
@@ -84,34 +86,40 @@ def guards(program: torch.export.ExportedProgram, names: Mapping[str, Dim]) -> l
 
 
 def assumptions(
-    program: torch.export.ExportedProgram, asked: Mapping[sympy.Basic, Location], symbols: Symbols
+    program: torch.export.ExportedProgram,
+    asked: Mapping[sympy.Basic, Asker],
+    symbols: Symbols,
+    first: torch.export.ExportedProgram | None = None,
 ) -> list[Guard]:
     """What the trace took as true of the sizes of inputs: torch's guards, what it knew from them when it was asked, and
-    ranges that neither explains. Each is false for some sizes, as far as that is easily seen."""
+    ranges that neither explains. Each is false for some sizes, as far as that is easily seen. `symbols` are those of
+    the `first` program, which was traced at other sizes, where one is given."""
     env = shape_env(program)
     if env is None:
         return []
     plain = Symbols()  # without ranges, in which some of the conditions are true
-    plain.names = symbols.names
+    plain.names = symbols.names if first is None else _same_axes(first, program, symbols.names)
     found: dict[str, Guard] = {}
-    for expr, location in [*((g.expr, _location(g.sloc)) for g in env.guards), *asked.items()]:
-        condition = env.replace(expr)
+    guards = ((g.expr, Asker(_location(g.sloc), False)) for g in env.guards)
+    for expr, (location, itself) in (*guards, *asked.items()):
+        # what another trace found equal to a number or to each other is no part of the first program
+        condition = env.replace(expr) if first is None else expr
         if condition in (sympy.true, sympy.false) or not all(str(s) in plain.names for s in condition.free_symbols):
             continue
         try:
             stated = _in_ir(condition, plain)
         except CompileError:
-            guard = Guard(condition, location, plain.names)
+            guard = Guard(condition, location, plain.names, branched=itself)
         else:
             if always(stated):
                 continue
-            guard = Guard(condition, location, plain.names, Condition.of(stated))
-        found.setdefault(str(guard), guard)
+            guard = Guard(condition, location, plain.names, Condition.of(stated), itself)
+        before = found.setdefault(str(guard), guard)
+        found[str(guard)] = replace(before, branched=before.branched or itself)
     known: Ranges = {}
     for g in found.values():
-        r = interval(g.stated.expr) if g.stated is not None else None
-        if r is not None:
-            (s,) = g.stated.expr.free_symbols  # type: ignore[union-attr]  # it is there if r is
+        if g.stated is not None and (r := interval(g.stated.expr)) is not None:
+            (s,) = g.stated.expr.free_symbols
             known[s] = narrowed(known.get(s, ANY), r)
     for symbol, (least, greatest) in ranges(program, {}).items():
         dim = plain.names.get(str(symbol))
@@ -124,6 +132,16 @@ def assumptions(
             condition = Condition(text)
             found[text] = Guard(condition.expr, Location(), plain.names, condition)
     return list(found.values())
+
+
+def _same_axes(
+    first: torch.export.ExportedProgram, second: torch.export.ExportedProgram, names: Mapping[str, Dim]
+) -> dict[str, Dim]:
+    """The names of a program's symbols in another program, by the axes that they are the sizes of."""
+    one, other = shape_env(first), shape_env(second)
+    axes = one.source_to_var if one is not None else {}
+    pairs = ((axes.get(source), symbol) for source, symbol in other.source_to_var.items())
+    return {str(b): names[str(a)] for a, b in pairs if a is not None and str(a) in names}
 
 
 def limits(guards: Iterable[Guard]) -> tuple[dict[str, Range], tuple[str, ...]]:
@@ -192,6 +210,14 @@ def ranges(program: torch.export.ExportedProgram, axes: Mapping[tuple[int, int],
         if m and (int(m[1]), int(m[2])) in axes:
             result[symbol] = narrowed(result.get(symbol, ANY), axes[int(m[1]), int(m[2])])
     return {s: r for s, r in result.items() if r != ANY}
+
+
+def ones(program: torch.export.ExportedProgram) -> Ranges:
+    """Sizes that the trace found to be 1: torch keeps them open, and uses that they are 1 in some shapes and not in
+    others."""
+    env = shape_env(program)
+    found = [] if env is None else [g.expr.lhs for g in env.guards if isinstance(g.expr, sympy.Eq) and g.expr.rhs == 1]
+    return {s: (1, 1) for s in found if s.is_Symbol}
 
 
 def fixed_axes(program: torch.export.ExportedProgram) -> dict[tuple[int, int], Location]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 import torch
 
 from moec.frontend.agreement import disagreement, eager, resized
+from moec.frontend.beyond import AskedAt, beyond
 from moec.frontend.branches import Jump, Taken
 from moec.frontend.guards import Guard, limits
 from moec.frontend.locate import import_path
@@ -19,6 +20,7 @@ from moec.ir.interpreter import bind_inputs
 
 _TRACED = "traced"
 _ALIKE = 4  # inputs of rows all alike
+_ROUNDS = 6  # of branches behind branches
 
 
 def recheck(
@@ -28,27 +30,25 @@ def recheck(
     example: Sequence[torch.Tensor],
     declared: Bounds,
     guards: Sequence[Guard],
+    asked_at: AskedAt,
     replaced: Mapping[str, int] | None = None,
     branches: Set[Jump] = frozenset(),
 ) -> tuple[Bounds, tuple[str, ...], tuple[str, ...]]:
     """Run model and graph with small odd sizes, longer ones than traced, 1, 0, and sizes that break each of the guards.
 
-    `replaced` names what something else stood in for while tracing, with lengths past which the two may part (see
-    stand_ins): then the traced sizes are run too, and sequences of more than those lengths. `branches` were decided
-    while tracing (see branches): the model has to go either way on some inputs, else inputs whose rows are all alike
-    are tried, and the program is refused where that is not enough. Sizes that the model itself refuses, or that are
-    outside the ranges the user `declared`, are left out. Returns what remains of the guards, as bounds and as
-    conditions (one beyond which the two agree wherever it was tried is dropped: a branch that made no difference), and
-    the sizes checked. Raises CompileError where the two disagree within the guards.
+    `asked_at` traces the model at other sizes (see beyond). `replaced` names what something else stood in for while
+    tracing, with lengths past which the two may part (see stand_ins): then the traced sizes are run too, and sequences
+    of more than those lengths. `branches` were decided while tracing (see branches): the model has to go either way on
+    some inputs, else inputs whose rows are all alike are tried, and the program is refused where that is not enough.
+    Sizes that the model itself refuses, or that are outside the ranges the user `declared`, are left out. Returns what
+    remains of the guards, as bounds and as conditions (one beyond which the two agree wherever it was tried is dropped:
+    a branch that made no difference), and the sizes checked. Raises CompileError where the two disagree within the
+    guards.
     """
     traced = bind_inputs(graph, example)
     bounds, _ = limits(guards)
     for s, r in declared.items():
         bounds[s] = narrowed(bounds.get(s, ANY), r)
-    checked = []
-    agreed: list[Sizes] = []
-    parted: list[Sizes] = []
-    positive: set[str] = set()
     replaced = replaced or {}
     sets = size_sets(traced, bounds, declared) if traced else {}
     bases = [b for b in (sets.get("odd"), dict(traced)) if b and all(g.holds(b) for g in guards)]
@@ -58,48 +58,85 @@ def recheck(
     if replaced:
         sets |= long(graph, traced, max(replaced.values()))
     sets |= {f"alike {i}": traced for i in range(_ALIKE if branches else 0)}
-    ways = Taken(branches)
-    for name, sizes in sets.items():
-        alike = name.startswith("alike")
-        if alike and not ways.missing:
-            break
-        broken = [g for g in guards if not g.holds(sizes)]
-        shapes = [[evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
-        inputs = [resized(t, shape) for t, shape in zip(example, shapes, strict=True)]
-        if alike:
-            inputs = [_alike(t, int(name.split()[1])) for t in inputs]
-        with torch.no_grad(), Taken(branches) as taken:
-            try:
-                want = eager(model, signature, inputs)
-            except Exception as e:  # the model does not take these sizes either, whatever it raises
-                if name == _TRACED:
-                    raise _not_compared(e, replaced) from e
-                continue
-        problem = disagreement(graph, signature, inputs, want)
-        if problem is None:
-            if name != "zero":  # where nothing is, nothing is found
-                ways.add(taken)
-            checked += [", ".join(f"{k}={v}" for k, v in sizes.items())] if sizes else []
-            agreed.append(sizes)
-        elif name == "zero":
-            positive |= sizes.keys()
-        elif broken:
-            parted.append(sizes)
-        else:
-            raise _refused(name, sizes, problem, replaced, branches)
-    if ways.missing:
+    trials = _Trials(model, graph, signature, example, list(guards), replaced, branches)
+    trials.run(sets)
+    if trials.ways.missing:
         raise CompileError(
             "the model's control flow depends on the values of a tensor, and on the inputs tried it always went the "
-            f"same way at {_shown(ways.missing)}",
+            f"same way at {_shown(trials.ways.missing)}",
             code="data-dependent",
             hint="leave the test out where the code behind it does nothing to an empty tensor, or give an example for "
             "which nothing is found there",
         )
-    kept, dropped = _kept(guards, agreed, parted)
+    kept, dropped = trials.kept(asked_at, declared)
     bounds, conditions = limits(kept)
-    for s, r in (*_left(dropped, agreed), *((s, (1, None)) for s in positive)):
+    for s, r in (*_left(dropped, trials.agreed), *((s, (1, None)) for s in trials.positive)):
         bounds[s] = narrowed(bounds.get(s, ANY), r)
-    return {s: b for s, b in bounds.items() if b != ANY}, conditions, tuple(dict.fromkeys(checked))
+    return {s: b for s, b in bounds.items() if b != ANY}, conditions, tuple(dict.fromkeys(trials.checked))
+
+
+class _Trials:
+    """Sizes at which model and program agreed, and at which they parted where a guard is broken."""
+
+    def __init__(self, model: torch.nn.Module, graph: Graph, signature: Signature, example: Sequence[torch.Tensor],
+                 guards: list[Guard], replaced: Mapping[str, int], branches: Set[Jump]):  # fmt: skip
+        self.model, self.graph, self.signature, self.example = model, graph, signature, example
+        self.guards, self.replaced, self.branches = guards, replaced, branches
+        self.checked: list[str] = []
+        self.agreed: list[Sizes] = []
+        self.parted: list[Sizes] = []
+        self.positive: set[str] = set()
+        self.ways = Taken(branches)
+
+    def run(self, sets: Mapping[str, Sizes]) -> None:
+        for name, sizes in sets.items():
+            alike = name.startswith("alike")
+            if alike and not self.ways.missing:
+                break
+            shapes = [[evaluate(d, sizes) for d in v.shape] for v in self.graph.inputs]
+            inputs = [resized(t, shape) for t, shape in zip(self.example, shapes, strict=True)]
+            if alike:
+                inputs = [_alike(t, int(name.split()[1])) for t in inputs]
+            with torch.no_grad(), Taken(self.branches) as taken:
+                try:
+                    want = eager(self.model, self.signature, inputs)
+                except Exception as e:  # the model does not take these sizes either, whatever it raises
+                    if name == _TRACED:
+                        raise _not_compared(e, self.replaced) from e
+                    continue
+            problem = disagreement(self.graph, self.signature, inputs, want)
+            if problem is None:
+                if name != "zero":  # where nothing is, nothing is found
+                    self.ways.add(taken)
+                self.checked += [", ".join(f"{k}={v}" for k, v in sizes.items())] if sizes else []
+                self.agreed.append(sizes)
+            elif name == "zero":
+                self.positive |= sizes.keys()
+            elif any(not g.holds(sizes) for g in self.guards):
+                self.parted.append(sizes)
+            else:
+                raise _refused(name, sizes, problem, self.replaced, self.branches)
+
+    def kept(self, asked_at: AskedAt, declared: Bounds) -> tuple[list[Guard], list[Guard]]:
+        """The guards to keep and the ones to drop, after branches behind those to drop were tried too."""
+        traced: dict[str, list[Guard] | None] = {}
+
+        def once(sizes: Sizes) -> list[Guard] | None:
+            if str(sizes) not in traced:
+                traced[str(sizes)] = asked_at(sizes)
+            return traced[str(sizes)]
+
+        for _ in range(_ROUNDS):
+            _, dropped = _kept(self.guards, self.agreed, self.parted)
+            found, untraced = beyond(dropped, self.guards, self.agreed, once)
+            self.parted += untraced  # nothing is known of other sizes there
+            if not found:
+                break
+            self.guards += [guard for guard, _ in found]
+            self.run(breaking([guard for guard, _ in found], [sizes for _, sizes in found], declared))
+        else:
+            self.parted += [s for s in self.agreed if any(not g.holds(s) for g in dropped)]
+        return _kept(self.guards, self.agreed, self.parted)
 
 
 def _kept(guards: Sequence[Guard], agreed: Sequence[Sizes], parted: Sequence[Sizes]) -> tuple[list[Guard], list[Guard]]:
@@ -128,7 +165,7 @@ def _left(dropped: Sequence[Guard], agreed: Sequence[Sizes]) -> Iterator[tuple[s
         r = interval(g.stated.expr) if g.stated is not None else None
         if r is not None and r[0] > 0:
             (s,) = g.symbols
-            yield s, (min(sizes[s] for sizes in agreed if not g.holds(sizes)), None)
+            yield s, (min(r[0], *(sizes[s] for sizes in agreed if not g.holds(sizes))), None)
 
 
 def _refused(name: str, sizes: Sizes, problem: str, replaced: Mapping[str, int], branches: Set[Jump]) -> CompileError:
@@ -147,7 +184,10 @@ def _refused(name: str, sizes: Sizes, problem: str, replaced: Mapping[str, int],
                 "masks), so that it does nothing to an empty tensor"
             )
     elif not other:
-        hint = "trace with check=False if the difference is meant, or change what makes the module look like that one"
+        hint = (
+            "what has a kernel's name, or looks like one of its modules, is taken for it: give it another name if it "
+            "computes something else"
+        )
     return CompileError(f"the traced program does not hold for {what} {problem}{why}", code="dynamic-shape", hint=hint)
 
 
@@ -174,5 +214,5 @@ def _not_compared(error: Exception, replaced: Mapping[str, int]) -> CompileError
         f"an op of ours stood in for {', '.join(replaced)}, but the model itself does not run here, so that the two "
         f"cannot be compared: {type(error).__name__}: {error}",
         code="trace",
-        hint="run it where its kernels run, or trace with check=False",
+        hint="trace it where its kernels run",
     )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from moec.frontend.conditions import Condition
 from moec.frontend.containers import check_spec, import_classes
+from moec.frontend.limits import Limits
 from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError, Graph
 from moec.ir.interpreter import plain_tensor
 
@@ -55,6 +55,10 @@ class Signature:
     conditions: tuple[str, ...] = ()
 
     @property
+    def limits(self) -> Limits:
+        return Limits(self.bounds, self.conditions)
+
+    @property
     def tensor_names(self) -> tuple[str, ...]:
         """Names of the tensor arguments: the graph's inputs, in order."""
         return tuple(n for i, n in enumerate(self.input_names) if i not in self.constants)
@@ -95,24 +99,7 @@ class Signature:
 
     def check_bounds(self, binding: Mapping[str, int]) -> None:
         """Raise ArgumentValueError if dimensions are not of the sizes that the traced program holds for."""
-        for symbol, (least, greatest) in self.bounds.items():
-            n = binding.get(symbol)
-            if n is not None and (n < least or (greatest is not None and n > greatest)):
-                limits = [f"at least {least}"] if least > 0 else []
-                limits += [] if greatest is None else [f"at most {greatest}"]
-                raise ArgumentValueError(
-                    f"dimension {symbol} is {n}; the program holds for {' and '.join(limits)}",
-                    code="shape",
-                    hint="trace again with example arguments of that size, if the model takes it",
-                )
-        for condition in map(Condition, self.conditions):
-            if not condition.holds(binding):
-                sizes = ", ".join(f"{s} = {binding[s]}" for s in sorted(condition.symbols))
-                raise ArgumentValueError(
-                    f"the program holds for sizes with {condition}, got {sizes}",
-                    code="shape",
-                    hint="trace again with example arguments of such sizes, if the model takes them",
-                )
+        self.limits.check(binding)
 
     def unflatten(self, results: Sequence[torch.Tensor]) -> Any:
         """The model's own result structure from the graph's outputs."""
@@ -168,8 +155,7 @@ class Signature:
             "input_names": list(self.input_names),
             "constants": {str(k): _written(v) for k, v in self.constants.items()},
             "outputs": [[kind, _written(v)] for kind, v in self.outputs],
-            "bounds": {k: list(v) for k, v in self.bounds.items()},
-            "conditions": list(self.conditions),
+            **self.limits.to_dict(),
         }
 
     @staticmethod
@@ -188,13 +174,10 @@ class Signature:
             values["constants"] = {int(k): _read(v) for k, v in data["constants"].items()}
             field_name = "outputs"
             values["outputs"] = tuple((str(kind), _read(v)) for kind, v in data["outputs"])
-            field_name = "bounds"
-            values["bounds"] = {str(k): (int(a), None if b is None else int(b)) for k, (a, b) in data["bounds"].items()}
-            field_name = "conditions"
-            values["conditions"] = _names(data.get("conditions", []))  # folders of before have none
-            for text in values["conditions"]:
-                _ = Condition(text).symbols
-            return Signature(**values)
+            limits = Limits.from_dict(data)
+            return Signature(**values, bounds=limits.bounds, conditions=limits.conditions)
+        except ArtifactError as e:
+            raise ArtifactError(f"signature: {e.message}", code="load") from None
         except (CompileError, *_MALFORMED) as e:
             raise ArtifactError(f"signature: field {field_name!r} is missing or malformed ({e})", code="load") from None
 

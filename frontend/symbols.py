@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.utils._sympy import functions as torch_sympy
 
-from moec.frontend.ranges import Ranges, extreme
+from moec.frontend.ranges import ANY, Ranges, extreme
 from moec.ir import CompileError, Dim, DType, TensorType
 from moec.ir.dims import size
 
@@ -62,7 +62,12 @@ class Symbols:
     def declare(self, shape: Sequence[Any], user_dims: Mapping[int, Dim]) -> None:
         """Name the symbols that are an axis of an input by themselves and that the user named."""
         for axis, s in enumerate(shape):
-            if isinstance(s, torch.SymInt) and axis in user_dims and s.node.expr.is_Symbol:
+            if (
+                isinstance(s, torch.SymInt)
+                and axis in user_dims
+                and s.node.expr.is_Symbol
+                and not self._fixed(s.node.expr)
+            ):
                 self.names.setdefault(s.node.expr.name, user_dims[axis])
 
     def declare_rest(self, shape: Sequence[Any]) -> None:
@@ -71,7 +76,7 @@ class Symbols:
             if not isinstance(s, torch.SymInt):
                 continue
             for symbol in sorted(s.node.expr.free_symbols, key=lambda x: x.name):
-                if symbol.name not in self.names:
+                if symbol.name not in self.names and not self._fixed(symbol):
                     self.names[symbol.name] = self._fresh(axis if s.node.expr.is_Symbol else None)
 
     def introduce(self, shape: Sequence[Any]) -> None:
@@ -93,6 +98,11 @@ class Symbols:
             return Dim(_LETTERS[axis])
         return Dim(next(n for i in itertools.count() if (n := f"s{i}") not in taken))
 
+    def _fixed(self, symbol: sympy.Symbol) -> bool:
+        """Whether the program holds for one size only."""
+        low, high = self.ranges.get(symbol, ANY)
+        return low == high
+
     def size(self, s: int | torch.SymInt) -> int | Dim:
         """A size. Raises CompileError for one that depends on tensor values."""
         if isinstance(s, torch.SymInt):
@@ -107,6 +117,8 @@ class Symbols:
 
     def convert(self, e: sympy.Expr) -> sympy.Expr:
         """An expression over torch's symbols as one over the IR's. Raises CompileError where it has no such form."""
+        if e.is_Symbol and self._fixed(e):
+            return sympy.Integer(self.ranges[e][0])
         if e.is_Symbol:
             dim = self.names.get(e.name)
             if dim is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import sympy
 import torch
 from torch.utils import _pytree as pytree
 
+from moec.frontend.agreement import resized
 from moec.frontend.asked import asking
 from moec.frontend.aten.registry import LOWERINGS, op_name
 from moec.frontend.branches import something_found
@@ -27,15 +28,17 @@ from moec.frontend.dynamic import (
 )
 from moec.frontend.errors import translated
 from moec.frontend.grouped import GroupedMMMode
-from moec.frontend.guards import assumptions, fixed_axes, guards, hints, limits, ranges
+from moec.frontend.guards import Guard, assumptions, fixed_axes, guards, hints, limits, ones, ranges
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
 from moec.frontend.ranges import ANY, Ranges, narrowed
 from moec.frontend.recheck import recheck
 from moec.frontend.recurrent import RecurrentMode
 from moec.frontend.signature import Signature, as_constant
-from moec.frontend.sizes import Bounds, breaks_beyond_one
+from moec.frontend.size_bools import plain_bools
+from moec.frontend.sizes import Bounds, Sizes, breaks_beyond_one
 from moec.frontend.stand_ins import Used, standing_in, structural
 from moec.ir import ArgumentTypeError, CompileError, Graph, Location
+from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
 
 
@@ -158,18 +161,24 @@ def _from_module(
     if any(p.is_meta for p in model.parameters()):
         tensors = [t.to("meta") for t in tensors]
     used: Used = {}
+    wrapper = _Flat(model, in_spec, constants)
 
     def attempt(structures: bool) -> Traced:
         used.clear()
         with standing_in(model, used, structures), asking() as asked, something_found() as branches:
-            program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
+            program = _decomposed(_export(wrapper, model, tensors, specs), model)
         user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
         spans = ranges(program, {(i, axis): declared_range(d) for i, s in enumerate(specs) for axis, d in s.items()})
-        lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims, ranges=spans)
+        lower = partial(Lowerer, program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims)
+        lowerer = lower(ranges=spans)
         try:
             graph = lowerer.run()
         except CompileError as e:
-            raise _explained(e, program, lowerer) from None
+            fixed = ones(program)
+            if not fixed:
+                raise _explained(e, program, lowerer) from None
+            lowerer = lower(ranges=spans | fixed)
+            graph = lowerer.run()
         specialised = _specialised(graph, specs, program)
         signature = Signature(
             in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs)
@@ -181,8 +190,19 @@ def _from_module(
             conditions: tuple[str, ...] = ()
             if graph.symbols or used or branches:
                 assumed = assumptions(program, asked, lowerer.symbols)
+
+                def asked_at(sizes: Sizes) -> list[Guard] | None:
+                    shapes = [[evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
+                    others = [resized(t, shape) for t, shape in zip(tensors, shapes, strict=True)]
+                    with standing_in(model, {}, structures), asking() as asked, something_found():
+                        try:
+                            there = _export(wrapper, model, others, specs)
+                        except CompileError:
+                            return None
+                    return assumptions(there, asked, lowerer.symbols, program)
+
                 bounds, conditions, checked = recheck(
-                    model, graph, signature, tensors, declared, assumed, used, branches
+                    model, graph, signature, tensors, declared, assumed, asked_at, used, branches
                 )
         else:
             bounds, conditions = _untried(spans, program, lowerer)
@@ -211,7 +231,13 @@ def _export(
     # backed_size_oblivious: sizes 0 and 1 stay open instead of being assumed away; a lower bound that torch
     # reports is then a branch of the model's own, and an example of size 1 can be dynamic
     with translated(model, "tracing"), torch.no_grad(), _export_settings():
-        return decompose(torch.export.export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False))
+        return torch.export.export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
+
+
+def _decomposed(program: torch.export.ExportedProgram, model: torch.nn.Module | None) -> torch.export.ExportedProgram:
+    doing = "tracing" if model is not None else "decomposing the exported program"
+    with translated(model, doing), torch.no_grad(), _export_settings():
+        return decompose(program)
 
 
 def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -236,7 +262,7 @@ def _export_settings() -> Iterator[None]:
     open_sizes = torch.fx.experimental._config.patch(  # type: ignore[attr-defined]  # made when torch is imported
         backed_size_oblivious=True
     )
-    with open_sizes, GroupedMMMode(), RecurrentMode():
+    with open_sizes, plain_bools(), GroupedMMMode(), RecurrentMode():
         yield
 
 
@@ -253,8 +279,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _from_program(program: torch.export.ExportedProgram) -> Traced:
-    with translated(None, "decomposing the exported program"), torch.no_grad(), _export_settings():
-        functional = decompose(program)
+    functional = _decomposed(program, None)
     torchs_own = (2, None)
     spans = {s: r for s, r in ranges(functional, {}).items() if r != torchs_own}
     lowerer = Lowerer(functional, ranges=spans)

@@ -152,10 +152,10 @@ class Placement:
     mesh: Mesh
     physical_to_logical: np.ndarray
     # None stands for the default that __post_init__ fills in; afterwards all four are arrays
-    balance: np.ndarray = None  # type: ignore[assignment]
-    lower_bound: np.ndarray = None  # type: ignore[assignment]
-    moves: np.ndarray = None  # type: ignore[assignment]
-    fractions: np.ndarray = None  # type: ignore[assignment]
+    balance: np.ndarray = None  # type: ignore[assignment]  # see above
+    lower_bound: np.ndarray = None  # type: ignore[assignment]  # see above
+    moves: np.ndarray = None  # type: ignore[assignment]  # see above
+    fractions: np.ndarray = None  # type: ignore[assignment]  # see above
 
     def __post_init__(self) -> None:
         rows = _array("physical_to_logical", self.physical_to_logical, np.int64)

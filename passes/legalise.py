@@ -80,7 +80,7 @@ class Legalise(Pass):
             for created in reversed(b.created):
                 graph.erase(created)
             return False, None, e.message
-        except Exception as e:
+        except Exception as e:  # whatever a decomposition does wrong is said with its node
             raise self._wrong(node, f"raised {type(e).__name__}: {e}") from e
         values = new if isinstance(new, tuple) else (new,)
         if len(values) != len(node.results) or not all(isinstance(v, Value) for v in values):

@@ -90,5 +90,5 @@ def serve(read_fd: int, write_fd: int, parent: int) -> None:
                 wire.send(answers, answer)
             except BrokenPipeError:
                 return
-            except Exception as error:
+            except Exception as error:  # whatever a kernel raises goes to who asked for it
                 wire.send(answers, {"ok": False} | _describe(error))

@@ -268,15 +268,13 @@ def index_put(c: Context, self: Value, indices: Sequence[Value | None], values: 
         mask = c.reshape(masks[0], (*masks[0].shape, *[1] * (self.type.rank - masks[0].type.rank)))
         return c.b.where(mask, c.cast(c.reshape(values, ()), self.dtype), self)
     if len(masks) == 1 and masks[0].type.rank:
-        rows = values.type.rank == 1 + self.type.rank - masks[0].type.rank
-        count = values.shape[0] if rows and indices[0] is masks[0] else 1
-        if isinstance(count, int) and count != 1:
-            raise c.refuse(
-                f"writing {values.type} where a mask holds, and how often it does depends on its values",
-                hint="use torch.where(mask, a, b), with a value for each place",
-                code="data-dependent",
-            )
-        found = _columns(c, masks[0], count if isinstance(count, Dim) and count.is_symbol else c.symbols.fresh())
+        # where the values have an axis of the places at which it holds, as many as it says are expected
+        place = next(i for i, x in enumerate(indices) if x is masks[0])
+        axis = values.type.rank - (1 + self.type.rank - masks[0].type.rank - place)
+        alone = all(x is None or x is masks[0] for x in indices)
+        count = values.shape[axis] if alone and axis >= 0 else 1
+        known = count.is_symbol if isinstance(count, Dim) else count != 1
+        found = _columns(c, masks[0], count if known else c.symbols.fresh())
         indices = [x for i in indices for x in (found if i is masks[0] else [i])]
     picked = _checked(c, indices, self)
     values = c.cast(values, self.dtype)

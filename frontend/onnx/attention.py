@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moec.frontend.onnx.context import ImportContext
+from moec.frontend.onnx.context import ImportContext, Size
 from moec.frontend.onnx.registry import MICROSOFT, imports
 from moec.ir import DType, Value
 
@@ -84,11 +84,11 @@ def attention(c: ImportContext, q: Value, k: Value, v: Value, mask: Value | None
     return [y, k, v][: c.outputs]
 
 
-def _causal(c: ImportContext, s: object, t: object, past: object) -> Value:
+def _causal(c: ImportContext, s: Size, t: Size, past: Size | Value) -> Value:
     """bool [S, T]: key j ≤ query i + past."""
     rows = c.b.arange(end=s)
     columns = c.b.arange(end=t)
-    moved = c.b.add(rows, c.value(past, DType.I64))  # type: ignore[arg-type]  # a size
+    moved = c.b.add(rows, past if isinstance(past, Value) else c.value(past, DType.I64))
     return c.b.le(c.reshape(columns, (1, *columns.shape)), c.reshape(moved, (*moved.shape, 1)))
 
 

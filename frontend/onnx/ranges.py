@@ -61,8 +61,8 @@ def never_negative(c: ImportContext, v: Value) -> bool:
 
 def within(c: ImportContext, v: Value, count: int) -> bool:
     """Whether all elements are 0 … count − 1."""
-    found = bounds(c, v)
-    return found is not None and all(isinstance(n, int) for n in found) and found[0] >= 0 and found[1] < count  # type: ignore[operator]  # ints
+    low, high = bounds(c, v) or (None, None)
+    return isinstance(low, int) and isinstance(high, int) and low >= 0 and high < count
 
 
 # -- one number everywhere ------------------------------------------------------------------------------------------

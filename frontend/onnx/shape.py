@@ -237,8 +237,9 @@ def constant_of_shape(c: ImportContext, shape: Value, *, value: Any) -> Value:
     array = np.zeros(1, np.float32) if value is None else np.asarray(value)
     dtype = dtype_of(array)
     v = c.full(wanted, array.reshape(-1)[0].item(), dtype)
-    if all(isinstance(s, int) for s in wanted) and product(wanted) <= 64:  # type: ignore[operator]  # ints
-        c.arrays[v] = np.full(tuple(int(s) for s in wanted if isinstance(s, int)), array.reshape(-1)[0])
+    sizes = [s for s in wanted if isinstance(s, int)]
+    if len(sizes) == len(wanted) and math.prod(sizes) <= 64:
+        c.arrays[v] = np.full(sizes, array.reshape(-1)[0])
     return v
 
 

@@ -394,7 +394,8 @@ def moved_by(node: Node, holds: Holds) -> Holds | None:
     if node.op not in ("tensor.reshape", "tensor.expand", "tensor.transpose", "tensor.slice"):
         return None
     form = _RULES[node.op](node, [holds])
-    return _on_long_axes(form, node.results[0].shape) if isinstance(form, Holds) else None  # type: ignore[return-value]  # a Holds gives a Holds
+    moved = _on_long_axes(form, node.results[0].shape) if isinstance(form, Holds) else None
+    return moved if isinstance(moved, Holds) else None
 
 
 _RULES: dict[str, Callable[[Node, list[IndexForm]], IndexForm]] = {

@@ -37,10 +37,10 @@ def parts(mask: Value, term: tuple[int, ...] = ()) -> list[Part]:
     if choice is not None:
         condition, a, b = choice.operands
         for allowed, zero, low in ((True, a, b), (False, b, a)):
-            numbers = choice_form(zero), choice_form(low)
-            if all(n is not None and n.constant for n in numbers) and numbers[0].yes == 0:  # type: ignore[union-attr]  # none is None
-                found = _conjuncts(condition, allowed, float(numbers[1].yes))  # type: ignore[union-attr]  # as before
-                return [replace(part, term=term) for part in found]
+            added, lowest = choice_form(zero), choice_form(low)
+            if added is None or lowest is None or not (added.constant and lowest.constant) or added.yes != 0:
+                continue
+            return [replace(part, term=term) for part in _conjuncts(condition, allowed, float(lowest.yes))]
     return [Part(mask, None)]
 
 

@@ -69,12 +69,11 @@ def _found(m: Match, y: Value, factors: Value) -> Stack:
     routing = (source, picked[1]) if picked is not None else combine_matrix(source)
     if concat is None or routing is None or len(concat.operands) < 2:
         raise NotExpertsError("it is no stack of outputs that a routing weighs", y)
-    outputs = [moved(o) for o in concat.operands]
-    if any(v is None or v.type != outputs[0].type or v.type.rank < 2 for v in outputs):  # type: ignore[union-attr]  # None is tested first
+    parts = [v for v in map(moved, concat.operands) if v is not None]
+    if len(parts) < len(concat.operands) or any(v.type != parts[0].type or v.type.rank < 2 for v in parts):
         raise NotExpertsError("what is stacked differs in its type", y)
     if not same_sizes(*routing):
         raise NotExpertsError(f"weights are {routing[0].type}, expert ids {routing[1].type}", source, near=True)
-    parts = [v for v in outputs if v is not None]
     names, tokens = Named(), named(*(f"token {i}" for i in range(parts[0].type.rank - 1)), sizes=parts[0].shape[:-1])
     if not _name_stack(names, concat, parts, flattened(tokens)):
         raise NotExpertsError("the outputs are not stacked along an axis of their own", stacked)

@@ -177,6 +177,7 @@ def large(tmp_path_factory):
     return folder, write_random(folder, **LARGE)
 
 
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("backend", "memory", "most"), RESIDENT)
 def test_bytes_resident(large, backend, memory, most):

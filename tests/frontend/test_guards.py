@@ -55,6 +55,13 @@ def check(program, model, taken, refused, words):
             program(torch.randn(shape))
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_size_that_is_compared_with_the_examples_is_fixed(n):
+    model = Branch(lambda rows, columns: rows == n or columns > 0)
+    program = moec.compile(model, (torch.randn(n, 3),), backend="reference", dynamic_shapes="auto")
+    check(program, model, [(n, 3), (n, 5)], [(n + 1, 3), (9, 1)], f"axis 0 has size .*, expected {n}")
+
+
 CASES = [
     (lambda n, m: n % 7 != 0, [(6, 3), (15, 1)], [(14, 3), (7, 2)], r"sizes with Mod\(B, 7\) != 0, got B = (14|7)"),
     (lambda n, m: max(n, 16) <= 64, [(1, 3), (64, 3)], [(65, 3), (101, 3)], "at most 64"),

@@ -26,6 +26,37 @@ def test_masks_select_other_numbers_of_rows_than_at_tracing(backend: str):
             torch.testing.assert_close(got, want)
 
 
+class Written(torch.nn.Module):
+    """Values written where a mask over an axis holds, a place each."""
+
+    def __init__(self, axis: int):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x, values):
+        y, mask = x.clone(), x.select(1 - self.axis, 0) > 0
+        y[(slice(None),) * self.axis + (mask,)] = values
+        return y
+
+
+@pytest.mark.parametrize("backend", ["reference", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("axis", "shape", "counted"),
+    [(0, (2, 4), True), (0, (2, 1), True), (1, (5, 2), True), (1, (2,), True), (0, (1, 4), False), (1, (), False)],
+)
+def test_values_are_written_where_a_mask_holds(backend: str, axis: int, shape: tuple[int, ...], counted: bool):
+    x, values = torch.full((5, 4), -1.0), torch.randn(shape)
+    x.select(1 - axis, 0)[::3] = 1  # at two places
+    compiled = moec.compile(Written(axis), (x, values), backend=backend, threads=1)
+    torch.testing.assert_close(compiled(x, values), Written(axis)(x, values))
+    x.select(1 - axis, 0)[1] = 1
+    if counted:  # a place more than there are values
+        with pytest.raises(moec.CompileError, match=r"nonzero|Reshape"):
+            compiled(x, values)
+    else:
+        torch.testing.assert_close(compiled(x, values), Written(axis)(x, values))
+
+
 def test_batch_norm_in_training_uses_the_batch_and_never_old_statistics():
     class Norm(torch.nn.Module):
         def __init__(self, running: bool):

@@ -67,6 +67,18 @@ def test_agrees_at_other_shapes(name, experts, attention, same, well_formed):
     assert f"transformers/models/{name}/modeling_{name}.py" in files
 
 
+@pytest.mark.parametrize(
+    ("example", "type", "others"), [((1, 6), "i64[1, S]", [(1, 1), (1, 9)]), ((2, 1), "i64[B, 1]", [(5, 1), (3, 1)])]
+)
+def test_an_example_of_one_row_or_token(example, type, others, same):
+    """transformers asks whether it is one, as torch's operators do: that size is fixed, and the other one open."""
+    model = build("mixtral", attention="sdpa")
+    traced = trace(model, (), call(*example), dynamic_shapes="auto")
+    assert str(traced.graph.inputs[0].type) == type
+    for shape in [example, *others]:
+        same(traced, model, (), call(*shape))
+
+
 def test_bfloat16(same, well_formed):
     model = build("mixtral", dtype=torch.bfloat16)
     traced = trace(model, (), call(2, 6), dynamic_shapes="auto")

@@ -19,13 +19,14 @@ MIXED = ("math.silu({})", "math.add({}, @w)", "math.sigmoid({})", "norm.rms({}, 
 
 
 @limited(seconds=90)
-def test_a_chain_of_ten_thousand_nodes(tmp_path):
+@pytest.mark.parametrize("n", [2_000, pytest.param(10_000, marks=pytest.mark.large)])
+def test_a_chain_of_thousands_of_nodes(tmp_path, n):
     """Everywhere: parsing, printing, verifying, every pass, both backends, comparing, saving and loading."""
     limit = sys.getrecursionlimit()
-    graph = parse(chain(10_000, *MIXED))
+    graph = parse(chain(n, *MIXED))
     graph.bind_weights({"w": torch.linspace(0.5, 1.5, 4)})
     assert parse(str(graph)) == graph == graph.clone()
-    assert graph.to_networkx().number_of_nodes() == 10_003
+    assert graph.to_networkx().number_of_nodes() == n + 3
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     (want,) = run(graph, [x])
     compiled = moec.compile(graph, backend="onnxruntime", threads=1)
@@ -35,6 +36,7 @@ def test_a_chain_of_ten_thousand_nodes(tmp_path):
     assert sys.getrecursionlimit() == limit
 
 
+@pytest.mark.large
 @limited(seconds=90)
 @pytest.mark.parametrize("n", [100_000])
 def test_a_hundred_thousand_nodes(n):
@@ -44,6 +46,7 @@ def test_a_hundred_thousand_nodes(n):
     assert torch.isfinite(run(graph, [torch.randn(1, 4)])[0]).all()
 
 
+@pytest.mark.large
 @limited(seconds=120)
 def test_forty_thousand_nodes_through_every_pass():
     graph = parse(chain(40_000, *MIXED))

@@ -90,6 +90,30 @@ def test_threads_of_one_process(tmp_path):
 
 
 @limited()
+def test_the_model_there_is_replaced_while_it_is_looked_at(tmp_path):
+    """A save looks at what it is to replace, while another one removes just that."""
+    folder = tmp_path / "saved"
+    want = saved(folder, "reference")
+    compiled = moec.compile(model(), backend="reference")
+    read, calls = artifact.read_manifest, []
+
+    def late(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            compiled.save(folder)
+        return read(*args)
+
+    artifact.read_manifest = late
+    try:
+        compiled.save(folder)
+    finally:
+        artifact.read_manifest = read
+    assert len(calls) > 2
+    assert torch.equal(moec.load(folder)(*INPUTS)[0], want)
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+@limited()
 def test_a_stranger_in_the_way_is_put_back(tmp_path):
     """What comes to the target while a model is written, and is no model, stays."""
     compiled = moec.compile(model(), backend="reference")
