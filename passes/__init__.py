@@ -7,6 +7,7 @@ from moec.passes.clean.cleanup import CommonSubexpressions, DeadCode, FoldConsta
 from moec.passes.clean.fold_linear import FoldNormWeight, FoldScale, FoldScales
 from moec.passes.clean.fold_scalars import FoldScalars
 from moec.passes.clean.simplify_positions import SimplifyPositions
+from moec.passes.clean.narrow_rows import NarrowRows
 from moec.passes.clean.simplify_transposes import SimplifyTransposes
 from moec.passes.coverage import Coverage, quantized_coverage
 from moec.passes.fuse.absorb_mla import AbsorbMLA
@@ -51,6 +52,7 @@ __all__ = [
     "Match",
     "MergeLinears",
     "MergeSharedExperts",
+    "NarrowRows",
     "NormaliseAxes",
     "Pass",
     "Phase",
