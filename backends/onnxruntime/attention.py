@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as onnx
 
@@ -10,13 +12,75 @@ from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.sizes import at_least
 from moec.backends.onnxruntime.types import carrier, onnx_type
-from moec.ir import Dim, DType, Node
+from moec.ir import Dim, DType, Node, Value
 
 
 @backend.lowers("attention.sdpa")
 def sdpa(e: Emitter, node: Node) -> onnx.Value:
-    """Products, mask, softmax: ONNX's Attention fails on empty sequences and leaves NaN where a row may
-    attend to nothing. Queries that share a key head are rows of one product, so keys are not repeated."""
+    return _operator(e, node) if _fits(e, node) else _composed(e, node)
+
+
+def _fits(e: Emitter, node: Node) -> bool:
+    """Whether ONNX's Attention computes the same: it fails on empty axes, takes the square root of the scale, has no
+    sinks, caps scores after the mask, and gives 0 where an added mask leaves only the lowest scores."""
+    q, k, v, mask, sinks = given(node)
+    a = node.attrs
+    return (
+        sinks is None
+        and (mask is None or mask.dtype is DType.BOOL)
+        and a["softcap"] is None
+        and 0 < a["scale"] < math.inf
+        and carrier(q.dtype) is DType.F32
+        and e.positive(*q.shape, *k.shape, *v.shape)
+    )
+
+
+def _operator(e: Emitter, node: Node) -> onnx.Value:
+    q, k, v, _, _ = given(node)
+    mask, causal = _masking(e, node)
+    attrs = {"scale": node.attrs["scale"], "is_causal": int(causal)}
+    sources = [x for x in map(_before_transpose, (q, k, v)) if x is not None]
+    if len(sources) < 3:
+        return e.op("Attention", *[e.value(x) for x in (q, k, v)], mask, **attrs)
+    # heads side by side, as the linear layers before gave them and the one after takes them
+    rows = [e.reshape(e.value(x), x.shape, (*x.shape[:2], x.shape[2] * x.shape[3])) for x in sources]
+    y = e.op("Attention", *rows, mask, q_num_heads=q.shape[1], kv_num_heads=k.shape[1], **attrs)
+    b, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    y = e.reshape(y, (b, length, heads * width), (b, length, heads, width))
+    result = e.op("Transpose", y, perm=[0, 2, 1, 3])
+    e.memo["untransposed", result] = y  # where nothing else reads it, the transpose goes
+    return result
+
+
+def _masking(e: Emitter, node: Node) -> tuple[onnx.Value | None, bool]:
+    """The operator's mask [..., S, T], and whether it makes a causal one itself, which goes by the first key."""
+    q, k, _, mask, _ = given(node)
+    s, t, causal = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2]), node.attrs["causal"] and q.shape[2] != 1
+    if not causal or s == t:
+        return None if mask is None else _spread(e, mask, s, t), causal
+    return _allowed(e, node)[0], False
+
+
+def _spread(e: Emitter, mask: Value, s: int | Dim, t: int | Dim) -> onnx.Value:
+    """A mask with axes S and T of its own; the operator spreads the others."""
+    if [e.sizes.resolve(n) for n in mask.shape[-2:]] == [s, t]:
+        return e.value(mask)
+    key = ("spread", e.value(mask), s, t)
+    if key not in e.memo:
+        e.memo[key] = e.op("Expand", e.value(mask), e.sizes.vector((s, t)))
+    value: onnx.Value = e.memo[key]
+    return value
+
+
+def _before_transpose(x: Value) -> Value | None:
+    """[B, S, H, D] that [B, H, S, D] was made from."""
+    made = x.producer
+    found = made is not None and made.op == "tensor.transpose" and tuple(made.attrs["perm"]) == (0, 2, 1, 3)
+    return made.operands[0] if found and made is not None else None
+
+
+def _composed(e: Emitter, node: Node) -> onnx.Value:
+    """Products, mask, softmax. Queries that share a key head are rows of one product, so keys are not repeated."""
     q, k, v, mask, sinks = given(node)
     b, heads, s, d = q.shape
     kv_heads, t, dv = k.shape[1], k.shape[2], v.shape[3]

@@ -50,8 +50,12 @@ class Emitter:
     """Collects ONNX nodes and initialisers for one graph, by the lowerings of `backend`. `memo` holds what several
     lowerings share."""
 
-    def __init__(self, graph: Graph, options: Options, backend: Backend, opset: int | None = None):
+    def __init__(
+        self, graph: Graph, options: Options, backend: Backend, opset: int | None = None, *, empty: bool = False
+    ):
         self.graph = graph
+        self.empty = empty  # whether axes may turn out to be empty, for which some operators have no meaning
+        self.needed: set[Dim] = set()  # sizes that have to be 1 at least
         self.backend = backend
         self.options = options
         self.functions = graph.functions
@@ -302,6 +306,16 @@ class Emitter:
             if len(symbolic) == 1:
                 return self.op("Reshape", x, np.array([-1 if isinstance(s, Dim) else s for s in target], np.int64))
         return self.op("Reshape", x, self.sizes.vector(target), allowzero=1)
+
+    def positive(self, *sizes: int | Dim) -> bool:
+        """Whether a lowering may count on these sizes being 1 at least: then the model is only run where they are, and
+        another one, which does not, where they are not."""
+        found = {self.sizes.resolve(s) for s in sizes}
+        known = {d.name for v in self.graph.inputs for s in v.shape if isinstance(s, Dim) for d in s.expr.free_symbols}
+        if self.empty or 0 in found or not all(s.symbols <= known for s in found if isinstance(s, Dim)):
+            return False
+        self.needed |= {s for s in found if isinstance(s, Dim)}
+        return True
 
     @property
     def scope_name(self) -> str:

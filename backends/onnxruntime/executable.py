@@ -17,7 +17,7 @@ import torch
 from moec.backends.base import TAP_BUDGET, Backend, Executable, Keep
 from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.errors import serialising, wrapped
-from moec.backends.onnxruntime.lower import Lowered, lower
+from moec.backends.onnxruntime.lower import Interface, Lowered, lower
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import carried, uncarried
 from moec.ir import CompileError, Dim, Graph, Node, Value
@@ -48,26 +48,27 @@ def session_options(threads: int | None, options: Options | None = None) -> onnx
 
 @dataclass(eq=False)
 class Session:
-    """An ONNX Runtime session with the names of its inputs and outputs in the order of the graph."""
+    """An ONNX Runtime session of a lowered graph."""
 
     session: onnxruntime.InferenceSession
-    inputs: list[str]
-    outputs: list[str]
-    sources: dict[str, Node]
+    interface: Interface
 
-    def run(self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
-        """Outputs in the dtypes of `values`. Raises Argument… errors on inputs that do not fit."""
-        check_derived(values, bind_inputs(graph, inputs))
-        if not self.outputs:
+    def run(
+        self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value], binding: Mapping[str, int]
+    ) -> list[torch.Tensor]:
+        """Outputs in the dtypes of `values`."""
+        check_derived(values, binding)
+        names = self.interface
+        if not names.outputs:
             return []
         feeds = {
             name: carried(t.detach().cpu(), v.dtype).contiguous().numpy()
-            for name, v, t in zip(self.inputs, graph.inputs, inputs, strict=True)
+            for name, v, t in zip(names.inputs, graph.inputs, inputs, strict=True)
         }
         try:
-            arrays = self.session.run(self.outputs, feeds)
+            arrays = self.session.run(names.outputs, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-            raise wrapped(error, self.sources, "running") from error
+            raise wrapped(error, names.sources, "running") from error
         return [uncarried(from_numpy(a), v.dtype) for a, v in zip(arrays, values, strict=True)]
 
 
@@ -93,6 +94,7 @@ class OnnxExecutable(Executable):
     _session: Session | None
     figures: dict[str, Any]
     _tapped: tuple[tuple[Value, ...], Session] | None = field(default=None, repr=False)
+    _empty: Session | None = field(default=None, repr=False)
 
     @staticmethod
     def compile(graph: Graph, options: Options, threads: int | None, backend: Backend) -> OnnxExecutable:
@@ -115,10 +117,8 @@ class OnnxExecutable(Executable):
         began = time.perf_counter()
         path, options = artifact.check(Path(folder))
         lowered = lower(graph, options, backend)  # for names: no weight is read
-        session = Session(
-            open_session(path, options, threads, lowered.sources), lowered.inputs, lowered.outputs, lowered.sources
-        )
-        artifact.check_interface(session.session, lowered)
+        session = Session(open_session(path, options, threads, lowered.interface.sources), lowered.interface)
+        artifact.check_interface(session.session, lowered.interface)
         figures = {
             "nodes": sum(1 for _ in lowered.model.graph.all_nodes()),
             "weight_bytes": lowered.weight_bytes,
@@ -129,7 +129,9 @@ class OnnxExecutable(Executable):
         return OnnxExecutable(graph, options, threads, backend, session, figures)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return self.session.run(self.graph, inputs, self.graph.outputs)
+        binding = bind_inputs(self.graph, inputs)
+        session = self.session if self.session.interface.takes(binding) else self.empty_session
+        return session.run(self.graph, inputs, self.graph.outputs, binding)
 
     def stream(
         self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET
@@ -149,15 +151,26 @@ class OnnxExecutable(Executable):
             self._session = start(lower(self.graph, self.options, self.backend), self.options, self.threads)
         return self._session
 
+    @property
+    def empty_session(self) -> Session:
+        """A session for sizes that the other does not take, made when first needed."""
+        if self._empty is None:
+            lowered = lower(self.graph, self.options, self.backend, empty=True)
+            self._empty = start(lowered, self.options, self.threads)
+        return self._empty
+
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
         wanted = tuple(dict.fromkeys(values))
         inner = tuple(v for v in wanted if v.weight is None)
-        if self._tapped is None or self._tapped[0] != inner:
+        binding = bind_inputs(self.graph, inputs)
+        if self._tapped is None or self._tapped[0] != inner or not self._tapped[1].interface.takes(binding):
             self._check_known(inner)
             self._tapped = None  # one copy of the weights at a time
             lowered = lower(self.graph, self.options, self.backend, list(inner))
+            if not lowered.interface.takes(binding):
+                lowered = lower(self.graph, self.options, self.backend, list(inner), empty=True)
             self._tapped = inner, start(lowered, self.options, self.threads)
-        given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner])
+        given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner], binding)
         found = dict(zip(inner, given[len(self.graph.outputs) :], strict=True))
         return {v: v.weight.load() if v.weight is not None else found[v] for v in wanted}
 
@@ -189,15 +202,14 @@ def start(lowered: Lowered, options: Options, threads: int | None) -> Session:
         with serialising():
             data = onnx.to_proto(lowered.model).SerializeToString()
         lowered.forget_weights()
-        session = open_session(data, options, threads, lowered.sources)
-        return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
+        return Session(open_session(data, options, threads, lowered.interface.sources), lowered.interface)
     folder = Path(tempfile.mkdtemp(prefix="moec-"))
     try:
         path = artifact.write_model(lowered, folder)
-        session = open_session(path, options, threads, lowered.sources)
+        session = open_session(path, options, threads, lowered.interface.sources)
     finally:
         shutil.rmtree(folder)  # what the session maps stays readable
-    return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
+    return Session(session, lowered.interface)
 
 
 def open_session(

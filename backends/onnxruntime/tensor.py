@@ -48,8 +48,11 @@ def reshape(e: Emitter, node: Node) -> onnx.Value:
 
 @backend.lowers("tensor.transpose")
 def transpose(e: Emitter, node: Node) -> onnx.Value:
-    (x,) = e.operands(node)
-    return e.op("Transpose", x, perm=list(node.attrs["perm"])) if node.attrs["perm"] else x
+    (x,), perm = e.operands(node), list(node.attrs["perm"])
+    if perm == [0, 2, 1, 3] and ("untransposed", x) in e.memo:
+        source: onnx.Value = e.memo["untransposed", x]
+        return source
+    return e.op("Transpose", x, perm=perm) if perm else x
 
 
 @backend.lowers("tensor.expand")
