@@ -11,6 +11,7 @@ from moec.passes.clean.narrow_rows import NarrowRows
 from moec.passes.clean.simplify_transposes import SimplifyTransposes
 from moec.passes.coverage import Coverage, quantized_coverage
 from moec.passes.fuse.absorb_mla import AbsorbMLA
+from moec.passes.fuse.deinterleave_rope import DeinterleaveRoPE
 from moec.passes.fuse.fuse_attention import FuseAttention
 from moec.passes.fuse.fuse_mlp import FuseMLP, FuseSwiGLU
 from moec.passes.fuse.fuse_norm import FuseNorm
@@ -37,6 +38,7 @@ __all__ = [
     "CommonSubexpressions",
     "Coverage",
     "DeadCode",
+    "DeinterleaveRoPE",
     "DropBroadcasts",
     "FoldConstants",
     "FoldNormWeight",

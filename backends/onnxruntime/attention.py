@@ -150,6 +150,6 @@ def _causal(e: Emitter, s: int | Dim, t: int | Dim) -> onnx.Value:
     memo = ("causal", s, t)
     if memo not in e.memo:
         queries = e.op("Range", e.sizes.scalar(t - s), e.sizes.scalar(t), np.int64(1))
-        keys = e.op("Range", np.int64(0), e.sizes.scalar(t), np.int64(1))
+        keys = e.sizes.range(t)
         e.memo[memo] = e.op("LessOrEqual", keys, e.op("Unsqueeze", queries, np.array([1])))
     return e.memo[memo]

@@ -52,4 +52,6 @@ class OnnxRuntimeBackend(Backend):
         return OnnxExecutable.load(graph, folder, threads, self)
 
 
-backend = OnnxRuntimeBackend("onnxruntime", dtypes=DTYPES, holds_wide=True)
+backend = OnnxRuntimeBackend(
+    "onnxruntime", dtypes=DTYPES, holds_wide=True, tuning="deinterleave_rope, merge_linears, dead_code"
+)

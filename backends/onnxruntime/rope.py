@@ -58,7 +58,7 @@ def _tables(e: Emitter, x: Value, cos: Value, sin: Value) -> tuple[str, list[Any
     rows = e.sizes.vector((x.shape[0], length))
     place = ("positions", rows)
     if place not in e.memo:
-        e.memo[place] = e.op("Expand", e.op("Range", np.int64(0), e.sizes.scalar(length), np.int64(1)), rows)
+        e.memo[place] = e.op("Expand", e.sizes.range(length), rows)
     return "", [cos_table, sin_table, e.memo[place]], heads
 
 
