@@ -7,6 +7,7 @@ import math
 import numpy as np
 import onnx_ir as onnx
 
+from moec.backends.onnxruntime.attention_blocks import Causal
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
@@ -39,6 +40,11 @@ def _operator(e: Emitter, node: Node) -> onnx.Value:
     q, k, v, _, _ = given(node)
     mask, causal = _masking(e, node)
     attrs = {"scale": node.attrs["scale"], "is_causal": int(causal)}
+    s, t = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2])
+    if node.attrs["causal"] and s != 1:
+        values = [e.value(x) for x in (q, k, v)]
+        blocks = Causal(*values, _allowed(e, node)[0] if mask is not None else None, s, t, node.attrs["scale"])
+        return blocks.emit(e, lambda: e.op("Attention", *values, mask, **attrs))
     sources = [x for x in map(_before_transpose, (q, k, v)) if x is not None]
     if len(sources) < 3:
         return e.op("Attention", *[e.value(x) for x in (q, k, v)], mask, **attrs)
