@@ -9,6 +9,7 @@ from moec.passes.clean.fold_scalars import FoldScalars
 from moec.passes.clean.simplify_positions import SimplifyPositions
 from moec.passes.clean.narrow_rows import NarrowRows
 from moec.passes.clean.simplify_transposes import SimplifyTransposes
+from moec.passes.clean.sink_transposes import SinkTransposes
 from moec.passes.coverage import Coverage, quantized_coverage
 from moec.passes.fuse.absorb_mla import AbsorbMLA
 from moec.passes.fuse.deinterleave_rope import DeinterleaveRoPE
@@ -69,6 +70,7 @@ __all__ = [
     "RuleSet",
     "SimplifyPositions",
     "SimplifyTransposes",
+    "SinkTransposes",
     "UseStoredFP8",
     "build_pipeline",
     "default_pipeline",

@@ -7,12 +7,14 @@ from moec.ir import Graph, Value
 
 def corresponding(a: Graph, b: Graph, *, foreign: bool = False) -> dict[Value, Value]:
     """For node results of `a`, the value of `b` of the same shape that shares an origin; where a node of one op
-    exists once per location in both graphs, its results correspond too, in order. foreign: the graphs are of two
+    exists once per location in both graphs, its results correspond too, in order, unless both have origins. foreign: the graphs are of two
     sources, where an origin may name one value here and another there, so that only the second holds, for any shape of
     the same rank (symbols differ)."""
 
     def fits(mine: Value, yours: Value) -> bool:
-        return len(mine.shape) == len(yours.shape) if foreign else mine.shape == yours.shape
+        if foreign:
+            return len(mine.shape) == len(yours.shape)
+        return mine.shape == yours.shape and not (mine.origins and yours.origins)
 
     by_origin: dict[tuple[str, tuple], Value] = {}
     for node in () if foreign else b.nodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as onnx
@@ -37,20 +38,25 @@ def _fits(e: Emitter, node: Node) -> bool:
 
 
 def _operator(e: Emitter, node: Node) -> onnx.Value:
-    q, k, v, _, _ = given(node)
+    q, k, v, given_mask, _ = given(node)
     mask, causal = _masking(e, node)
-    attrs = {"scale": node.attrs["scale"], "is_causal": int(causal)}
+    attrs: dict[str, Any] = {"scale": node.attrs["scale"]}
     s, t = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2])
-    if node.attrs["causal"] and s != 1:
-        values = [e.value(x) for x in (q, k, v)]
-        blocks = Causal(*values, _allowed(e, node)[0] if mask is not None else None, s, t, node.attrs["scale"])
-        return blocks.emit(e, lambda: e.op("Attention", *values, mask, **attrs))
     sources = [x for x in map(_before_transpose, (q, k, v)) if x is not None]
-    if len(sources) < 3:
-        return e.op("Attention", *[e.value(x) for x in (q, k, v)], mask, **attrs)
-    # heads side by side, as the linear layers before gave them and the one after takes them
-    rows = [e.reshape(e.value(x), x.shape, (*x.shape[:2], x.shape[2] * x.shape[3])) for x in sources]
-    y = e.op("Attention", *rows, mask, q_num_heads=q.shape[1], kv_num_heads=k.shape[1], **attrs)
+    flat = len(sources) == 3  # heads side by side, as the linear layers before gave them and the one after takes them
+    if flat:
+        values = [e.reshape(e.value(x), x.shape, (*x.shape[:2], x.shape[2] * x.shape[3])) for x in sources]
+        attrs |= {"q_num_heads": q.shape[1], "kv_num_heads": k.shape[1]}
+    else:
+        values = [e.value(x) for x in (q, k, v)]
+    if node.attrs["causal"] and s != 1:
+        closed = None if given_mask is None else _allowed(e, node)[0]
+        blocks = Causal(values[0], values[1], values[2], closed, s, t, 1 if flat else 2, attrs)
+        y = blocks.emit(e, lambda: e.op("Attention", *values, mask, is_causal=int(causal), **attrs))
+    else:
+        y = e.op("Attention", *values, mask, **attrs)
+    if not flat:
+        return y
     b, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
     y = e.reshape(y, (b, length, heads * width), (b, length, heads, width))
     result = e.op("Transpose", y, perm=[0, 2, 1, 3])

@@ -19,8 +19,8 @@ MOST = 8  # blocks of longer sequences
 
 @dataclass(frozen=True, eq=False)
 class Causal:
-    """Attention of q [B, H, S, D] to k, v [B, Hkv, T, …], query i to keys up to i + T − S; `mask`: bool [..., S, T],
-    causal already, or None."""
+    """Attention of q [B, H, S, D] to k, v [B, Hkv, T, …], or of q [B, S, H·D] to k, v [B, T, …], query i to keys up to
+    i + T − S; `mask`: bool [..., S, T], causal already, or None; `axis`: that of the sequence; `attrs`: of Attention."""
 
     q: onnx.Value
     k: onnx.Value
@@ -28,7 +28,8 @@ class Causal:
     mask: onnx.Value | None
     s: int | Dim
     t: int | Dim
-    scale: float
+    axis: int
+    attrs: dict[str, Any]
 
     def emit(self, e: Emitter, whole: Any) -> onnx.Value:
         """`whole()` emits it as one operator."""
@@ -53,7 +54,7 @@ class Causal:
         )
 
     def _blocks(self, e: Emitter) -> onnx.Value:
-        length, shift, axis = e.sizes.one(self.s), e.sizes.one(self.t - self.s), np.array([2])
+        length, shift, axis = e.sizes.one(self.s), e.sizes.one(self.t - self.s), np.array([self.axis])
         rows = e.op("Max", e.op("Div", e.op("Add", length, np.array([MOST - 1])), np.array([MOST])), np.array([SHORTEST]))
         count = e.op("Div", e.op("Add", length, e.op("Sub", rows, np.array([1]))), rows)
         dtype = onnx_type(DType.F32)
@@ -67,14 +68,14 @@ class Causal:
             seen = e.op("Max", e.op("Add", end, shift), np.array([1]))  # none may be seen: all are masked
             q = e.op("Slice", self.q, start, end, axis)
             k, v = (e.op("Slice", x, np.array([0]), seen, axis) for x in (self.k, self.v))
-            y = e.op("Attention", q, k, v, self._mask(e, start, end, seen, shift), scale=self.scale)
+            y = e.op("Attention", q, k, v, self._mask(e, start, end, seen, shift), **self.attrs)
             more = e.op("SequenceInsert", done, y)
             still = e.op("Identity", going)
         more.type, still.type, still.shape = sequence, onnx.TensorType(onnx.DataType.BOOL), onnx.Shape([])
         body = onnx.Graph([step, going, done], [still, more], nodes=nodes, name=e.unique("each_block"))
         empty = e.op("SequenceEmpty", dtype=dtype.value)
         results = e.op("Loop", e.op("Squeeze", count, np.array([0])), None, empty, body=body)
-        return e.op("ConcatFromSequence", results, axis=2)
+        return e.op("ConcatFromSequence", results, axis=self.axis)
 
     def _mask(
         self, e: Emitter, start: onnx.Value, end: onnx.Value, seen: onnx.Value, shift: onnx.Value

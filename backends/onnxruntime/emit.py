@@ -297,8 +297,14 @@ class Emitter:
         """x of shape `source` as `target`, with sizes copied or inferred by Reshape where it can."""
         source = [self.sizes.resolve(s) for s in source]
         target = [self.sizes.resolve(s) for s in target]
+        x, source = self.memo.get(("reshaped", x), (x, source))  # two reshapes are one
         if source == target:
             return x
+        result = self._reshape(x, source, target)
+        self.memo["reshaped", result] = x, source
+        return result
+
+    def _reshape(self, x: onnx.Value, source: Sequence[int | Dim], target: Sequence[int | Dim]) -> onnx.Value:
         symbolic = [i for i, s in enumerate(target) if isinstance(s, Dim)]
         if 0 not in target:  # a literal 0 means "copy"
             if all(i < len(source) and source[i] == target[i] for i in symbolic):

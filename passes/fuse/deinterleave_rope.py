@@ -45,8 +45,8 @@ class DeinterleaveRoPE(Pass):
         operands = [linear.operand("x"), *(_rows(b, linear.operand(name), order) for name in ("weight", "bias"))]
         y = b.op("linear.linear", operands)
         graph.replace_value(linear.result, y)
-        for value in (y, *between):
-            value.origins = frozenset()  # what is traced is in another order
+        for value in (y, *between):  # what was traced is in another order
+            value.origins = frozenset(f"{origin} deinterleaved" for origin in value.origins or {"rows"})
         b = Builder(graph, before=rope, location=rope.location)
         z = b.op("rope.apply", [rope.operand(name) for name in ("x", "cos", "sin")])
         graph.replace_value(rope.result, z)
