@@ -87,8 +87,12 @@ def build(checkpoint: Checkpoint) -> CheckpointModel:
     except ValueError as e:
         checkpoint.problems.add(f"the sizes in the config do not fit together: {e}")
         checkpoint.problems.stop()
-    with torch.device("meta"):
-        module = MoETransformer(config).to(checkpoint.dtype.torch).eval()
+    try:
+        with torch.device("meta"):
+            module = MoETransformer(config).to(checkpoint.dtype.torch).eval()
+    except RuntimeError as e:  # torch's, of a number of bytes that none has
+        checkpoint.problems.add(f"the sizes in the config are larger than any memory: {e}")
+        checkpoint.problems.stop()
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]

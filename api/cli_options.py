@@ -13,7 +13,7 @@ Spec = Annotated[
     str,
     typer.Argument(
         help="a checkpoint folder, `trained`, a config of moec.models, module:callable returning (model, args), "
-        "a graph.ir or a model.onnx"
+        "a graph.ir, a model.onnx or a model.gguf"
     ),
 ]
 Source = Annotated[

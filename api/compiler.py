@@ -54,8 +54,8 @@ def compile(
 
     model: a torch.nn.Module (traced at the example `args` and `kwargs`), a torch.export.ExportedProgram, a Graph
         (called with tensors in the order of its inputs, returns a tuple), the path of an .onnx file or an ONNX model in
-        memory (called as a Graph is; it says itself which sizes vary), or the path of a checkpoint folder
-        (docs/checkpoints.md). A causal language model needs no example arguments to generate.
+        memory (called as a Graph is; it says itself which sizes vary), or the path of a checkpoint folder or of a
+        .gguf file (docs/checkpoints.md). A causal language model needs no example arguments to generate.
     backend: "auto" (triton where CUDA is, else onnxruntime), "reference", "onnxruntime", "triton", or a Backend.
     dynamic_shapes: as torch.export's, or "auto"; None means the example's sizes only.
     passes: None for the default pipeline, passes to append to it, or a Pipeline.

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moec.ir import ArgumentValueError, ArtifactError, CompileError
+from moec.ir.files_below import open_below
 from moec.ir.strict_json import strict_json
 
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest is text about files and structure
@@ -176,20 +177,12 @@ class Folder:
         if not parts or odd or ".." in parts:
             shown = name if len(name) <= 100 else name[:97] + "..."
             raise ArtifactError(f"{self.path}: file name {shown!r} leads out of the folder", code="artifact")
-        at = os.dup(self._fd)
         try:
-            for part in parts[:-1]:
-                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-                os.close(at)
-                at = below
-            # without blocking: it may be a FIFO
-            return os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+            return open_below(self._fd, parts)
         except FileNotFoundError:
             raise self._bad(name, "is missing") from None
         except (OSError, ValueError) as e:  # a link, a FIFO's other end, a folder in a file's place
             raise self._bad(name, f"must be a file, not a link or anything else ({_reason(e)})") from None
-        finally:
-            os.close(at)
 
     def _bad(self, name: str, what: str) -> ArtifactError:
         return ArtifactError(f"{_named(self.path / name)} {what}", code="artifact")

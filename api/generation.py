@@ -11,6 +11,7 @@ import torch
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Dim
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import plain_tensor
+from moec.positions import positions
 from moec.program import Program
 from moec.sampling import Sampling
 
@@ -41,13 +42,11 @@ class Stops:
         """From the model's generation config, else its config; a model may have neither."""
         configs = [c for c in (getattr(model, "generation_config", None), getattr(model, "config", None)) if c]
 
-        def first(name: str) -> Any:
-            return next((v for v in (getattr(c, name, None) for c in configs) if v is not None), None)
+        def first(name: str) -> tuple[int, ...]:
+            return next((ids for ids in (_tokens(getattr(c, name, None)) for c in configs) if ids), ())
 
-        config = getattr(model, "config", None)
-        sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_position")]
-        positions = next((n for n in sizes if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
-        return Stops(_ids(first("eos_token_id")), first("pad_token_id"), positions)
+        pad = first("pad_token_id")
+        return Stops(first("eos_token_id"), pad[0] if pad else None, positions(getattr(model, "config", None)))
 
     def check_room(self, mask: torch.Tensor, max_new_tokens: int) -> None:
         """Raise ArgumentValueError where the longest row would need positions that the model does not have; the last
@@ -70,15 +69,31 @@ class Stops:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    values = value if isinstance(value, Iterable) else (value,)
-    ids = tuple(int(v) if isinstance(v, int) and not isinstance(v, bool) else -1 for v in values)
-    if any(v < 0 for v in ids):
+    """The token ids of an argument. Raises ArgumentValueError."""
+    values = _listed(value)
+    if not all(map(_is_token, values)):
         raise ArgumentValueError(
-            f"eos_token_id must be a token id, a list of them, None or UNSET, got {value!r}", code="arguments"
+            f"eos_token_id must be a token id (0 up to 2⁶³ − 1), a list of them, None or UNSET, got {value!r}",
+            code="arguments",
         )
-    return ids
+    return tuple(values)
+
+
+def _tokens(value: Any) -> tuple[int, ...]:
+    """The token ids that a config says; −1 and the like stand for none there."""
+    return tuple(v for v in _listed(value) if _is_token(v))
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    return list(value) if isinstance(value, Iterable) else [value]
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 @dataclass(eq=False)

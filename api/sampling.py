@@ -10,6 +10,8 @@ import torch
 
 from moec.ir import ArgumentTypeError, ArgumentValueError
 
+_LEAST = torch.finfo(torch.float32).tiny  # of temperatures above 0: a divisor in f32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -23,7 +25,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0 <= _float(self.temperature) < math.inf, "≥ 0 and finite")
+        given = _float(self.temperature)
+        fits = given == 0 or _LEAST <= given < math.inf
+        _check_number("temperature", self.temperature, fits, f"≥ 0 and finite, above 0 at least {_LEAST:.2g}")
         if self.top_k is not None:
             _check_int("top_k", self.top_k)
             if self.top_k < 1:
@@ -32,6 +36,8 @@ class Sampling:
             _check_number("top_p", self.top_p, 0 < _float(self.top_p) <= 1, "> 0 and ≤ 1")
         if self.seed is not None:
             _check_int("seed", self.seed)
+            if not -(2**63) <= self.seed < 2**64:
+                raise ArgumentValueError(f"argument 'seed' is {self.seed}, expected −2⁶³ up to 2⁶⁴ − 1", code="value")
 
     @staticmethod
     def of(temperature: Any = None, top_k: Any = None, top_p: Any = None, seed: Any = None) -> Sampling:
@@ -65,7 +71,9 @@ class Sampling:
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """f32[B, V] that add up to 1 in each row."""
-        scores = logits.to(torch.float32) / self.temperature
+        scores = logits.to(torch.float32)
+        # relative to the likeliest, so that nothing overflows at low temperatures
+        scores = (scores - scores.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             least = scores.topk(self.top_k, dim=-1).values[:, -1:]
             scores = scores.masked_fill(scores < least, -math.inf)
@@ -79,7 +87,10 @@ class Sampling:
 
 
 def _float(x: Any) -> float:
-    return float(x) if isinstance(x, int | float) and not isinstance(x, bool) else math.nan
+    try:
+        return float(x) if isinstance(x, int | float) and not isinstance(x, bool) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _check_number(name: str, x: Any, fits: bool, expected: str) -> None:

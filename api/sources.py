@@ -31,16 +31,16 @@ def refuse(model: Any) -> CompileError:
     if isinstance(model, str | Path):
         path = Path(model)
         return CompileError(
-            f"{path} is no folder and no .onnx file",
+            f"{path} is no folder and no .onnx or .gguf file",
             code="unsupported-model",
-            hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of a checkpoint folder or of an "
-            ".onnx file, or a moec.Graph; moec.load reads folders written by CompiledModel.save",
+            hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of a checkpoint folder, of a "
+            ".gguf or an .onnx file, or a moec.Graph; moec.load reads folders written by CompiledModel.save",
         )
     return ArgumentTypeError(
         f"cannot compile {type(model).__name__}",
         code="unsupported-model",
-        hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of a checkpoint folder, an ONNX model "
-        "or a moec.Graph",
+        hint="pass a torch.nn.Module, a torch.export.ExportedProgram, the path of a checkpoint folder or a .gguf "
+        "file, an ONNX model or a moec.Graph",
     )
 
 

@@ -40,8 +40,8 @@ class Target:
 
 def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
     """`trained`, a named config of moec.models (random weights, seed 0), `module:callable` returning a model or
-    (model, args), or the path of a checkpoint folder or an .ir or .onnx file. Raises ArgumentValueError, and
-    CompileError for a checkpoint that is wrong."""
+    (model, args), or the path of a checkpoint folder or an .ir, .onnx or .gguf file. Raises ArgumentValueError,
+    and CompileError for a checkpoint that is wrong."""
     if spec.endswith(".ir"):
         return Target(*load_graph(spec), None)
     if is_onnx(spec):
@@ -61,8 +61,8 @@ def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
         raise ArgumentValueError(
             f"no model {spec!r}",
             code="arguments",
-            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, graph.ir, model.onnx, a checkpoint folder, "
-            "or a saved folder where one fits",
+            hint=f"trained, {', '.join(models.CONFIGS)}, module:callable, graph.ir, model.onnx, model.gguf, a "
+            "checkpoint folder, or a saved folder where one fits",
         )
     return Target(model, (_ids(batch, seq, model.config.vocab_size),), ({0: "B", 1: "S"},))
 

@@ -13,32 +13,44 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
 from moec.frontend.locate import is_users
 
-Line = tuple[str, int]  # file and number
+
+class Jump(NamedTuple):
+    """A conditional jump: its function's file, name and first line, where its instruction begins (at its EXTENDED_ARG)
+    and ends, and its line."""
+
+    file: str
+    function: str
+    first: int
+    start: int
+    end: int
+    line: int
+
+
 _MANY = 1_000_003
-_OFTEN = 100_000  # times that a line may ask: for each expert of each layer, but not for ever
+_OFTEN = 100_000  # times that a branch may ask: for each expert of each layer, but not for ever
 _ABSENT: Any = object()
 
-# lines of the model whose branch was decided in this thread
-_decided: ContextVar[set[Line] | None] = ContextVar("_decided", default=None)
+# branches of the model that were decided in this thread
+_decided: ContextVar[set[Jump] | None] = ContextVar("_decided", default=None)
 
 
 @contextmanager
-def something_found() -> Iterator[set[Line]]:
+def something_found() -> Iterator[set[Jump]]:
     """Within, in this thread: torch takes sizes that depend on values as not 0, and bools as true, where a branch of
-    the model asks for it. Yields the lines of the model that do.
+    the model asks for it. Yields the branches of the model that do.
 
     Exports of several threads take turns, see stand_ins.
     """
-    lines: set[Line] = set()
-    times: Counter[Line] = Counter()
-    token = _decided.set(lines)
+    jumps: set[Jump] = set()
+    times: Counter[Jump] = Counter()
+    token = _decided.set(jumps)
     original: Any = ShapeEnv._evaluate_expr
     uninteresting_files().add(__file__)  # guards name the innermost line of other files (torch keeps this set)
 
@@ -48,21 +60,21 @@ def something_found() -> Iterator[set[Line]]:
         if known is None or fallback is not None or hint is not None:
             return original(self, expr, hint, node, oblivious, fallback, **more)
         found = _if_found(self, expr)
-        line = None if found is None else _users_line(sys._getframe())
-        if found is None or line is None:
+        jump = None if found is None else _users_jump(sys._getframe())
+        if found is None or jump is None:
             return original(self, expr, hint, node, oblivious, fallback, **more)
         result = original(self, expr, hint, node, oblivious, _ABSENT, **more)
         if result is not _ABSENT:  # torch knew
             return result
-        known.add(line)
-        times[line] += 1
-        if times[line] > _OFTEN:
+        known.add(jump)
+        times[jump] += 1
+        if times[jump] > _OFTEN:
             return original(self, expr, hint, node, oblivious, fallback, **more)
         return sympy.true if found else sympy.false
 
     ShapeEnv._evaluate_expr = evaluate  # type: ignore[method-assign, assignment]  # torch has no hook
     try:
-        yield lines
+        yield jumps
     finally:
         ShapeEnv._evaluate_expr = original  # type: ignore[method-assign]  # as it was
         _decided.reset(token)
@@ -85,33 +97,52 @@ def _if_found(env: Any, expr: Any) -> bool | None:
     return found[0] is sympy.true
 
 
-def _users_line(frame: FrameType | None) -> Line | None:
-    """The line of the user's code below a frame, where it is a branch that asks; not if an op that it calls does."""
+def _users_jump(frame: FrameType | None) -> Jump | None:
+    """The branch of the user's code below a frame that asks; None if an op that it calls does."""
     while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return None
-    instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-    jumps = "JUMP" in instruction and "_IF_" in instruction and "BACKWARD" not in instruction  # that is `while`
-    asks = jumps or instruction in ("TO_BOOL", "UNARY_NOT")
-    return (frame.f_code.co_filename, frame.f_lineno) if asks else None
+    instructions = [i for i in dis.get_instructions(frame.f_code) if i.offset <= frame.f_lasti]
+    rest = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti)
+    at = instructions[-1]
+    if at.opname in ("TO_BOOL", "UNARY_NOT"):  # what is jumped on, or goes into a variable and is never seen to
+        following = next((i for i in rest if i.opname != "EXTENDED_ARG"), at)
+        at = following if _jumps(following.opname) else at
+    elif not _jumps(at.opname):
+        return None
+    start, before = at.offset, {i.offset: i for i in instructions}
+    while (i := before.get(start - 2)) is not None and i.opname == "EXTENDED_ARG":
+        start -= 2
+    return Jump(*_code(frame), start, at.offset, frame.f_lineno)
+
+
+def _jumps(opname: str) -> bool:
+    return "JUMP" in opname and "_IF_" in opname and "BACKWARD" not in opname  # that is `while`
+
+
+def _code(frame: FrameType) -> tuple[str, str, int]:
+    code = frame.f_code
+    return code.co_filename, code.co_qualname, code.co_firstlineno
 
 
 class Taken:
-    """Which lines Python went to after the given ones: a branch that went both ways has two."""
+    """Which instruction Python went to after the given jumps: one that went both ways has two."""
 
-    def __init__(self, lines: Set[Line]):
-        self.after: dict[Line, set[int | None]] = {line: set() for line in lines}
-        self._files = {file for file, _ in lines}
+    def __init__(self, jumps: Set[Jump]):
+        self.after: dict[Jump, set[int]] = {jump: set() for jump in jumps}
+        self._of: dict[Any, dict[int, Jump]] = {}
+        for jump in jumps:
+            self._of.setdefault(jump[:3], {})[jump.start] = jump
 
     @property
-    def missing(self) -> set[Line]:
-        """The lines that went one way only, or were not reached."""
-        return {line for line, after in self.after.items() if len(after) < 2}
+    def missing(self) -> set[Jump]:
+        """The jumps that went one way only, or were not reached."""
+        return {jump for jump, after in self.after.items() if len(after) < 2}
 
     def add(self, other: Taken) -> None:
-        for line, after in other.after.items():
-            self.after[line] |= after
+        for jump, after in other.after.items():
+            self.after[jump] |= after
 
     def __enter__(self) -> Taken:
         if self.after:
@@ -124,15 +155,20 @@ class Taken:
             sys.settrace(self._before)
 
     def _called(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in self._files:
+        jumps = self._of.get(_code(frame))
+        if jumps is None:
             return None
-        last: list[Line | None] = [None]
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        last: list[Jump | None] = [None]
 
         def stepped(frame: FrameType, event: str, argument: Any) -> Any:
-            if event in ("line", "return"):
-                if last[0] in self.after:
-                    self.after[last[0]].add(frame.f_lineno if event == "line" else None)
-                last[0] = (frame.f_code.co_filename, frame.f_lineno)
+            if event == "opcode":
+                at, jump = frame.f_lasti, last[0]
+                if jump is not None and jump.start < at <= jump.end:  # behind its EXTENDED_ARG
+                    return stepped
+                if jump is not None:
+                    self.after[jump].add(at)
+                last[0] = jumps.get(at)
             return stepped
 
         return stepped

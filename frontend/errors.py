@@ -34,6 +34,8 @@ def quiet_torch() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
+            # torch's own recurrent layers keep a list of their parameters
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? \S*_flat_weights\[0\]")
             yield
     finally:
         exporter.pop("print", None)

@@ -6,6 +6,7 @@ as transformers writes it where it lets the implementation be chosen.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -40,6 +41,14 @@ def _numbers(module: Any, *names: str) -> bool:
 def _parameters(module: Any, **shapes: tuple[int, ...]) -> bool:
     found = dict(module.named_parameters(recurse=False)) if isinstance(module, torch.nn.Module) else {}
     return all(name in found and tuple(found[name].shape) == shape for name, shape in shapes.items())
+
+
+def _takes(module: Any, *names: str) -> bool:
+    """Whether a module's forward has these parameters."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters) == names
+    except (TypeError, ValueError):
+        return False
 
 
 class _StandIn:
@@ -120,7 +129,7 @@ class CountingGate(_StandIn):
     @classmethod
     def fits(cls, module: Any) -> bool:
         """Whether a module has the structure."""
-        if not _numbers(module, "num_experts", "input_size", "top_k"):
+        if not (_numbers(module, "num_experts", "input_size", "top_k") and _takes(module, "hidden_states")):
             return False
         return _parameters(getattr(module, "layer", None), weight=(module.num_experts, module.input_size))
 
@@ -146,6 +155,8 @@ class ParallelLinear(_StandIn):
     def fits(cls, module: Any) -> bool:
         """Whether a module has the structure."""
         if not _numbers(module, "num_experts", "input_size", "output_size"):
+            return False
+        if not _takes(module, "inputs", "expert_size"):
             return False
         return _parameters(module, weight=(module.num_experts, module.output_size, module.input_size))
 

@@ -19,7 +19,7 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTIL
 _OURS = str(Path(__file__).resolve().parent)
 _CALLED = {
     str(Path(__file__).resolve().with_name(name))
-    for name in ("stand_ins.py", "recurrences.py", "expert_loops.py", "branches.py")
+    for name in ("stand_ins.py", "recurrences.py", "expert_loops.py", "branches.py", "asked.py")
 }  # by the model, or by torch for it
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _STDLIB = sysconfig.get_paths()["stdlib"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable, Mapping
 
 import sympy
@@ -77,39 +77,68 @@ def _extremes(e: sympy.Basic) -> list[sympy.Basic]:
     return [x for x in sympy.preorder_traversal(e) if type(x).__name__ in _EXTREMES]
 
 
-def _around(condition: sympy.Basic, symbol: sympy.Symbol, hint: int) -> Range | None:
-    """The sizes around `hint` in which a condition holds whose minima and maxima are of linear terms; None where it
-    is of another kind, or holds for `hint` alone."""
-    turns = set()
-    for e in _extremes(condition):
-        if _extremes_inside(e):
-            return None
-        for a in e.args:
-            for b in e.args:
-                line = sympy.Poly(a - b, symbol) if (a - b).is_polynomial(symbol) and (a - b).has(symbol) else None
-                if line is not None and line.degree() == 1:
-                    turns.add(-line.coeffs()[-1] / line.coeffs()[0] if len(line.coeffs()) == 2 else sympy.Integer(0))
-    # between two turns the condition is one of linear terms: true at two places, true at all
-    floors = [math.floor(t) for t in turns if t >= 0]
-    edges = sorted({-1, *floors, *(f - 1 for f in floors)} - {-2})
-    pieces = [(a + 1, b) for a, b in zip(edges, [*edges[1:], None], strict=True)]
-    held = [_holds_throughout(condition, symbol, p) for p in pieces]
-    at = next(i for i, (_, last) in enumerate(pieces) if last is None or hint <= last)
-    if not held[at]:
+def interval(condition: sympy.Basic) -> Range | None:
+    """The sizes for which a condition over one size holds, where that is one range; None where it is not, or where it
+    compares other terms than linear ones with minima and maxima of such."""
+    pieces = _pieces(condition)
+    held = [p for p in pieces or [] if _at(condition, p[0])]
+    if not held or any(b[0] != (a[1] or 0) + 1 for a, b in itertools.pairwise(held)):
         return None
-    first = last = at
-    while first > 0 and held[first - 1]:
-        first -= 1
-    while last + 1 < len(pieces) and held[last + 1]:
-        last += 1
-    return pieces[first][0], pieces[last][1]
+    return held[0][0], held[-1][1]
+
+
+def turns(condition: sympy.Basic) -> list[int] | None:
+    """The last sizes before a condition over one size may change, see `interval`."""
+    lines = _lines(condition)
+    if lines is None:
+        return None
+    floors = [int(sympy.floor(root)) for root in lines if root >= 0]
+    return sorted({*floors, *(f - 1 for f in floors if f > 0)})
+
+
+def _around(condition: sympy.Basic, symbol: sympy.Symbol, hint: int) -> Range | None:
+    """The range in which a condition holds, with `hint` in it and not alone."""
+    found = interval(condition)
+    if found is None or found == (hint, hint) or not _at(condition, hint):
+        return None
+    return found
+
+
+def _pieces(condition: sympy.Basic) -> list[Range] | None:
+    """Ranges of sizes in each of which a condition is true throughout, or false."""
+    last = turns(condition)
+    if last is None:
+        return None
+    edges = [-1, *last]
+    return [(a + 1, b) for a, b in zip(edges, [*last, None], strict=True)]
+
+
+def _at(condition: sympy.Basic, n: int) -> bool:
+    (symbol,) = condition.free_symbols
+    return bool(condition.subs(symbol, n) == True)  # noqa: E712  # sympy's own truth
+
+
+def _lines(condition: sympy.Basic) -> set[sympy.Rational] | None:
+    """Where the two sides of a condition meet, or two arguments of a minimum or maximum in it do."""
+    if not isinstance(condition, sympy.core.relational.Relational) or len(condition.free_symbols) != 1:
+        return None
+    (symbol,) = condition.free_symbols
+    forms, extremes = [condition.lhs - condition.rhs], _extremes(condition)
+    if len(extremes) > _MOST_EXTREMES or any(_extremes_inside(e) for e in extremes):
+        return None
+    for e in dict.fromkeys(extremes):  # it is one of its arguments
+        forms = [f.xreplace({e: a}) for f in forms for a in e.args]
+    forms += [a - b for e in extremes for a, b in itertools.combinations(e.args, 2)]
+    roots = set()
+    for form in map(sympy.expand, forms):
+        if not form.has(symbol):
+            continue
+        slope, rest = form.coeff(symbol, 1), form.coeff(symbol, 0)
+        if not (slope.is_Rational and rest.is_Rational and form == slope * symbol + rest):
+            return None
+        roots.add(-rest / slope)
+    return roots
 
 
 def _extremes_inside(e: sympy.Basic) -> bool:
     return any(_extremes(a) for a in e.args)
-
-
-def _holds_throughout(condition: sympy.Basic, symbol: sympy.Symbol, piece: Range) -> bool:
-    first, last = piece
-    places = {first, first + 1, first + 1000} if last is None else {first, min(first + 1, last), last}
-    return all(condition.subs(symbol, n) == True for n in places)  # noqa: E712  # sympy's own truth

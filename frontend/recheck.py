@@ -1,29 +1,24 @@
-"""Compare a dynamic program with its model at sizes it was not traced at."""
+"""Compare a program with its model at sizes it was not traced at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
-from torch.utils import _pytree as pytree
 
-from moec.frontend.branches import Line, Taken
-from moec.frontend.guards import Guard
+from moec.frontend.agreement import disagreement, eager, resized
+from moec.frontend.branches import Jump, Taken
+from moec.frontend.guards import Guard, limits
 from moec.frontend.locate import import_path
+from moec.frontend.ranges import ANY, interval, narrowed
 from moec.frontend.signature import Signature
-from moec.ir import CompileError, Dim, Graph, Location, run
+from moec.frontend.sizes import Bounds, Sizes, breaking, long, size_sets
+from moec.ir import CompileError, Graph, Location
 from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
 
-Bounds = dict[str, tuple[int, int | None]]
-
-# a wrong branch or a frozen size shows everywhere; a flipped near-tie of the routing in few rows
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _TRACED = "traced"
 _ALIKE = 4  # inputs of rows all alike
-_CHEAP = 256  # upper bounds up to this size are tried beyond
-_MAY_DIFFER = {torch.float64: 0.0, torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
 def recheck(
@@ -34,74 +29,64 @@ def recheck(
     declared: Bounds,
     guards: Sequence[Guard],
     replaced: Mapping[str, int] | None = None,
-    branches: Set[Line] = frozenset(),
-) -> tuple[Bounds, tuple[str, ...]]:
-    """Run model and graph with small odd sizes, longer ones than traced, 1, 0, just beyond bounds and well above
-    upper ones.
+    branches: Set[Jump] = frozenset(),
+) -> tuple[Bounds, tuple[str, ...], tuple[str, ...]]:
+    """Run model and graph with small odd sizes, longer ones than traced, 1, 0, and sizes that break each of the guards.
 
     `replaced` names what something else stood in for while tracing, with lengths past which the two may part (see
-    stand_ins): then the traced sizes are run too, and sequences of more than those lengths. `branches` are lines whose
-    branch was decided while tracing (see branches): the model has to go either way on some inputs, else inputs whose
-    rows are all alike are tried, and the program is refused where that is not enough. Sizes that the model itself
-    refuses, or that are outside the ranges the user `declared`, are left out. Returns the bounds that remain
-    (one beyond which the two agree wherever it was tried is dropped: a branch that made no difference) and the sizes
-    checked. Raises CompileError where the two disagree within the bounds.
+    stand_ins): then the traced sizes are run too, and sequences of more than those lengths. `branches` were decided
+    while tracing (see branches): the model has to go either way on some inputs, else inputs whose rows are all alike
+    are tried, and the program is refused where that is not enough. Sizes that the model itself refuses, or that are
+    outside the ranges the user `declared`, are left out. Returns what remains of the guards, as bounds and as
+    conditions (one beyond which the two agree wherever it was tried is dropped: a branch that made no difference), and
+    the sizes checked. Raises CompileError where the two disagree within the guards.
     """
-    bounds = dict(signature.bounds)
     traced = bind_inputs(graph, example)
+    bounds, _ = limits(guards)
+    for s, r in declared.items():
+        bounds[s] = narrowed(bounds.get(s, ANY), r)
     checked = []
-    held: set[tuple[str, bool, int]] = set()  # symbol, whether above its bounds, a size at which the two agree
-    firm: set[tuple[str, bool]] = set()
+    agreed: list[Sizes] = []
+    parted: list[Sizes] = []
+    positive: set[str] = set()
     replaced = replaced or {}
-    sets = _size_sets(traced, bounds, declared)
+    sets = size_sets(traced, bounds, declared) if traced else {}
+    bases = [b for b in (sets.get("odd"), dict(traced)) if b and all(g.holds(b) for g in guards)]
+    sets |= breaking(guards, bases, declared)
     if replaced or branches:
-        sets = {_TRACED: traced} | (sets if traced else {})
+        sets = {_TRACED: traced} | sets
     if replaced:
-        sets |= _long(graph, traced, max(replaced.values()))
+        sets |= long(graph, traced, max(replaced.values()))
     sets |= {f"alike {i}": traced for i in range(_ALIKE if branches else 0)}
     ways = Taken(branches)
     for name, sizes in sets.items():
         alike = name.startswith("alike")
         if alike and not ways.missing:
             break
-        outside = [s for s, n in sizes.items() if s in bounds and not _inside(n, bounds[s])]
+        broken = [g for g in guards if not g.holds(sizes)]
         shapes = [[evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
-        inputs = [_resized(t, shape) for t, shape in zip(example, shapes, strict=True)]
+        inputs = [resized(t, shape) for t, shape in zip(example, shapes, strict=True)]
         if alike:
             inputs = [_alike(t, int(name.split()[1])) for t in inputs]
         with torch.no_grad(), Taken(branches) as taken:
             try:
-                want = _eager(model, signature, inputs)
+                want = eager(model, signature, inputs)
             except Exception as e:  # the model does not take these sizes either, whatever it raises
                 if name == _TRACED:
                     raise _not_compared(e, replaced) from e
                 continue
-        problem = _disagreement(graph, signature, inputs, want)
-        shown = ", ".join(f"{k}={v}" for k, v in sizes.items())
+        problem = disagreement(graph, signature, inputs, want)
         if problem is None:
             if name != "zero":  # where nothing is, nothing is found
                 ways.add(taken)
-            checked += [shown] if shown else []
-            held |= {(s, sizes[s] > bounds[s][0], sizes[s]) for s in outside}
-        elif outside and name != "zero":
-            firm |= {(s, sizes[s] > bounds[s][0]) for s in outside}
-        elif not outside and name != "zero":
-            broken = [g for g in guards if not g.holds(sizes)]
-            why = f"; tracing assumed {' and '.join(dict.fromkeys(map(str, broken)))}" if broken else ""
-            if replaced:
-                why += f"; an op of ours stood in for {', '.join(replaced)}"
-            if branches:
-                why += f"; it takes what is found by values not to be empty at {_shown(branches)}"
-            what = "other values" if alike else "other sizes" if name != _TRACED else "the sizes it was traced at"
-            raise CompileError(
-                f"the traced program does not hold for {what}: at {shown} {problem}{why}",
-                code="dynamic-shape",
-                location=Location.merge(*(g.location for g in broken)),
-                hint="the model fixed a size of the example arguments while tracing (a Python number taken from a "
-                "shape, a cached table); trace with static shapes, or make that part depend on the input",
-            )
+            checked += [", ".join(f"{k}={v}" for k, v in sizes.items())] if sizes else []
+            agreed.append(sizes)
         elif name == "zero":
-            bounds |= {s: (max(1, bounds.get(s, (0, None))[0]), bounds.get(s, (0, None))[1]) for s in sizes}
+            positive |= sizes.keys()
+        elif broken:
+            parted.append(sizes)
+        else:
+            raise _refused(name, sizes, problem, replaced, branches)
     if ways.missing:
         raise CompileError(
             "the model's control flow depends on the values of a tensor, and on the inputs tried it always went the "
@@ -110,15 +95,68 @@ def recheck(
             hint="leave the test out where the code behind it does nothing to an empty tensor, or give an example for "
             "which nothing is found there",
         )
-    for s, above, size in held:
-        least, greatest = bounds[s]
-        if (s, above) not in firm:
-            bounds[s] = (least, None) if above else (min(size, least), greatest)
-    return {s: b for s, b in bounds.items() if b != (0, None)}, tuple(checked)
+    kept, dropped = _kept(guards, agreed, parted)
+    bounds, conditions = limits(kept)
+    for s, r in (*_left(dropped, agreed), *((s, (1, None)) for s in positive)):
+        bounds[s] = narrowed(bounds.get(s, ANY), r)
+    return {s: b for s, b in bounds.items() if b != ANY}, conditions, tuple(dict.fromkeys(checked))
 
 
-def _shown(lines: Set[Line]) -> str:
-    return ", ".join(f"{import_path(file)}:{number}" for file, number in sorted(lines))
+def _kept(guards: Sequence[Guard], agreed: Sequence[Sizes], parted: Sequence[Sizes]) -> tuple[list[Guard], list[Guard]]:
+    """The guards to keep: those that were not broken where the two agree, and of the others as many as rule out the
+    sizes at which the two part. Then the ones to drop."""
+    harmless = {g: sum(not g.holds(sizes) for sizes in agreed) for g in guards}
+    kept = [g for g in guards if not harmless[g]]
+    for sizes in parted:
+        broken = [g for g in guards if not g.holds(sizes)]
+        if not any(g in kept for g in broken):
+            kept.append(min(broken, key=lambda g: harmless[g]))
+        if all(g.stated is None for g in broken if g in kept):
+            raise CompileError(
+                f"the traced program holds only where {' and '.join(map(str, broken))}, which cannot be asked of a "
+                f"call: at {_text(sizes)} it differs from the model",
+                code="dynamic-shape",
+                location=Location.merge(*(g.location for g in broken)),
+                hint="compare sizes as integers, or make the axes it depends on static in dynamic_shapes",
+            )
+    return kept, [g for g in guards if g not in kept]
+
+
+def _left(dropped: Sequence[Guard], agreed: Sequence[Sizes]) -> Iterator[tuple[str, tuple[int, None]]]:
+    """What a dropped lower bound still says: sizes below the least at which the two agree were not tried."""
+    for g in dropped:
+        r = interval(g.stated.expr) if g.stated is not None else None
+        if r is not None and r[0] > 0:
+            (s,) = g.symbols
+            yield s, (min(sizes[s] for sizes in agreed if not g.holds(sizes)), None)
+
+
+def _refused(name: str, sizes: Sizes, problem: str, replaced: Mapping[str, int], branches: Set[Jump]) -> CompileError:
+    other = "other values" if name.startswith("alike") else "other sizes" if name != _TRACED else ""
+    what = f"{other or 'the sizes it was traced at'}: at {_text(sizes)}," if sizes else f"{other or 'its example'}:"
+    why = f"; an op of ours stood in for {', '.join(replaced)}" if replaced else ""
+    hint = (
+        "the model fixed a size of the example arguments while tracing (a Python number taken from a shape, a cached "
+        "table); trace with static shapes, or make that part depend on the input"
+    )
+    if branches:
+        why += f"; it takes what is found by values not to be empty at {_shown(branches)}"
+        if other != "other sizes":
+            hint = (
+                "the model does something else where nothing is found: replace that branch by tensor ops (torch.where, "
+                "masks), so that it does nothing to an empty tensor"
+            )
+    elif not other:
+        hint = "trace with check=False if the difference is meant, or change what makes the module look like that one"
+    return CompileError(f"the traced program does not hold for {what} {problem}{why}", code="dynamic-shape", hint=hint)
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sizes.items())
+
+
+def _shown(jumps: Set[Jump]) -> str:
+    return ", ".join(f"{import_path(file)}:{number}" for file, number in sorted({(j.file, j.line) for j in jumps}))
 
 
 def _alike(t: torch.Tensor, i: int) -> torch.Tensor:
@@ -138,95 +176,3 @@ def _not_compared(error: Exception, replaced: Mapping[str, int]) -> CompileError
         code="trace",
         hint="run it where its kernels run, or trace with check=False",
     )
-
-
-def _long(graph: Graph, traced: Mapping[str, int], length: int) -> dict[str, dict[str, int]]:
-    """Sizes with which a sequence that goes through a state is longer than `length`, the others 1."""
-    sequences = [q.shape[1] for n in graph.find("attention.linear_attention") if (q := n.operand("q")) is not None]
-    symbols = sorted({s for n in sequences if isinstance(n, Dim) for s in n.symbols})
-    return {f"long {s}": dict.fromkeys(traced, 1) | {s: length + 3} for s in symbols if s in traced}
-
-
-def _size_sets(traced: Mapping[str, int], bounds: Bounds, declared: Bounds) -> dict[str, dict[str, int]]:
-    odd, longer = {}, {}
-    for i, (s, n) in enumerate(traced.items()):
-        least, greatest = bounds.get(s, (0, None))
-        size, more = max(3 + 2 * i + (n == 3 + 2 * i), least), n + 2 + i
-        odd[s], longer[s] = (size, more) if greatest is None else (min(size, greatest), min(more, greatest))
-    sets = {"odd": odd, "longer": longer, "one": dict.fromkeys(traced, 1), "zero": dict.fromkeys(traced, 0)}
-    if longer == odd:
-        del sets["longer"]
-    above = {s: g + 1 for s, (_, g) in bounds.items() if g is not None and g < _CHEAP and s in traced}
-    if above:
-        sets["above"] = odd | above
-        sets["far above"] = odd | {s: 2 * n + 3 for s, n in above.items()}
-    below = {s: b[0] - 1 for s, b in bounds.items() if b[0] > 2 and s in traced}
-    if below:
-        sets["below"] = odd | below
-    if any(b[0] > 1 for b in bounds.values()):
-        del sets["zero"]
-    return {k: v for k, v in sets.items() if all(_inside(n, declared[s]) for s, n in v.items() if s in declared)}
-
-
-def _inside(n: int, bound: tuple[int, int | None]) -> bool:
-    return n >= bound[0] and (bound[1] is None or n <= bound[1])
-
-
-def _resized(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The example's values repeated or cut along every axis, so that ids and masks stay plausible."""
-    for axis, n in enumerate(shape):
-        if t.shape[axis] == n:
-            continue
-        if t.shape[axis] == 0:
-            t = torch.zeros(*t.shape[:axis], n, *t.shape[axis + 1 :], dtype=t.dtype, device=t.device)
-        else:
-            t = t.index_select(axis, torch.arange(n, device=t.device) % t.shape[axis])
-    return t
-
-
-def _eager(model: torch.nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> list[Any]:
-    rest = iter([t.clone() for t in inputs])
-    leaves = [
-        signature.constants[i] if i in signature.constants else next(rest) for i in range(signature.in_spec.num_leaves)
-    ]
-    args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
-    return pytree.tree_leaves(model(*args, **kwargs))
-
-
-def _disagreement(
-    graph: Graph, signature: Signature, inputs: Sequence[torch.Tensor], want: Sequence[Any]
-) -> str | None:
-    try:
-        got = run(graph, [t.cpu() for t in inputs])
-    except CompileError as e:
-        return f"it fails: {e.message}"
-    tensors = [
-        (torch.view_as_real(w) if kind == "complex" else w, got[i])
-        for (kind, i), w in zip(signature.outputs, want, strict=False)
-        if kind != "constant" and isinstance(w, torch.Tensor)
-    ]
-    if len(want) != len(signature.outputs):
-        return f"the model returns {len(want)} values, the program {len(signature.outputs)}"
-    for (w, g), name in zip(tensors, graph.output_names, strict=False):
-        if w.shape != g.shape:
-            return f"output {name!r} has shape {list(g.shape)}, the model's {list(w.shape)}"
-        if _differs(w.cpu(), g):
-            return f"output {name!r} differs from the model's by up to {_distance(w.cpu(), g):.3g}"
-    return None
-
-
-def _differs(want: torch.Tensor, got: torch.Tensor) -> bool:
-    if not want.numel():
-        return False
-    if want.dtype not in _TOLERANCE:
-        return float((want != got).float().mean()) > 0.02
-    tolerance = _TOLERANCE[want.dtype]
-    finite = want[want.isfinite()].double().abs()
-    scale = float(finite.square().mean().sqrt()) if finite.numel() else 1.0
-    absolute = tolerance * max(scale, 1e-6)
-    close = torch.isclose(got.double(), want.double(), rtol=tolerance, atol=absolute, equal_nan=True)
-    return float((~close).double().mean()) > _MAY_DIFFER[want.dtype]
-
-
-def _distance(want: torch.Tensor, got: torch.Tensor) -> float:
-    return float((want.double() - got.double()).abs().nan_to_num().max())

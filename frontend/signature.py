@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from moec.frontend.conditions import Condition
 from moec.frontend.containers import check_spec, import_classes
 from moec.ir import ArgumentTypeError, ArgumentValueError, ArtifactError, CompileError, Graph
 from moec.ir.interpreter import plain_tensor
@@ -40,8 +41,8 @@ class Signature:
     all leaves of in_spec; `constants`: leaf index → the value it was traced with (every leaf that is no tensor);
     `out_spec` and `outputs`: the result's pytree and, per leaf, ("tensor", graph output), ("complex", graph output
     f32[…, 2] of real and imaginary parts), ("size" or "number", graph output holding one) or ("constant", value);
-    `bounds`: symbol → (least, greatest or None) sizes the program holds
-    for, where that is not all.
+    `bounds`: symbol → (least, greatest or None) sizes the program holds for, where that is not all; `conditions`: what
+    else has to be true of sizes, see `conditions.Condition`.
     """
 
     in_spec: pytree.TreeSpec
@@ -51,6 +52,7 @@ class Signature:
     constants: Mapping[int, Constant] = field(default_factory=dict)
     outputs: tuple[tuple[str, Any], ...] = ()
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -92,7 +94,7 @@ class Signature:
         return tensors
 
     def check_bounds(self, binding: Mapping[str, int]) -> None:
-        """Raise ArgumentValueError if a dimension is outside the sizes that the traced program holds for."""
+        """Raise ArgumentValueError if dimensions are not of the sizes that the traced program holds for."""
         for symbol, (least, greatest) in self.bounds.items():
             n = binding.get(symbol)
             if n is not None and (n < least or (greatest is not None and n > greatest)):
@@ -102,6 +104,14 @@ class Signature:
                     f"dimension {symbol} is {n}; the program holds for {' and '.join(limits)}",
                     code="shape",
                     hint="trace again with example arguments of that size, if the model takes it",
+                )
+        for condition in map(Condition, self.conditions):
+            if not condition.holds(binding):
+                sizes = ", ".join(f"{s} = {binding[s]}" for s in sorted(condition.symbols))
+                raise ArgumentValueError(
+                    f"the program holds for sizes with {condition}, got {sizes}",
+                    code="shape",
+                    hint="trace again with example arguments of such sizes, if the model takes them",
                 )
 
     def unflatten(self, results: Sequence[torch.Tensor]) -> Any:
@@ -159,6 +169,7 @@ class Signature:
             "constants": {str(k): _written(v) for k, v in self.constants.items()},
             "outputs": [[kind, _written(v)] for kind, v in self.outputs],
             "bounds": {k: list(v) for k, v in self.bounds.items()},
+            "conditions": list(self.conditions),
         }
 
     @staticmethod
@@ -179,17 +190,12 @@ class Signature:
             values["outputs"] = tuple((str(kind), _read(v)) for kind, v in data["outputs"])
             field_name = "bounds"
             values["bounds"] = {str(k): (int(a), None if b is None else int(b)) for k, (a, b) in data["bounds"].items()}
+            field_name = "conditions"
+            values["conditions"] = _names(data.get("conditions", []))  # folders of before have none
+            for text in values["conditions"]:
+                _ = Condition(text).symbols
             return Signature(**values)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            NotImplementedError,
-            AssertionError,
-            RecursionError,
-            OverflowError,
-        ) as e:
+        except (CompileError, *_MALFORMED) as e:
             raise ArtifactError(f"signature: field {field_name!r} is missing or malformed ({e})", code="load") from None
 
 

@@ -38,20 +38,20 @@ _exporting = threading.RLock()
 
 
 @contextmanager
-def standing_in(model: torch.nn.Module) -> Iterator[Used]:
-    """Within, in this thread: calls of the model's go to the replacements. Yields a record of which did.
+def standing_in(model: torch.nn.Module, used: Used, structures: bool = True) -> Iterator[None]:
+    """Within, in this thread: calls of the model's go to the replacements, and `used` records which did. Without
+    `structures` only functions by a kernel's contract are replaced.
 
     Exports of several threads take turns here.
     """
     with _exporting:
         before: list[tuple[Namespace, str, Any]] = []
-        used: Used = {}
         token = _used.set(used)
         try:
-            for namespace, name, replacement in list(_find(model)):
+            for namespace, name, replacement in list(_find(model, structures)):
                 before.append((namespace, name, namespace.get(name, _ABSENT)))
                 namespace[name] = replacement
-            yield used
+            yield
         finally:
             _used.reset(token)
             for namespace, name, value in reversed(before):
@@ -61,7 +61,12 @@ def standing_in(model: torch.nn.Module) -> Iterator[Used]:
                     namespace[name] = value
 
 
-def _find(model: torch.nn.Module) -> Iterator[tuple[Namespace, str, _Dispatch]]:
+def structural(used: Used) -> list[str]:
+    """Those of the used that are known by a module's structure, which another module may have too."""
+    return [label for label in used if label in {s.label for s in _STRUCTURES}]
+
+
+def _find(model: torch.nn.Module, structures: bool) -> Iterator[tuple[Namespace, str, _Dispatch]]:
     """What a name in a namespace is to stand for."""
     namespaces: dict[int, Namespace] = {}
     for module in model.modules():
@@ -70,7 +75,7 @@ def _find(model: torch.nn.Module) -> Iterator[tuple[Namespace, str, _Dispatch]]:
             if defined is not None:
                 namespaces[id(vars(defined))] = vars(defined)
         namespaces[id(vars(module))] = vars(module)
-        for structure in _STRUCTURES:
+        for structure in _STRUCTURES if structures else ():
             if structure.fits(module):
                 replacement = structure(module)
                 forward = _Dispatch(module.forward, replacement, structure.label, replacement.block)

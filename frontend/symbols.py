@@ -96,7 +96,7 @@ class Symbols:
     def size(self, s: int | torch.SymInt) -> int | Dim:
         """A size. Raises CompileError for one that depends on tensor values."""
         if isinstance(s, torch.SymInt):
-            return size(self._convert(s.node.expr))
+            return size(self.convert(s.node.expr))
         return int(s)
 
     def shape(self, shape: Sequence[Any]) -> tuple[int | Dim, ...]:
@@ -105,7 +105,8 @@ class Symbols:
     def type(self, tensor: torch.Tensor) -> TensorType:
         return TensorType(DType.of(tensor.dtype), self.shape(tensor.shape))
 
-    def _convert(self, e: sympy.Expr) -> sympy.Expr:
+    def convert(self, e: sympy.Expr) -> sympy.Expr:
+        """An expression over torch's symbols as one over the IR's. Raises CompileError where it has no such form."""
         if e.is_Symbol:
             dim = self.names.get(e.name)
             if dim is None:
@@ -120,8 +121,8 @@ class Symbols:
             return e
         kind = _EXTREMES.get(type(e))
         if kind is not None and not isinstance(decided := extreme(kind, e.args, self.ranges), kind):
-            return self._convert(decided)
-        args = [self._convert(a) for a in e.args]
+            return self.convert(decided)
+        args = [self.convert(a) for a in e.args]
         if isinstance(e, sympy.Pow) and e.exp.is_Integer:
             return sympy.Pow(*args)
         for kind, build in _FUNCTIONS.items():

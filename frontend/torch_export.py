@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
+from moec.frontend.asked import asking
 from moec.frontend.aten.registry import LOWERINGS, op_name
 from moec.frontend.branches import something_found
 from moec.frontend.containers import register_caches
@@ -26,17 +27,16 @@ from moec.frontend.dynamic import (
 )
 from moec.frontend.errors import translated
 from moec.frontend.grouped import GroupedMMMode
-from moec.frontend.guards import fixed_axes, guards, ranges
+from moec.frontend.guards import assumptions, fixed_axes, guards, hints, limits, ranges
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
 from moec.frontend.ranges import ANY, Ranges, narrowed
 from moec.frontend.recheck import recheck
 from moec.frontend.recurrent import RecurrentMode
 from moec.frontend.signature import Signature, as_constant
-from moec.frontend.stand_ins import standing_in
+from moec.frontend.sizes import Bounds, breaks_beyond_one
+from moec.frontend.stand_ins import Used, standing_in, structural
 from moec.ir import ArgumentTypeError, CompileError, Graph, Location
 from moec.ir.interpreter import bind_inputs
-
-Bounds = dict[str, tuple[int, int | None]]
 
 
 @dataclass(frozen=True)
@@ -157,27 +157,50 @@ def _from_module(
     tensor_names = [n for i, n in enumerate(names) if i not in constants]
     if any(p.is_meta for p in model.parameters()):
         tensors = [t.to("meta") for t in tensors]
-    with standing_in(model) as replaced, something_found() as branches:
-        program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
-    user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
-    spans = ranges(program, {(i, axis): declared_range(d) for i, s in enumerate(specs) for axis, d in s.items()})
-    lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims, ranges=spans)
+    used: Used = {}
+
+    def attempt(structures: bool) -> Traced:
+        used.clear()
+        with standing_in(model, used, structures), asking() as asked, something_found() as branches:
+            program = _export(_Flat(model, in_spec, constants), model, tensors, specs)
+        user_dims = [{axis: n for axis, d in s.items() if (n := declared_size(d)) is not None} for s in specs]
+        spans = ranges(program, {(i, axis): declared_range(d) for i, s in enumerate(specs) for axis, d in s.items()})
+        lowerer = Lowerer(program, prefix=_PREFIX, input_names=tensor_names, user_dims=user_dims, ranges=spans)
+        try:
+            graph = lowerer.run()
+        except CompileError as e:
+            raise _explained(e, program, lowerer) from None
+        specialised = _specialised(graph, specs, program)
+        signature = Signature(
+            in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs)
+        )
+        declared = _declared_bounds(specs)
+        checked: tuple[str, ...] = ()
+        if check and not any(t.is_meta for t in tensors):
+            bounds: Bounds = {}
+            conditions: tuple[str, ...] = ()
+            if graph.symbols or used or branches:
+                assumed = assumptions(program, asked, lowerer.symbols)
+                bounds, conditions, checked = recheck(
+                    model, graph, signature, tensors, declared, assumed, used, branches
+                )
+        else:
+            bounds, conditions = _untried(spans, program, lowerer)
+        signature = replace(signature, bounds=_narrowed(bounds, declared), conditions=conditions)
+        return Traced(graph, signature, specialised, checked)
+
     try:
-        graph = lowerer.run()
+        return attempt(structures=True)
     except CompileError as e:
-        raise _explained(e, program, lowerer) from None
-    specialised = _specialised(graph, specs, program)
-    declared = _declared_bounds(specs)
-    bounds = _narrowed(_bounds(spans, lowerer), declared)
-    signature = Signature(
-        in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs), bounds
-    )
-    checked: tuple[str, ...] = ()
-    if check and (graph.symbols or replaced or branches) and not any(t.is_meta for t in tensors):
-        assumptions = guards(program, lowerer.symbols.names)
-        bounds, checked = recheck(model, graph, signature, tensors, declared, assumptions, replaced, branches)
-        signature = replace(signature, bounds=_narrowed(bounds, declared))
-    return Traced(graph, signature, specialised, checked)
+        labels = structural(used)
+        if not labels:
+            raise
+        try:  # what only looks like such a module may well be traced as it is
+            return attempt(structures=False)
+        except CompileError:
+            message = f"{e.message}; an op of ours stood in for {', '.join(labels)}"
+            e.message = e.message if "stood in for" in e.message else message
+            raise e from None
 
 
 def _export(
@@ -243,8 +266,9 @@ def _from_program(program: torch.export.ExportedProgram) -> Traced:
     constants = {i: lowerer.constant_inputs[n] for i, n in enumerate(names) if n in lowerer.constant_inputs}
     first, keys = in_spec.child(0).num_children, list(in_spec.child(1).context or ())
     parameters = [f"arg{i}" if i >= len(names) else names[i] for i in range(first)] + keys
-    outputs, bounds = tuple(lowerer.outputs), _bounds(spans, lowerer)
-    call = Signature(in_spec, out_spec, tuple(parameters), tuple(names), constants, outputs, bounds)
+    bounds, conditions = _untried(spans, functional, lowerer)
+    outputs = tuple(lowerer.outputs)
+    call = Signature(in_spec, out_spec, tuple(parameters), tuple(names), constants, outputs, bounds, conditions)
     return Traced(graph, call)
 
 
@@ -286,6 +310,15 @@ def _specialised(graph: Graph, specs: list[dict[int, Any]], program: torch.expor
                 )
             notes.append(f"{value.name} axis {axis} = {size}")
     return tuple(notes)
+
+
+def _untried(spans: Ranges, program: torch.export.ExportedProgram, lowerer: Lowerer) -> tuple[Bounds, tuple[str, ...]]:
+    """What a program that is not compared with its model holds for: ranges, and the guards that are false for some
+    sizes of 2 or more. torch asks whether a size is 1, and is right either way for nearly every model."""
+    names = lowerer.symbols.names
+    example = {str(d): n for s, n in hints(program).items() if (d := names.get(str(s))) is not None and d.is_symbol}
+    guards = [g for g in assumptions(program, {}, lowerer.symbols) if breaks_beyond_one(g, example)]
+    return _bounds(spans, lowerer), limits(guards)[1]
 
 
 def _bounds(spans: Ranges, lowerer: Lowerer) -> Bounds:

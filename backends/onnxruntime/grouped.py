@@ -11,7 +11,7 @@ import torch
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.quant import dequantized, stored_blocks
-from moec.backends.onnxruntime.types import onnx_type
+from moec.backends.onnxruntime.types import numpy_type, onnx_type
 from moec.ir import DType, Node, Value
 
 
@@ -111,7 +111,8 @@ def _where_used(e: Emitter, part: onnx.Value, count: onnx.Value, weights: Expert
     _, n, k = weights.value.shape
     width = n if weights.transposed else k
     with e.body() as idle:
-        nothing = e.op("ConstantOfShape", np.array([0, width], np.int64), value=onnx.tensor(np.zeros(1, np.float32)))
+        zero = onnx.tensor(np.zeros(1, numpy_type(weights.dtype)))
+        nothing = e.op("ConstantOfShape", np.array([0, width], np.int64), value=zero)
     for out in (product, nothing):
         out.type = onnx.TensorType(onnx_type(weights.dtype))
     return e.op(

@@ -270,6 +270,12 @@ def index_put(c: Context, self: Value, indices: Sequence[Value | None], values: 
     if len(masks) == 1 and masks[0].type.rank:
         rows = values.type.rank == 1 + self.type.rank - masks[0].type.rank
         count = values.shape[0] if rows and indices[0] is masks[0] else 1
+        if isinstance(count, int) and count != 1:
+            raise c.refuse(
+                f"writing {values.type} where a mask holds, and how often it does depends on its values",
+                hint="use torch.where(mask, a, b), with a value for each place",
+                code="data-dependent",
+            )
         found = _columns(c, masks[0], count if isinstance(count, Dim) and count.is_symbol else c.symbols.fresh())
         indices = [x for i in indices for x in (found if i is masks[0] else [i])]
     picked = _checked(c, indices, self)

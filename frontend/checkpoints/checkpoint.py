@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.frontend.checkpoints.bind import Binder, Shape, Tensor
+from moec.frontend.checkpoints.counts import check_counts
 from moec.frontend.checkpoints.errors import Problems
 from moec.frontend.checkpoints.files import CheckpointFolder
 from moec.frontend.checkpoints.hf_config import read_config
@@ -27,7 +28,6 @@ class Checkpoint:
     `rope_divisors` what each rotary frequency is divided by where a file says so."""
 
     path: Path
-    architecture: str
     fields: dict[str, Any]
     dtype: DType
     quantization: BlockFP8 | None
@@ -73,10 +73,10 @@ def open_folder(path: Path) -> Checkpoint:
         tensors = read_shards(folder, problems)
         tokens = _tokens(config, folder.json(GENERATION) if folder.has(GENERATION) else {}, problems)
         tokenizer = folder.read(TOKENIZER) if folder.has(TOKENIZER) else None
-    _drop_absent_mtp(fields, tensors)
     dtype = _dtype(config, tensors, problems)
+    check_counts(fields, tensors, problems)
     naming = _mixtral_name if kind == "mixtral" else _same_name
-    return Checkpoint(path, kind, fields, dtype, quantization, tensors, naming, tokens, tokenizer, problems)
+    return Checkpoint(path, fields, dtype, quantization, tensors, naming, tokens, tokenizer, problems)
 
 
 def _dtype(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: Problems) -> DType:
@@ -85,7 +85,7 @@ def _dtype(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: P
     if said is None:
         embedding = tensors.get("model.embed_tokens.weight")
         return DType(embedding.dtype) if embedding is not None and embedding.dtype in _DTYPES.values() else DType.F32
-    if said not in _DTYPES:
+    if not isinstance(said, str) or said not in _DTYPES:
         problems.add(f"{CONFIG}: dtype is {said!r}, supported are {', '.join(_DTYPES)}")
         return DType.F32
     return DType(_DTYPES[said])
@@ -103,14 +103,6 @@ def _tokens(config: Mapping[str, Any], generation: Mapping[str, Any], problems: 
         elif value != -1:  # "none" in older configs
             problems.add(f"{name} is {value!r}, expected a token id")
     return found
-
-
-def _drop_absent_mtp(fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Converted checkpoints leave the MTP layers out, which decoding does not use, and keep their number."""
-    first = fields["num_layers"]
-    names = [f"model.layers.{first + i}." for i in range(fields.get("num_mtp_layers", 0))]
-    if names and not any(t.startswith(tuple(names)) for t in tensors):
-        fields["num_mtp_layers"] = 0
 
 
 def _same_name(name: str) -> str:

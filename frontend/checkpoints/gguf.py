@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from moec.frontend.checkpoints.checkpoint import TOKENIZER, Checkpoint
+from moec.frontend.checkpoints.counts import check_counts
 from moec.frontend.checkpoints.errors import Problems
 from moec.frontend.checkpoints.files import CheckpointFolder
 from moec.frontend.checkpoints.gguf_header import check_header
@@ -82,26 +83,28 @@ def open_gguf(path: Path) -> Checkpoint:
             file = os.fdopen(os.dup(fd), "rb")
         tokenizer = folder.read(TOKENIZER) if folder.has(TOKENIZER) else None
     reader = _reader(file, problems)
-    metadata = Metadata({name: field.contents() for name, field in reader.fields.items() if _is_short(field)}, problems)
+    metadata = Metadata(_contents(reader, problems), problems)
     tensors: dict[str, GGUFTensor] = {}
     for t in reader.tensors:
         tensor = _tensor(t, file, problems)
         if tensor is None:
             continue
-        if re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight", t.name) and len(tensor.shape) == 3:
+        stacked = re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight", t.name) and len(tensor.shape) == 3
+        if stacked and tensor.shape[0] <= tensor.nbytes:  # more would be matrices of nothing
             tensors |= {e.name: e for e in map(tensor.expert, range(tensor.shape[0]))}
         else:
             tensors[t.name] = tensor
     problems.check()
     embedding = tensors.get("token_embd.weight")
-    kind, fields, tokens = read_metadata(metadata, None if embedding is None else embedding.shape[0])
+    fields, tokens = read_metadata(metadata, None if embedding is None else embedding.shape[0])
     fields["tie_word_embeddings"] = "output.weight" not in tensors
     fields["qkv_bias"] = "blk.0.attn_q.bias" in tensors
     fields["o_bias"] = "blk.0.attn_output.bias" in tensors
     factors = tensors.pop("rope_freqs.weight", None)
     problems.check()
+    check_counts(fields, tensors, problems)
     dtype = DType(embedding.dtype) if embedding is not None and embedding.kind.name in _PLAIN else DType.F32
-    return Checkpoint(path, kind, fields, dtype, None, tensors, gguf_name, tokens, tokenizer, problems, factors)
+    return Checkpoint(path, fields, dtype, None, tensors, gguf_name, tokens, tokenizer, problems, factors)
 
 
 def _reader(file: IO[bytes], problems: Problems) -> Any:
@@ -116,6 +119,17 @@ def _reader(file: IO[bytes], problems: Problems) -> Any:
         file.close()
         problems.add(f"no GGUF file, or damaged: {e}")
         problems.stop()
+
+
+def _contents(reader: Any, problems: Problems) -> dict[str, Any]:
+    found = {}
+    for name, field in reader.fields.items():
+        if _is_short(field):
+            try:
+                found[name] = field.contents()
+            except ValueError as e:  # a string that is no UTF-8
+                problems.add(f"{name} cannot be read: {e}")
+    return found
 
 
 def _is_short(field: Any) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moec.frontend.checkpoints.errors import Problems
+from moec.frontend.checkpoints.numbers import LARGEST, finite
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3moe")
 _TOKENS = {"eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id", "bos_token_id": "bos_token_id"}
@@ -28,17 +29,18 @@ class Metadata:
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.value(name, default)
-        if type(value) is not int or value < 1:
-            self.problems.add(f"{self.architecture}.{name} is {value!r}, expected a positive whole number")
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            self.problems.add(f"{self.architecture}.{name} is {value!r}, expected a whole number from 1 to {LARGEST}")
             return 1
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float | None = None) -> float:
         value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        number = finite(value)
+        if number is None:
             self.problems.add(f"{self.architecture}.{name} is {value!r}, expected a number")
-            return default
-        return float(value)
+            return default or 1.0
+        return number
 
     def must_be(self, name: str, *allowed: Any) -> None:
         if (value := self.value(name, allowed[0])) not in allowed:
@@ -53,8 +55,8 @@ class Metadata:
                 self.problems.add(f"{name} is {self.data[name]!r}, a field that is not supported")
 
 
-def read_metadata(m: Metadata, rows: int | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """(architecture, fields of `moec.models.ModelConfig`, special tokens). `rows`: those of the embedding."""
+def read_metadata(m: Metadata, rows: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of `moec.models.ModelConfig`, special tokens). `rows`: those of the embedding."""
     kind = m.data.get("general.architecture")
     if kind not in ARCHITECTURES:
         m.problems.add(f"general.architecture is {kind!r}, supported are {', '.join(ARCHITECTURES)}")
@@ -72,7 +74,7 @@ def read_metadata(m: Metadata, rows: int | None) -> tuple[str, dict[str, Any], d
         "num_kv_heads": m.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "intermediate_size": m.integer("feed_forward_length", 1),
-        "rms_norm_eps": m.number("attention.layer_norm_rms_epsilon", 1e-6),
+        "rms_norm_eps": m.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": m.number("rope.freq_base", 10000.0),
         "max_position": m.integer("context_length"),
         # rows of queries and keys are stored in pairs
@@ -95,7 +97,7 @@ def read_metadata(m: Metadata, rows: int | None) -> tuple[str, dict[str, Any], d
         fields["first_k_dense"] = fields["num_layers"]
     m.finish()
     tokens = {ours: m.data.get(f"tokenizer.ggml.{theirs}") for ours, theirs in _TOKENS.items()}
-    return kind, fields, {k: v for k, v in tokens.items() if type(v) is int and v >= 0}
+    return fields, {k: v for k, v in tokens.items() if type(v) is int and v >= 0}
 
 
 def _scaling(m: Metadata) -> dict[str, Any]:
@@ -106,7 +108,8 @@ def _scaling(m: Metadata) -> dict[str, Any]:
     if kind == "linear":
         return {"rope_factor": factor}
     if kind == "yarn":
-        return {"yarn": {"factor": factor, "original_max_position": original or m.integer("context_length")}}
+        name = "context_length" if original is None else "rope.scaling.original_context_length"
+        return {"yarn": {"factor": factor, "original_max_position": m.integer(name)}}
     if kind != "none":
         m.problems.add(f"{m.architecture}.rope.scaling.type is {kind!r}, supported are none, linear, yarn")
     return {}

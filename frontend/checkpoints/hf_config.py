@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moec.frontend.checkpoints.errors import Problems
+from moec.frontend.checkpoints.numbers import LARGEST, finite
 from moec.frontend.checkpoints.rope_config import read_rope
 
 # said by the file, of no effect on inference
@@ -28,39 +29,43 @@ _PASSED_OVER = {
 
 @dataclass
 class Reading:
-    """One config.json being read: values with their types checked, every complaint kept, and what was not read."""
+    """One config.json being read: values with their types checked, every complaint kept, and what was not read.
+    `absent`: what the architecture means by fields that are not there, where that is not what most mean."""
 
     data: Mapping[str, Any]
     problems: Problems
+    absent: Mapping[str, Any] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
 
     def value(self, name: str, default: Any = None) -> Any:
+        """What the config says, None for null; where it says nothing, what `absent` does, else the default."""
         self._used.add(name)
-        value = self.data.get(name)
-        return default if value is None else value
+        return self.data[name] if name in self.data else self.absent.get(name, default)
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """A whole number of at least `least`; without a default it must be there."""
         value = self.value(name, default)
-        if type(value) is not int or value < least:
-            if value is None:
+        if type(value) is not int or not least <= value <= LARGEST:
+            if value is None and name not in self.data:
                 self.problems.add(f"config.json: {name} is missing")
             else:
-                self.problems.add(f"config.json: {name} is {value!r}, expected a whole number of at least {least}")
+                limit = f"at least {least}" if type(value) is not int or value < least else f"at most {LARGEST}"
+                self.problems.add(f"config.json: {name} is {_shown(value)}, expected a whole number of {limit}")
             return max(least, default or 0)
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.problems.add(f"config.json: {name} is {value!r}, expected a number")
+        number = finite(value)
+        if number is None:
+            self.problems.add(f"config.json: {name} is {_shown(value)}, expected a number")
             return default
-        return float(value)
+        return number
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.value(name, default)
         if not isinstance(value, bool):
-            self.problems.add(f"config.json: {name} is {value!r}, expected true or false")
+            self.problems.add(f"config.json: {name} is {_shown(value)}, expected true or false")
             return default
         return value
 
@@ -82,6 +87,10 @@ class Reading:
             )
 
 
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
 def _common(r: Reading) -> dict[str, Any]:
     r.must_be("hidden_act", "silu")
     fields = {
@@ -101,8 +110,9 @@ def _grouped_query(r: Reading, fields: dict[str, Any]) -> dict[str, Any]:
     head_dim = r.value("head_dim")
     if head_dim is None and fields["hidden_size"] % heads:
         r.problems.add(f"config.json: hidden_size {fields['hidden_size']} is no multiple of {heads} heads")
-    head_dim = r.integer("head_dim", fields["hidden_size"] // heads)
-    return {"num_kv_heads": r.integer("num_key_value_heads", heads), "head_dim": head_dim}
+    head_dim = fields["hidden_size"] // heads if head_dim is None else r.integer("head_dim")
+    num_kv_heads = heads if r.value("num_key_value_heads") is None else r.integer("num_key_value_heads")
+    return {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
 
 
 def _dense(r: Reading, fields: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +156,9 @@ def _windows(r: Reading, fields: dict[str, Any], window: Any, types: Any) -> dic
         return {}
     if full == count:
         return {}
+    if window is None:
+        r.problems.add("config.json: layer_types has layers of 'sliding_attention', and there is no sliding window")
+        return {}
     return {"sliding_window": r.integer("sliding_window"), "full_attention_layers": full}
 
 
@@ -183,18 +196,19 @@ def _qwen3_moe(r: Reading) -> dict[str, Any]:
             "moe_intermediate_size": r.integer("moe_intermediate_size"),
             "norm_topk_prob": r.flag("norm_topk_prob", False),
             "first_k_dense": _first_dense(r, layers),
-            "intermediate_size": r.integer("intermediate_size", 1),
+            "intermediate_size": r.integer("intermediate_size"),
         }
     )
 
 
 def _first_dense(r: Reading, layers: int) -> int:
     """How many of the first layers are dense; others may not be."""
-    step, only = r.integer("decoder_sparse_step", 1), r.value("mlp_only_layers", [])
+    step, only = r.integer("decoder_sparse_step", 1), r.value("mlp_only_layers") or []
     if not isinstance(only, list) or any(type(i) is not int for i in only):
         r.problems.add(f"config.json: mlp_only_layers is {only!r}, expected a list of layer numbers")
         only = []
-    dense = [i for i in range(layers) if i in only or (i + 1) % step]
+    chosen = set(only)
+    dense = [i for i in range(layers) if i in chosen or (i + 1) % step]
     if dense != list(range(len(dense))):
         r.problems.add(
             f"config.json: mlp_only_layers {only} and decoder_sparse_step {step} make the layers {dense} dense, "
@@ -211,12 +225,12 @@ def _deepseek(r: Reading) -> dict[str, Any]:
     r.passes_over("num_key_value_heads", "head_dim")  # each head has keys of its own out of the latents
     layers = fields["num_layers"]
     fields |= {
-        "first_k_dense": r.integer("first_k_dense_replace", 0, least=0),
+        "first_k_dense": r.integer("first_k_dense_replace", least=0),
         "intermediate_size": r.integer("intermediate_size"),
         "moe_intermediate_size": r.integer("moe_intermediate_size"),
         "num_experts": r.integer("n_routed_experts"),
         "top_k": r.integer("num_experts_per_tok"),
-        "num_shared_experts": r.integer("n_shared_experts", 0, least=0),
+        "num_shared_experts": r.integer("n_shared_experts", least=0),
         "routed_scaling_factor": r.number("routed_scaling_factor", 1.0),
         "q_lora_rank": None if r.value("q_lora_rank") is None else r.integer("q_lora_rank"),
         **{n: r.integer(n) for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
@@ -247,21 +261,31 @@ def _deepseek_v3(r: Reading) -> dict[str, Any]:
     r.must_be("topk_method", "noaux_tc")
     return fields | {
         "scoring": "sigmoid",
-        "n_group": r.integer("n_group", 1),
-        "topk_group": r.integer("topk_group", 1),
+        "n_group": r.integer("n_group"),
+        "topk_group": r.integer("topk_group"),
         "norm_topk_prob": r.flag("norm_topk_prob", True),
         "rope_interleaved": r.flag("rope_interleave", True),
-        "num_mtp_layers": r.integer("num_nextn_predict_layers", 0, least=0),
+        "num_mtp_layers": r.integer("num_nextn_predict_layers", least=0),
     }
 
 
-ARCHITECTURES: dict[str, tuple[str, Callable[[Reading], dict[str, Any]]]] = {
-    "llama": ("LlamaForCausalLM", _llama),
-    "qwen2": ("Qwen2ForCausalLM", _qwen2),
-    "mixtral": ("MixtralForCausalLM", _mixtral),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe),
-    "deepseek_v2": ("DeepseekV2ForCausalLM", _deepseek_v2),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", _deepseek_v3),
+# what transformers' configuration classes have for fields that a config.json leaves out; those without must be there
+_DEEPSEEK_V3 = {
+    "q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "n_group": 8,
+    "topk_group": 4, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+
+ARCHITECTURES: dict[str, tuple[str, Callable[[Reading], dict[str, Any]], dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", _llama, {}),
+    "qwen2": ("Qwen2ForCausalLM", _qwen2, {"num_key_value_heads": 32}),
+    "mixtral": ("MixtralForCausalLM", _mixtral, {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe, {"num_key_value_heads": 4, "intermediate_size": 6144}),
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        _deepseek_v2,
+        {"q_lora_rank": 1536, "n_shared_experts": 2, "first_k_dense_replace": 0},
+    ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _deepseek_v3, _DEEPSEEK_V3),
 }
 
 
@@ -270,14 +294,14 @@ def read_config(data: Mapping[str, Any], problems: Problems) -> tuple[str, dict[
     architecture is one that nothing else can be said about."""
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        known = ", ".join(f"{k} ({name})" for k, (name, _) in ARCHITECTURES.items())
+        known = ", ".join(f"{k} ({name})" for k, (name, *_) in ARCHITECTURES.items())
         problems.add(f"config.json: model_type is {kind!r}, supported are {known}")
         problems.stop()
-    name, read = ARCHITECTURES[str(kind)]
+    name, read, absent = ARCHITECTURES[str(kind)]
     said = data.get("architectures")
     if said is not None and said != [name]:
         problems.add(f"config.json: architectures is {said!r}, supported for {kind} is {[name]}")
-    reading = Reading(data, problems)
+    reading = Reading(data, problems, absent)
     fields = read(reading)
     reading.finish()
     return str(kind), fields

@@ -52,7 +52,11 @@ def read_quantization(data: Mapping[str, Any], problems: Problems) -> BlockFP8 |
             bad(name, " or ".join(repr(a) for a in allowed if a is not None))
     for name in sorted(said.keys() - _FIELDS):
         problems.add(f"config.json: quantization_config.{name} is {said[name]!r}, a field that is not supported")
-    keep = [m for name in _LEFT for m in said.get(name) or ()]
-    if any(not isinstance(m, str) for m in keep):
-        bad("modules_to_not_convert", "a list of module names")
-    return BlockFP8((block[0], block[1]), tuple(map(str, keep)))
+    keep: list[str] = []
+    for name in _LEFT:
+        modules = said.get(name) or []
+        if isinstance(modules, list) and all(isinstance(m, str) for m in modules):
+            keep += modules
+        else:
+            bad(name, "a list of module names")
+    return BlockFP8((block[0], block[1]), tuple(keep))

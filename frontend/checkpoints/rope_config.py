@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from moec.frontend.checkpoints.numbers import LARGEST, finite
+
 if TYPE_CHECKING:
     from moec.frontend.checkpoints.hf_config import Reading
 
@@ -39,16 +41,17 @@ def read_rope(r: Reading) -> dict[str, Any]:
         )
     theta = said.pop("rope_theta", theta)
     theta = THETA.get(r.data.get("model_type", ""), 10000.0) if theta is None else theta
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 1:
+    base = finite(theta)
+    if base is None or base <= 1:
         r.problems.add(f"config.json: rope_theta is {theta!r}, expected a number greater than 1")
-        theta = 10000.0
-    fields: dict[str, Any] = {"rope_theta": float(theta)}
+        base = 10000.0
+    fields: dict[str, Any] = {"rope_theta": base}
     old = said.pop("type", None)
     kind = said.pop("rope_type", old) or "default"
     partial = said.pop("partial_rotary_factor", r.value("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    if partial not in (None, 1.0):
         r.problems.add(f"config.json: partial_rotary_factor is {partial!r}, supported is 1.0")
-    if kind not in _KNOWN:
+    if not isinstance(kind, str) or kind not in _KNOWN:
         r.problems.add(f"config.json: {what}.rope_type is {kind!r}, supported are {', '.join(_KNOWN)}")
         return fields
     for name in sorted(said.keys() - _KNOWN[kind]):
@@ -103,19 +106,18 @@ class _Scaling:
         value = self.said.get("original_max_position_embeddings")
         if value is None:
             value = self.r.integer("max_position_embeddings")
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value <= LARGEST:
             self.bad("original_max_position_embeddings", "a positive whole number")
             return 1
         return value
 
     def number(self, name: str, default: float | None = None, least: float = 0.0) -> float:
         value = self.said.get(name)
-        value = default if value is None else value
-        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is None or not finite or value < least:
+        number = finite(default if value is None else value)
+        if number is None or number < least:
             self.bad(name, f"a number of at least {least:g}")
             return 1.0
-        return float(value)
+        return number
 
     def bad(self, name: str, expected: str) -> None:
         self.r.problems.add(f"config.json: {self.what}.{name} is {self.said.get(name)!r}, expected {expected}")

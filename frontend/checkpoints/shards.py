@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from moec.frontend.checkpoints.errors import Problems
 from moec.frontend.checkpoints.files import CheckpointFolder, is_plain
-from moec.ir import CompileError, DType, TensorType
+from moec.ir import CompileError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 KEPT_MAPPED = 32  # at most one part in so many of a file stays mapped when nothing of it is in use
@@ -72,25 +72,14 @@ class Stored:
         """The tensor in its stored dtype, mapped from the file."""
         return self.shard.read(self.name)
 
-    @property
-    def is_wide_float(self) -> bool:
-        return self.dtype in ("f64", "f32", "f16", "bf16")
-
-    @property
-    def type(self) -> TensorType:
-        return TensorType(DType(self.dtype), self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
-
 
 def read_shards(folder: CheckpointFolder, problems: Problems) -> dict[str, Stored]:
     """Every tensor by its name. Complaints (a missing or damaged shard, a tensor that the index places wrongly or that
-    two shards hold) go to `problems`."""
-    if folder.has(INDEX):
-        return _indexed(folder, problems)
+    two shards hold) go to `problems`. Where there are both, the single file counts, as in transformers."""
     if folder.has(SINGLE):
         return {t.name: t for t in _open(folder, SINGLE, problems) or ()}
+    if folder.has(INDEX):
+        return _indexed(folder, problems)
     pickles = folder.pickles()
     if pickles:
         problems.add(

@@ -58,9 +58,18 @@ def check_functions(model: onnx.ModelProto) -> None:
     total = sum(sizes.get(c, 1) for c in _called(model.graph.node))
     if total > MOST_NODES:
         raise CompileError(f"functions expand to {total} nodes; at most {MOST_NODES} are read", code="size")
+    opsets = {o.domain or "ai.onnx": o.version for o in model.opset_import}
     for f in functions.values():
         if f.opset_import:
             check_opsets(f.opset_import, f"function {f.domain}.{f.name}")
+        for domain, version in ((o.domain or "ai.onnx", o.version) for o in f.opset_import):
+            if opsets.get(domain, version) != version:
+                raise CompileError(
+                    f"function {f.domain}.{f.name} is of opset {version} of {domain}, the model of opset "
+                    f"{opsets[domain]}; functions of another opset than the model's are not supported",
+                    code="unsupported-model",
+                    hint="onnx.inliner.inline_local_functions(model, convert_version=True) converts them",
+                )
         body = onnx.GraphProto(name=f.name, node=f.node)
         _check_body(body, set(f.input), 0)
 

@@ -43,13 +43,20 @@ def conv_transpose(c: ImportContext, x: Value, weight: Value, bias: Value | None
     c.floats(x, weight, bias)
     kernel = _kernel(c, x, weight, kernel_shape)
     c.need(x.shape[1], weight.shape[0])
-    if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+    if output_shape:
         raise c.refuse("with the shape of its result")
     n = len(kernel)
     stride, dilation = (tuple(a or [1] * n) for a in (strides, dilations))
     extra = tuple(output_padding or [0] * n)
-    less = around(c, auto_pad, pads, x.shape[2:], kernel, stride, dilation)
+    if len(extra) != n:
+        raise c.refuse(f"output_padding {extra} of a kernel {kernel}", code="type")
+    same = auto_pad in ("SAME_UPPER", "SAME_LOWER")
+    less = around(c, "NOTSET" if same else auto_pad, pads, x.shape[2:], kernel, stride, dilation)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if same:  # each axis becomes stride times as long, or as long as it is where that is less
+        totals = [max(r + 1 + e - s, 0) for r, e, s in zip(reach, extra, stride, strict=True)]
+        halves = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+        less = halves if auto_pad == "SAME_UPPER" else halves[::-1]
     before = [r - p for r, p in zip(reach, less[0], strict=True)]
     # the last element has zeros after it as well
     after = [r - p + e - (s - 1) for r, p, e, s in zip(reach, less[1], extra, stride, strict=True)]

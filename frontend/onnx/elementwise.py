@@ -205,6 +205,8 @@ def shrink(c: ImportContext, x: Value, *, bias: float, lambd: float) -> Value:
 @imports("IsInf", since=10)
 def isinf(c: ImportContext, x: Value, *, detect_negative: int, detect_positive: int) -> Value:
     c.floats(x)
+    if not (detect_negative or detect_positive):
+        return c.full(x.shape, False, DType.BOOL)
     if not (detect_negative and detect_positive):
         return c.b.eq(x, float("-inf") if detect_negative else float("inf"))
     return c.b.eq(c.b.abs(x), float("inf"))

@@ -3,10 +3,12 @@ to be there."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from moec.ir import CompileError
 from moec.ir.arrays import from_numpy
+from moec.ir.files_below import open_below
 
 LARGEST = 2**31 - 1  # of a protobuf message
 _BITS = {
@@ -108,7 +111,8 @@ def check_tensor(t: onnx.TensorProto, folder: Path | None) -> None:
                 f"{what} of shape {list(t.dims)} has {nbytes} bytes, its external data {where.length}",
                 code="external-data",
             )
-        size = contained(folder, where.location, what).stat().st_size
+        with opened(folder, where.location, what) as fd:
+            size = os.fstat(fd).st_size
         if where.offset + nbytes > size:
             raise CompileError(
                 f"{what} ends at byte {where.offset + nbytes} of {where.location!r}, which has {size}",
@@ -155,8 +159,9 @@ def external(t: onnx.TensorProto) -> External:
     return External(entries["location"], offset, length)
 
 
-def contained(folder: Path, location: str, what: str) -> Path:
-    """The path of a file of external data: a regular file below `folder`, reached through no link. Raises
+@contextmanager
+def opened(folder: Path, location: str, what: str) -> Iterator[int]:
+    """A descriptor of a file of external data: a regular file below `folder`, reached through no link. Raises
     CompileError."""
     parts = PurePosixPath(location).parts
     if not parts or location.startswith(("/", "\\")) or ".." in parts or "\\" in location or ":" in parts[0]:
@@ -165,30 +170,32 @@ def contained(folder: Path, location: str, what: str) -> Path:
         )
     if "\0" in location:
         raise CompileError(f"{what}: external data at {location!r} is no file name", code="external-data")
-    path = folder
-    for part in parts:
-        path = path / part
+    try:
+        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            info = path.lstat()
-        except OSError as e:
-            raise CompileError(f"{what}: cannot read {location!r}: {e.strerror}", code="external-data") from None
-        if stat.S_ISLNK(info.st_mode):
-            raise CompileError(f"{what}: external data at {location!r} is reached by a link", code="external-data")
-    check_file(info, location, what)
-    return path
-
-
-def check_file(info: os.stat_result, location: str, what: str) -> None:
-    if not stat.S_ISREG(info.st_mode):
-        raise CompileError(f"{what}: external data at {location!r} is no regular file", code="external-data")
-    if info.st_nlink > 1:
-        raise CompileError(f"{what}: external data at {location!r} is a hard link", code="external-data")
+            fd = open_below(at, parts)
+        finally:
+            os.close(at)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise CompileError(
+                f"{what}: external data at {location!r} is reached by a link", code="external-data"
+            ) from None
+        raise CompileError(f"{what}: cannot read {location!r}: {e.strerror}", code="external-data") from None
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise CompileError(f"{what}: external data at {location!r} is no regular file", code="external-data")
+        if info.st_nlink > 1:
+            raise CompileError(f"{what}: external data at {location!r} is a hard link", code="external-data")
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)
 class ExternalSource:
-    """A tensor in a file beside the model, read when it is needed; what was checked is checked again on the open
-    file."""
+    """A tensor in a file beside the model, read when it is needed and checked again then."""
 
     folder: Path
     location: str
@@ -199,17 +206,10 @@ class ExternalSource:
 
     def load(self) -> torch.Tensor:
         what = f"tensor {self.name!r}"
-        path = contained(self.folder, self.location, what)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.data_type)
         count = math.prod(self.shape)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as e:
-            raise CompileError(f"{what}: cannot read {self.location!r}: {e.strerror}", code="external-data") from None
-        with os.fdopen(fd, "rb") as file:
-            info = os.fstat(file.fileno())
-            check_file(info, self.location, what)
-            if self.offset + count * dtype.itemsize > info.st_size:
+        with opened(self.folder, self.location, what) as fd, os.fdopen(os.dup(fd), "rb") as file:
+            if self.offset + count * dtype.itemsize > os.fstat(fd).st_size:
                 raise CompileError(f"{what}: {self.location!r} has become shorter", code="external-data")
             file.seek(self.offset)
             data = np.fromfile(file, dtype=np.uint8, count=count * dtype.itemsize)

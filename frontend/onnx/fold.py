@@ -15,9 +15,11 @@ from moec.frontend.onnx.context import KNOWN_LIMIT, ImportContext, Size
 from moec.ir import CompileError, Dim, Value
 from moec.ir.arrays import NUMPY
 from moec.ir.ops.extern import schema_at, type_proto
+from moec.ir.ops.extern_versions import evaluator_knows
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _BOUNDED = {"NonZero", "Unique", "Compress", "Gather", "Squeeze", "Unsqueeze", "Shape", "Size"}  # by their operands
+Sizes = tuple[Size, ...]
 _TYPES = {np.dtype(t) for t in NUMPY.values()}
 
 
@@ -31,7 +33,7 @@ def evaluated(
         return None
     from onnx.reference import ReferenceEvaluator
 
-    if not _small(c, proto, operands):
+    if not evaluator_knows(proto.op_type, c.opset) or not _small(c, proto, operands):
         return None
     names = [f"x{i}" if v is not None else "" for i, v in enumerate(operands)]
     node = onnx.NodeProto.FromString(proto.SerializeToString())
@@ -99,12 +101,11 @@ def sizes_of_result(
     first = operands[0] if operands else None
     if first is None or known[0] is None:
         return None
-    x = known[0]
-    rest = [k for v, k in zip(operands[1:], known[1:], strict=True) if v is not None]
-    if any(k is None for k in rest):
+    x, others = known[0], known[1:]  # None where one is absent
+    if any(k is None and v is not None for v, k in zip(operands, known, strict=True)):
         return None
-    others: list[tuple[Size, ...]] = [k for k in rest if k is not None]
-    if len(x) + sum(map(len, others)) > KNOWN_LIMIT:
+    given = [k for k in others if k is not None]
+    if len(x) + sum(map(len, given)) > KNOWN_LIMIT:
         return None
     try:
         match op_type:
@@ -113,32 +114,28 @@ def sizes_of_result(
             case "Cast":
                 return x if attrs.get("to") in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) else None
             case "Concat":
-                return sum(others, x)
-            case "Gather":
-                return tuple(x[i] for i in others[0] if isinstance(i, int))
-            case "Slice" if len(others) >= 2:
-                return _slice(x, others)
-            case "Add" | "Sub" | "Mul" | "Div" if others:
-                return _arithmetic(op_type, x, others[0])
-            case "ReduceProd":
-                product: Size = 1
-                for s in x:
-                    product = product * s
-                return (product,)
+                return sum(given, x)
+            case "Gather" if given and all(isinstance(i, int) for i in given[0]):
+                return tuple(x[i] for i in given[0] if isinstance(i, int))
+            case "Slice" if len(given) >= 2:
+                return _slice(x, *others)
+            case "Add" | "Sub" | "Mul" | "Div" if given:
+                return _arithmetic(op_type, x, given[0])
     except (IndexError, CompileError, ZeroDivisionError):
         return None
     return None
 
 
-def _slice(x: tuple[Size, ...], others: list[tuple[Size, ...]]) -> tuple[Size, ...] | None:
-    bounds = [o[0] if len(o) == 1 else None for o in others]
-    step = bounds[3] if len(bounds) > 3 else 1
-    if any(not isinstance(b, int) for b in bounds):
+def _slice(x: Sizes, starts: Sizes | None, ends: Sizes | None, axes: Sizes | None = None,
+           steps: Sizes | None = None) -> Sizes | None:  # fmt: skip
+    found = [(1,) if at is None else at for at in (starts, ends, steps)]
+    start, end, step = (at[0] if len(at) == 1 else None for at in found)
+    if not (isinstance(start, int) and isinstance(end, int) and isinstance(step, int)) or axes not in (
+        None,
+        (0,),
+        (-1,),
+    ):
         return None
-    start, end = bounds[0], bounds[1]
-    assert isinstance(start, int)
-    assert isinstance(end, int)
-    assert isinstance(step, int)
     return x[slice(start, end, step)] if step > 0 else None
 
 

@@ -31,6 +31,7 @@ _RESERVED = {d.value for d in DType} | {"none", "true", "false", "inf", "nan"}
 _UNCOMPUTED = (DType.U64, DType.U32, DType.U16, DType.C64)
 _MOVES = {"Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Constant",
           "Expand", "Shape", "Size", "Dropout"}  # fmt: skip
+_UNFIT = (ArithmeticError, LookupError, TypeError, ValueError)
 _CONTROL = ("If", "Loop", "Scan")
 _EXPRESSION = re.compile(r"[\w\s()+*/-]{1,100}", re.ASCII)
 _NAMED = re.compile(r"\w")  # "?" is no name: two of them are two sizes
@@ -222,6 +223,10 @@ class Importer:
             self._import(node, location)
         except CompileError as e:
             raise e.located(location) from None
+        except _UNFIT as e:  # no import function checks all that a node can say
+            c = self.context
+            error = c.refuse(f"its operands and attributes do not fit together ({type(e).__name__}: {e})", code="type")
+            raise error.located(location) from e
 
     def _import(self, node: onnx_ir.Node, location: Location) -> None:
         c = self.context
@@ -241,12 +246,14 @@ class Importer:
         used = [bool(o.name) and (bool(list(o.uses())) or o.is_graph_output()) for o in node.outputs]
         if not any(used):
             used = [bool(o.name) for o in node.outputs]
+        if node.op_type == "Split" and not domain:
+            used = [True] * len(used)  # into how many parts, it may say by nothing but their number
         c.outputs = max((i + 1 for i, u in enumerate(used) if u), default=0)
         results = self._results(node, domain, operands, used)
         for o, v in zip(node.outputs, results, strict=False):
             if v is not None:
                 v = self._narrowed(v)
-                if v.producer is not None:
+                if v.producer is not None and o.name:
                     v.origins |= {str(o.name)}
                 self.env[o] = v
 
@@ -294,7 +301,7 @@ class Importer:
                 return done
         attrs = dict(node.attributes.items())
         if domain != MICROSOFT:
-            self._check_call(domain, node.op_type, operands, attrs)
+            self._check_call(domain, node.op_type, operands, attrs, len(node.outputs))
         has_body = any(a.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS) for a in attrs.values())
         if not has_body:
             folded = fold.evaluated(c, onnx_ir.to_proto(node), domain, operands)
@@ -332,8 +339,10 @@ class Importer:
         self.refused.setdefault(c.op, why.message)
         return results
 
-    def _check_call(self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any]) -> None:
-        """Numbers of operands and the attributes that must be there."""
+    def _check_call(
+        self, domain: str, op_type: str, operands: list[Value | None], attrs: dict[str, Any], outputs: int
+    ) -> None:
+        """Numbers of operands and outputs, and the attributes that must be there."""
         c = self.context
         schema = schema_at(domain, op_type, c.opset)
         if not schema.min_input <= len(operands) <= schema.max_input:
@@ -343,6 +352,11 @@ class Importer:
                 else f"at least {schema.min_input}"
             )
             raise c.refuse(f"takes {want} operands in opset {c.opset}, got {len(operands)}", code="arity")
+        if outputs > schema.max_output:
+            raise c.refuse(f"gives {schema.max_output} outputs in opset {c.opset}, {outputs} are named", code="arity")
+        parts = attrs["num_outputs"].value if "num_outputs" in attrs and op_type == "Split" else outputs
+        if parts != outputs:  # ONNX's inference would write past the end of its outputs
+            raise c.refuse(f"num_outputs is {parts}, {outputs} outputs are named", code="arity")
         for i, v in enumerate(operands):
             formal = schema.inputs[min(i, len(schema.inputs) - 1)]
             if v is None and formal.option == formal.option.__class__.Single:

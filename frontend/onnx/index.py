@@ -34,6 +34,8 @@ def _slices(
 ) -> Value:
     axes = range(len(starts)) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
+    if len({len(starts), len(ends), len(axes), len(steps)}) > 1:
+        raise c.refuse(f"{len(starts)} starts, {len(ends)} ends, {len(axes)} axes, {len(steps)} steps", code="type")
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis = c.norm_axis(axis, x.type.rank)
         if step < 1:

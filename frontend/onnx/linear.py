@@ -57,6 +57,8 @@ def einsum(c: ImportContext, *operands: Value, equation: str) -> Value:
     c.floats(a, b)
     if any(len(set(t)) < len(t) for t in (*letters, result)):
         raise c.refuse(f"equation {equation!r}")
+    if (len(letters[0]), len(letters[1])) != (a.type.rank, b.type.rank):
+        raise c.refuse(f"equation {equation!r} of {a.type} and {b.type}", code="type")
     sizes = dict(zip(letters[0], a.shape, strict=True)) | dict(zip(letters[1], b.shape, strict=True))
     both = [x for x in letters[0] if x in letters[1]]
     batch, summed = [x for x in both if x in result], [x for x in both if x not in result]

@@ -93,11 +93,14 @@ def group_query(c: ImportContext, q: Value, k: Value | None, v: Value | None, pa
     past: Size = 0 if past_k is None else past_k.shape[2]
     before = _before(c, last, length, past)
     if do_rotary and cos is not None and sin is not None:
+        half = cos.shape[1]
+        if not isinstance(half, int):
+            raise c.refuse(f"rotary embedding by {cos.type}")
         if positions is None:
             steps = c.reshape(c.b.arange(end=length), (1, length))
             positions = c.expand(c.b.add(steps, c.value(0, DType.I64) if before is None else before), (batch, length))
         q, k = (rotary(c, x, cos, sin, positions, interleaved=rotary_interleaved or 0, num_heads=n,
-                       rotary_embedding_dim=0) for x, n in ((q, num_heads), (k, kv_num_heads)))  # fmt: skip
+                       rotary_embedding_dim=2 * half) for x, n in ((q, num_heads), (k, kv_num_heads)))  # fmt: skip
     q = heads_of(c, q, num_heads)
     k, v = heads_of(c, k, kv_num_heads), heads_of(c, v, kv_num_heads)
     known = c.elements(total)

@@ -90,6 +90,8 @@ def group_norm(c: ImportContext, x: Value, scale: Value, bias: Value, *, epsilon
     channels = x.shape[1]
     if not isinstance(channels, int) or stash_type != FLOAT:
         raise c.refuse(f"of {x.type}, stash_type {stash_type}")
+    if num_groups < 1 or channels % num_groups:
+        raise c.refuse(f"{channels} channels in {num_groups} groups", code="type")
     wide = c.widen(x)
     rows = c.reshape(wide, (x.shape[0], num_groups, channels // num_groups, *x.shape[2:]))
     y = c.reshape(_normalised(c, rows, tuple(range(2, rows.type.rank)), epsilon), x.shape)

@@ -51,12 +51,15 @@ def _sources(c: ImportContext, size: Size, before: int, after: int, mode: str) -
     """i64[before + size + after]: where the elements of a padded axis come from."""
     if mode not in ("reflect", "edge", "wrap"):
         raise c.refuse(f"mode {mode!r}")
-    if mode == "reflect" and isinstance(size, int) and max(before, after) >= size:
-        raise c.refuse(f"{max(before, after)} elements reflected of an axis of size {size}")
     last = c.value(size - 1, DType.I64)
     place = c.b.sub(c.b.arange(end=size + (before + after)), c.value(before, DType.I64))
     if mode == "reflect":
-        return c.b.sub(last, c.b.abs(c.b.sub(last, c.b.abs(place))))
+        if isinstance(size, int) and max(before, after) < size:
+            return c.b.sub(last, c.b.abs(c.b.sub(last, c.b.abs(place))))
+        # there and back takes 2 · last steps; of a single element, which has no other side, one
+        span = c.b.mul(last, c.value(2, DType.I64))
+        place = c.b.mod(place, c.b.max(span, c.value(1, DType.I64)))
+        return c.b.min(place, c.b.sub(span, place))
     if mode == "edge":
         return c.b.min(c.b.max(place, c.value(0, DType.I64)), last)
     return c.b.mod(place, c.value(size, DType.I64))
@@ -74,6 +77,8 @@ def around(c: ImportContext, auto_pad: str, pads: Sequence[int] | None, sizes: S
            kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Sides:  # fmt: skip
     """Elements before and after each spatial axis of a convolution or pool, as its attributes say."""
     n = len(kernel)
+    if len(stride) != n or len(dilation) != n or min((*stride, *dilation), default=1) < 1:
+        raise c.refuse(f"strides {tuple(stride)}, dilations {tuple(dilation)} of a kernel {tuple(kernel)}", code="type")
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         totals = [_same(c, *given) for given in zip(sizes, kernel, stride, dilation, strict=True)]
         less, more = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)

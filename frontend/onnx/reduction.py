@@ -8,11 +8,12 @@ from typing import Any
 from moec.frontend.onnx.context import ImportContext
 from moec.frontend.onnx.registry import imports
 from moec.ir import DType, Value
+from moec.ir.dims import product
 
 
-def _axes(c: ImportContext, x: Value, axes: Any, empty_means_none: bool = False) -> tuple[int, ...]:
+def _axes(c: ImportContext, x: Value, axes: Any) -> tuple[int, ...]:
     if axes is None or len(axes) == 0:
-        return () if empty_means_none else tuple(range(x.type.rank))
+        return tuple(range(x.type.rank))
     return tuple(sorted(c.norm_axis(a, x.type.rank) for a in axes))
 
 
@@ -61,11 +62,21 @@ def _log_sum_exp(c: ImportContext, x: Value, axes: tuple[int, ...], keep: bool) 
     return total if keep else c.reshape(total, [s for i, s in enumerate(x.shape) if i not in axes])
 
 
+def _product(c: ImportContext, x: Value, axes: tuple[int, ...], keep: bool) -> Value:
+    """Of sizes: how many elements there are."""
+    sizes = c.elements(x)
+    if sizes is None or x.dtype is not DType.I64:
+        raise c.refuse("of anything but sizes")
+    if not axes:
+        return x
+    return c.of_sizes([product(sizes)], scalar=not keep)
+
+
 # the opset from which axes are an operand
 REDUCTIONS: dict[str, tuple[int, Callable[..., Value]]] = {
     "ReduceSum": (13, _sum), "ReduceMean": (18, _mean), "ReduceMax": (18, _max), "ReduceMin": (18, _min),
     "ReduceL1": (18, _l1), "ReduceL2": (18, _l2), "ReduceSumSquare": (18, _square), "ReduceLogSum": (18, _log_sum),
-    "ReduceLogSumExp": (18, _log_sum_exp),
+    "ReduceLogSumExp": (18, _log_sum_exp), "ReduceProd": (18, _product),
 }  # fmt: skip
 
 
@@ -76,7 +87,7 @@ def _reduction(name: str, since: int, build: Callable[..., Value]) -> None:
     ) -> Value:
         given = c.ints(axes, "axes")
         if noop_with_empty_axes and not given:
-            if name not in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"):
+            if name not in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd"):
                 raise c.refuse("without axes and noop_with_empty_axes")
             return x
         return build(c, x, _axes(c, x, given), bool(keepdims))
@@ -170,5 +181,6 @@ def topk(c: ImportContext, x: Value, k: Value, *, axis: int, largest: int | None
     if c.elements(k) == (x.shape[axis],) and not isinstance(x.shape[axis], int):
         return list(c.b.sort(x, axis=axis, descending=largest is None or bool(largest)))
     count = c.ints(k, "k")
-    assert count is not None
+    if count is None or len(count) != 1:
+        raise c.refuse(f"k is {count}, expected one number", code="type")
     return list(c.b.topk(x, k=count[0], axis=axis, largest=largest is None or bool(largest)))

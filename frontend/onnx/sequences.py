@@ -36,10 +36,10 @@ def build(c: ImportContext, op_type: str, operands: Sequence[Item | None], attrs
         return _concat(c, first, attrs.get("axis", 0), attrs.get("new_axis", 0))
     if op_type == "SequenceInsert":
         place = rest[1] if len(rest) > 1 else None
-        at = len(first) if place is None else _position(c, place, len(first) + 1)
+        at = len(first) if place is None else _position(c, place, len(first), len(first))
         return [*first[:at], _tensor(c, operands[1]), *first[at:]]
     where = rest[0] if rest else None
-    at = len(first) - 1 if where is None else _position(c, where, len(first))
+    at = len(first) - 1 if where is None else _position(c, where, len(first), len(first) - 1)
     if not 0 <= at < len(first):
         raise c.refuse(f"position {at} of {len(first)}", code="type")
     return first[at] if op_type == "SequenceAt" else [*first[:at], *first[at + 1 :]]
@@ -51,9 +51,10 @@ def _tensor(c: ImportContext, v: Item | None) -> Value:
     return v
 
 
-def _position(c: ImportContext, v: Value, length: int) -> int:
+def _position(c: ImportContext, v: Value, length: int, last: int) -> int:
+    """A position up to `last`; a negative one is counted from the end."""
     at = int(c.scalar(v, "the position"))
-    if not -length <= at < max(length, 1):
+    if not -length <= at <= last:
         raise c.refuse(f"position {at} of {length}", code="type")
     return at + length if at < 0 else at
 
@@ -69,6 +70,8 @@ def _split(c: ImportContext, x: Value, sizes: Value | None, axis: int, keep: int
         given = c.ints(sizes, "split") or ()
         if sizes.type.rank:
             pieces = list(given)
+        elif not given or given[0] < 1:
+            raise c.refuse(f"into pieces of {given}", code="type")
         else:
             pieces = [min(given[0], extent - i) for i in range(0, extent, given[0])]
     if sum(pieces) != extent:

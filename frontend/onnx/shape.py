@@ -152,7 +152,8 @@ def expand(c: ImportContext, x: Value, shape: Value) -> Value:
 @imports("Tile", since=6)
 def tile(c: ImportContext, x: Value, repeats: Value) -> Value:
     counts = c.ints(repeats, "repeats")
-    assert counts is not None
+    if counts is None or len(counts) != x.type.rank:
+        raise c.refuse(f"repeats {counts} of {x.type}", code="type")
     if all(n == 1 for n in counts):
         return x
     split = [s for n in x.shape for s in (1, n)]
@@ -164,6 +165,8 @@ def tile(c: ImportContext, x: Value, repeats: Value) -> Value:
 @imports("Concat", since=4)
 def concat(c: ImportContext, *xs: Value, axis: int) -> Value:
     axis = c.norm_axis(axis, xs[0].type.rank)
+    if len({x.type.rank for x in xs}) > 1:
+        raise c.refuse(f"of {', '.join(str(x.type) for x in xs)}: they differ in rank", code="type")
     for x in xs[1:]:
         for i, (a, b) in enumerate(zip(xs[0].shape, x.shape, strict=True)):
             if i != axis and isinstance(a, Dim) and isinstance(b, Dim) and a.is_symbol and b.is_symbol:
@@ -174,18 +177,18 @@ def concat(c: ImportContext, *xs: Value, axis: int) -> Value:
 
 @imports("Split", since=13)
 def split(c: ImportContext, x: Value, sizes: Value | None = None, *, axis: int, num_outputs: int | None) -> list[Value]:
-    return _split(c, x, c.ints(sizes, "split"), axis, num_outputs)
+    return _split(c, x, c.ints(sizes, "split"), axis)
 
 
 @imports("Split")
 def split_2(c: ImportContext, x: Value, *, axis: int, split: Any) -> list[Value]:
-    return _split(c, x, split, axis, None)
+    return _split(c, x, split, axis)
 
 
-def _split(c: ImportContext, x: Value, sizes: Any, axis: int, count: int | None) -> list[Value]:
+def _split(c: ImportContext, x: Value, sizes: Any, axis: int) -> list[Value]:
     axis = c.norm_axis(axis, x.type.rank)
     if sizes is None:
-        extent, parts = x.shape[axis], count or c.outputs
+        extent, parts = x.shape[axis], c.outputs
         if not isinstance(extent, int):
             raise c.refuse(f"{extent} into {parts} parts")
         part = math.ceil(extent / parts)
@@ -197,9 +200,15 @@ def _many(x: Any) -> tuple[Value, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
+def _planes(c: ImportContext, x: Value, blocksize: int) -> tuple[Size, ...]:
+    if x.type.rank != 4 or blocksize < 1:
+        raise c.refuse(f"of {x.type} in blocks of {blocksize}", code="type")
+    return x.shape
+
+
 @imports("DepthToSpace")
 def depth_to_space(c: ImportContext, x: Value, *, blocksize: int, mode: str | None) -> Value:
-    n, channels, h, w = x.shape
+    n, channels, h, w = _planes(c, x, blocksize)
     if not isinstance(channels, int):
         raise c.refuse(f"of {x.type}")
     b, rest = blocksize, channels // blocksize**2
@@ -212,7 +221,7 @@ def depth_to_space(c: ImportContext, x: Value, *, blocksize: int, mode: str | No
 
 @imports("SpaceToDepth")
 def space_to_depth(c: ImportContext, x: Value, *, blocksize: int) -> Value:
-    n, channels, h, w = x.shape
+    n, channels, h, w = _planes(c, x, blocksize)
     if not isinstance(h, int) or not isinstance(w, int) or h % blocksize or w % blocksize:
         raise c.refuse(f"of {x.type}")
     b = blocksize

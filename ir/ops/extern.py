@@ -272,11 +272,14 @@ def _evaluator(name: str, names: tuple[str, ...], attrs: tuple, types: tuple) ->
         helper.make_tensor_value_info(o, kinds[t.dtype], [None] * t.rank)
         for o, t in zip([o for o in outs if o], op.types, strict=True)  # type: ignore[attr-defined]  # set from the attributes
     ]
-    graph = helper.make_graph([node_proto(op, list(names), outs)], "extern", inputs, results)
+    node = node_proto(op, list(names), outs)
+    graph = helper.make_graph([node], "extern", inputs, results)
     opsets = opset_imports(name, op.version)  # type: ignore[attr-defined]  # set from the attributes
     from moec.ir.ops.extern_loop import Loop
+    from moec.ir.ops.extern_versions import older_operators
 
-    return ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets), new_ops=[Loop])
+    older = older_operators(node, opsets[-1].version)
+    return ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets), new_ops=[Loop, *older])
 
 
 def opset_imports(name: str, version: int) -> list[Any]:

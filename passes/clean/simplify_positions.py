@@ -121,6 +121,8 @@ class WrappedIndex(Rewrite):
         return p.where(p.lt(x, 0), p.add(x, p.any("size")), x)
 
     def when(self, m: Match) -> Refused | None:
+        if m.x.type != m.root.type:
+            return m.no(f"{m.x.type} is broadcast to {m.root.type}", at=m.x)
         return None if counts_from_zero(m.x) else m.no(f"{m.x.type} may be negative", at=m.x)
 
     def replace(self, b: Any, m: Match) -> Any:

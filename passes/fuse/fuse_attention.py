@@ -7,7 +7,15 @@ from typing import Any
 
 from moec.ir import DType, Value
 from moec.passes.clean.canonicalise import TransposeOfTranspose
-from moec.passes.fuse.fuse_mask import MASK_RULES, allowed_where, attention, attention_again, keeps_own_key, lowest
+from moec.passes.fuse.fuse_mask import (
+    MASK_RULES,
+    allowed_where,
+    attention,
+    attention_again,
+    fits,
+    keeps_own_key,
+    lowest,
+)
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 
@@ -98,13 +106,16 @@ class EagerAttention(Rewrite):
 
     @staticmethod
     def _check_mask(m: Match) -> Refused | None:
+        scores = (*m.q.shape[:3], m.keys.shape[3])
+        for name in ("mask", "keep", "drop"):
+            for v in (m.get(name), m.get(f"inner_{name}")):
+                if v is not None and not fits(v, scores):
+                    return m.no(f"mask {v.type} does not broadcast to the scores {list(scores)}", at=v)
         for each in ("", "inner_"):
             mask, low = m.get(f"{each}mask"), m.get(f"{each}low")
-            if mask is not None and (mask.dtype != m.q.dtype or mask.type.rank > 4):
+            if mask is not None and mask.dtype != m.q.dtype:
                 return m.no(f"mask {mask.type} cannot be added in attention", at=mask)
             choice = m.get(f"{each}keep") or m.get(f"{each}drop")
-            if choice is not None and choice.type.rank > 4:
-                return m.no(f"mask {choice.type} has more axes than the scores", at=choice)
             if low is not None and not lowest(low, m.q):
                 return m.no(f"the mask writes {low}, which is not the lowest number", at=choice)
             if low is not None and m.q.dtype == "f16" and not _never_empty(m, each):

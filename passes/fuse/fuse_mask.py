@@ -167,13 +167,13 @@ class BroadcastMask(Rewrite):
 
     def when(self, m: Match) -> Refused | None:
         full = (*m.q.shape[:3], m.k.shape[2])
-        return m.no(f"{m.x.type} does not broadcast to {full}") if not _fits(m.x, full) else None
+        return m.no(f"{m.x.type} does not broadcast to {full}") if not fits(m.x, full) else None
 
     def replace(self, b: Any, m: Match) -> Any:
         return attention_again(b, m, mask=m.x)
 
 
-def _fits(mask: Value, full: tuple[Size, ...]) -> bool:
+def fits(mask: Value, full: tuple[Size, ...]) -> bool:
     return (
         mask.type.rank <= 4
         and (mask.dtype.is_float or mask.dtype is DType.BOOL)

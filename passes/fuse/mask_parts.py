@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moec.ir import Value
@@ -14,26 +14,33 @@ from moec.passes.moe.structure import producer
 @dataclass(frozen=True)
 class Part:
     """A truth value that allows attention where it is `allowed`; in an added mask the number `low` stands elsewhere.
-    `allowed` None: any numbers, added."""
+    `allowed` None: any numbers, added. `term`: which of the added numbers it is part of."""
 
     value: Value
     allowed: bool | None
     low: float | None = None
+    term: tuple[int, ...] = ()
+
+    @property
+    def together(self) -> tuple[float | None, tuple[int, ...]]:
+        """What is the same for parts of which several forbid no more than one; finite numbers add up."""
+        return self.low, () if self.low in (None, float("-inf")) else self.term
 
 
-def parts(mask: Value) -> list[Part]:
+def parts(mask: Value, term: tuple[int, ...] = ()) -> list[Part]:
     """The parts of a mask, bool or added."""
     if mask.dtype == "bool":
         return _conjuncts(mask, True, None)
     total, choice = producer(mask, "math.add"), producer(mask, "math.where")
     if total is not None:
-        return [part for v in total.operands for part in parts(v)]
+        return [part for i, v in enumerate(total.operands) if v is not None for part in parts(v, (*term, i))]
     if choice is not None:
         condition, a, b = choice.operands
         for allowed, zero, low in ((True, a, b), (False, b, a)):
             numbers = choice_form(zero), choice_form(low)
             if all(n is not None and n.constant for n in numbers) and numbers[0].yes == 0:  # type: ignore[union-attr]  # none is None
-                return _conjuncts(condition, allowed, float(numbers[1].yes))  # type: ignore[union-attr]  # as before
+                found = _conjuncts(condition, allowed, float(numbers[1].yes))  # type: ignore[union-attr]  # as before
+                return [replace(part, term=term) for part in found]
     return [Part(mask, None)]
 
 
@@ -60,10 +67,11 @@ def _conjuncts(v: Value, wanted: bool, low: float | None) -> list[Part]:
 def joined(b: Any, rest: list[Part], mask: Value) -> Value | None:
     """A mask like `mask` of these parts; None of no parts."""
     result: Value | None = None
-    for low in dict.fromkeys(part.low for part in rest if part.allowed is not None):
+    for together in dict.fromkeys(part.together for part in rest if part.allowed is not None):
         allowed: Value | None = None
+        low, _ = together
         for part in rest:
-            if part.allowed is not None and part.low == low:
+            if part.allowed is not None and part.together == together:
                 holds = part.value if part.allowed else b.not_(part.value)
                 allowed = holds if allowed is None else b.and_(allowed, holds)
         if low is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.ir import Node, Value
+from moec.ir import DType, Node, Value
 from moec.passes.moe.structure import is_filled, producer, reshaped, through
 from moec.passes.rewriting.match_values import scalar_constant
 
@@ -32,8 +32,8 @@ def num_experts(experts: Value) -> int | None:
 
 
 def distinct(experts: Value) -> bool:
-    """Whether no token has an expert twice among its ids [..., k], or [T] of one choice, by the op that chose them."""
-    if experts.type.rank == 1 or experts.shape[-1] == 1:
+    """Whether no token has an expert twice among its ids [..., k], by the op that chose them."""
+    if experts.shape[-1:] == (1,):
         return True
     while experts.producer is not None and experts.producer.op in ("tensor.reshape", "tensor.slice", "math.cast"):
         (below,) = experts.producer.operands
@@ -45,6 +45,12 @@ def distinct(experts: Value) -> bool:
     if node is None or (node.op, experts.index) not in _CHOICES or node.op == "math.argmax":
         return False
     return node.op == "moe.route" or node.attrs["axis"] in (-1, experts.type.rank - 1)
+
+
+def expert_ids(b: Any, experts: Value) -> Value:
+    """Expert ids [..., k], or [T] of one choice, as i64[tokens, k], which `moe.experts` takes."""
+    ids = reshaped(b, experts, (experts.shape[0], 1)) if experts.type.rank == 1 else flat(b, experts)
+    return ids if ids.dtype is DType.I64 else b.cast(ids, dtype="i64")
 
 
 def flat(b: Any, v: Value) -> Value:
@@ -69,12 +75,14 @@ def combine_matrix(v: Value | None) -> Routing | None:
         zeros, experts, weights = scatter.operands
         writes = scatter.attrs["axis"] == -1 and scatter.attrs["reduce"] in ("none", "add")
         same = zeros.shape[:-1] == experts.shape[:-1]
-        return (weights, experts) if writes and same and is_filled(zeros, 0) else None
+        # of two writes to one place only one stays
+        once = scatter.attrs["reduce"] == "add" or distinct(experts)
+        return (weights, experts) if writes and same and once and is_filled(zeros, 0) else None
     total = producer(v, "math.sum")
     if total is None or total.attrs["axes"] != (-2,) or total.attrs["keepdim"]:
         return None
     product = producer(through(total.operands[0], "math.cast"), "math.mul")
-    for hot, factor in _orders(product):
+    for hot, factor in orders(product):
         one_hot = producer(through(hot, "math.cast"), "tensor.one_hot")
         weights = through(factor, "tensor.reshape", "math.cast")
         if one_hot is None or weights is None or factor.shape[-1] != 1:
@@ -112,7 +120,7 @@ def combine_column(v: Value | None) -> Column | None:
 def _where_chosen(v: Value | None) -> Column | None:
     """(weights, experts, e) where v is weights where experts is e, and 0 elsewhere."""
     choice = producer(v, "math.where")
-    pairs = _orders(producer(v, "math.mul"))
+    pairs = orders(producer(v, "math.mul"))
     if choice is not None:
         pairs = [choice.operands[:2]] if is_filled(choice.operands[2], 0) else []
     for mask, weights in pairs:
@@ -124,7 +132,7 @@ def _where_chosen(v: Value | None) -> Column | None:
 
 def equals(mask: Value | None) -> tuple[Value, int] | None:
     """(experts, e) where a mask holds where experts is e."""
-    for experts, number in _orders(producer(through(mask, "math.cast"), "math.eq")):
+    for experts, number in orders(producer(through(mask, "math.cast"), "math.eq")):
         e = scalar_constant(number)
         if isinstance(e, int) and not isinstance(e, bool):
             return experts, e
@@ -173,7 +181,8 @@ def _stacks(shape: tuple, rows: tuple) -> bool:
     return len(shape) > 2 and shape[-1] == rows[1] and between == ([] if rows[0] == 1 else [rows[0]])
 
 
-def _orders(node: Node | None) -> list[tuple[Any, Any]]:
+def orders(node: Node | None) -> list[tuple[Any, Any]]:
+    """The two operands of a node, either way round."""
     if node is None:
         return []
     a, b = node.operands

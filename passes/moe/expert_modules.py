@@ -7,8 +7,9 @@ from typing import Any
 
 from moec.ir import Value
 from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import Column, flat, num_experts
-from moec.passes.moe.structure import gated_unit, glu, narrowed, reshaped, unit_attrs, why_not_halves
+from moec.passes.moe.combine import Column, expert_ids, num_experts
+from moec.passes.moe.structure import narrowed, reshaped
+from moec.passes.moe.units import gated_unit, glu, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused
 from moec.passes.rewriting.match_values import describe
 
@@ -26,7 +27,7 @@ def together(p: Any, x: Any, *names: Any) -> Any:
     """The same with gate and up in one layer: gate_up, gate_up_bias, unit, down, down_bias."""
     gate_up, gate_up_bias, unit, down, down_bias = names
     h = p.linear_linear(x, gate_up, p.optional(gate_up_bias.name))
-    return p.linear_linear(p.bind(unit, gated_unit(p, h)), down, p.optional(down_bias.name))
+    return p.linear_linear(gated_unit(p, h, unit), down, p.optional(down_bias.name))
 
 
 _LAYERS = ("gate", "up", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias")
@@ -73,16 +74,16 @@ def _why_not_stacks(m: Match, which: Sequence[int]) -> Refused | None:
     units = [m.unit[i] for i in which]
     forms = {_form(v) for v in units}
     if len(forms) > 1:
-        said = [" ".join(map(str, (op, *(v for _, v in attrs if v is not None)))) for op, attrs, _ in forms]
-        return m.no(f"the experts have different activations or layouts: {', '.join(sorted(said))}", at=units[0])
+        return m.no(f"the experts have different activations or layouts: {', '.join(sorted(forms))}", at=units[0])
     for name in _LAYERS:
         reason = _why_not_stacked(name, [m.get(name)[i] for i in which] if m.get(name) else ())
         if reason:
             return m.no(reason)
-    if m.get("gate") is None:
-        reason = why_not_halves(m, m.gate_up[which[0]].shape[0])
-        return m.no(reason) if reason else None
-    return None
+    if m.get("gate_bias") and (m.gate_bias[which[0]] is None) != (m.up_bias[which[0]] is None):
+        return m.no("of gate and up one has a bias", at=units[0])
+    reasons = [why_not_halves(v) for v in units] if m.get("gate") is None else []
+    reason = next((r for r in reasons if r is not None), None)
+    return m.no(reason) if reason else None
 
 
 def _named(v: Value) -> str:
@@ -102,13 +103,11 @@ def _why_not_stacked(name: str, values: Sequence[Value | None]) -> str | None:
     return None
 
 
-def _form(unit: Value) -> tuple[Any, ...]:
-    """What the gated units of all experts must have in common."""
+def _form(unit: Value) -> str:
+    """What the gated units of all experts must have in common, in words."""
     node = unit.producer
     assert node is not None
-    assert node.operands[0] is not None
-    gate = node.operands[0].producer
-    return node.op, tuple(sorted(node.attrs.items(), key=str)), gate.op if gate is not None else ""
+    return " ".join([node.op, *(f"{name}={value}" for name, value in unit_attrs(unit).items())])
 
 
 def experts_of(b: Any, m: Match, columns: Sequence[Column | None], x: Value) -> Value:
@@ -127,16 +126,11 @@ def experts_of(b: Any, m: Match, columns: Sequence[Column | None], x: Value) -> 
         ordered("gate_bias", "up_bias") if split else ordered("gate_up_bias"),
         ordered("down_bias"),
     )
-    weights, experts, _ = known[order[0]]
-    experts = _by_token(b, experts)
+    (weights, experts, _), unit = known[order[0]], m.unit[order[0]]
+    experts = expert_ids(b, experts)
     weights = narrowed(b, reshaped(b, weights, experts.shape), m.factor[order[0]].dtype)
-    y = b.moe_experts(reshaped(b, x, (experts.shape[0], x.shape[-1])), weights, experts, *stacks, **unit_attrs(m))
+    y = b.moe_experts(reshaped(b, x, (experts.shape[0], x.shape[-1])), weights, experts, *stacks, **unit_attrs(unit))
     return reshaped(b, y, x.shape)
-
-
-def _by_token(b: Any, v: Value) -> Value:
-    """Expert ids as [T, k]; those of one choice may have no axis for it."""
-    return reshaped(b, v, (v.shape[0], 1)) if v.type.rank == 1 else flat(b, v)
 
 
 def why_not_rows(m: Match, column: Column, x: Value) -> Refused | None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from moec.ir import TensorType, Value, Weight
-from moec.passes.moe.structure import narrowed, reshaped, unit_attrs, why_not_halves
+from moec.passes.moe.combine import expert_ids
+from moec.passes.moe.structure import narrowed, reshaped
+from moec.passes.moe.units import unit_attrs, why_not_halves
 from moec.passes.rewrite import Match
 
 
@@ -88,7 +90,7 @@ def why_not_routed(m: Match) -> str | None:
         return f"the sum runs over {list(m.per_token)}, not over the {k} chosen experts"
     if m.root.type != rows:
         return f"the result is {m.root.type}, x {m.x.type}"
-    return why_not_halves(m, width)
+    return why_not_halves(m.unit)
 
 
 def routed_experts(b: Any, m: Match) -> Any:
@@ -97,4 +99,4 @@ def routed_experts(b: Any, m: Match) -> Any:
     biases = m.get("gate_up_bias"), m.get("down_bias")
     x = reshaped(b, m.x, m.root.shape)
     weights = narrowed(b, m.weights, m.get("weights_dtype"))
-    return b.moe_experts(x, weights, m.experts, *matrices, *biases, **unit_attrs(m))
+    return b.moe_experts(x, weights, expert_ids(b, m.experts), *matrices, *biases, **unit_attrs(m.unit))

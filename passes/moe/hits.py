@@ -4,8 +4,8 @@ that it reads for them."""
 from __future__ import annotations
 
 from moec.ir import Value
-from moec.passes.moe.combine import Column, combine_column, distinct, equals
-from moec.passes.moe.structure import is_filled, producer, through
+from moec.passes.moe.combine import Column, combine_column, distinct, equals, orders
+from moec.passes.moe.structure import counts_up, is_filled, producer, through
 from moec.passes.rewriting.match_values import scalar_constant
 
 
@@ -85,20 +85,44 @@ def _of_one_hot(mask: Value) -> tuple[Value, int, int] | None:
     if unequal is not None:
         a, b = unequal.operands
         source = a if is_filled(b, 0) or scalar_constant(b) == 0 else None
-    cut = producer(through(source, "tensor.reshape", "math.cast"), "tensor.slice")
-    if cut is None or mask.type.rank != 2 or cut.attrs["end"] != cut.attrs["start"] + 1:
+    part = _one_of(through(source, "tensor.reshape", "math.cast"))
+    if part is None or mask.type.rank != 2:
         return None
-    whole = through(cut.operands[0], "math.cast")
+    whole, axis, e = part
     order = [0, 1, 2]
     moved = producer(whole, "tensor.transpose")
     if moved is not None:
         order, whole = list(moved.attrs["perm"]), through(moved.operands[0], "math.cast")
-    one_hot = producer(whole, "tensor.one_hot")
-    if one_hot is None or len(order) != 3 or order.pop(cut.attrs["axis"]) != 2:
+    experts = hot_ids(whole)
+    if experts is None or len(order) != 3 or order.pop(axis) != 2:
         return None
-    experts = one_hot.operands[0]
     kept = [experts.shape[a] for a in order]
-    return (experts, cut.attrs["start"], order.index(0)) if tuple(kept) == mask.shape else None
+    return (experts, e, order.index(0)) if tuple(kept) == mask.shape else None
+
+
+def _one_of(v: Value | None) -> tuple[Value | None, int, int] | None:
+    """(whole, axis, number) where v is one of the parts of a value, sliced or gathered."""
+    cut, taken = producer(v, "tensor.slice"), producer(v, "tensor.gather")
+    if cut is not None:
+        start, end = cut.attrs["start"], cut.attrs["end"]
+        return (through(cut.operands[0], "math.cast"), cut.attrs["axis"], start) if end == start + 1 else None
+    number = scalar_constant(taken.operands[1]) if taken is not None else None
+    if not isinstance(number, int) or number < 0:
+        return None
+    return through(taken.operands[0], "math.cast"), taken.attrs["axis"], number
+
+
+def hot_ids(v: Value | None) -> Value | None:
+    """The ids [...] of which v [..., n] is the one_hot, or what exporters write for it: ids = 0, 1, 2, …"""
+    one_hot = producer(v, "tensor.one_hot")
+    if one_hot is not None:
+        return one_hot.operands[0]
+    for column, numbers in orders(producer(v, "math.eq")):
+        spread = producer(column, "tensor.reshape")
+        ids = spread.operands[0] if spread is not None else None
+        if ids is not None and column.shape == (*ids.shape, 1) and numbers.type.rank == 1 and counts_up(numbers):
+            return ids
+    return None
 
 
 def _flat_index(index: Value, mask: Value, axis: int, k: object) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moec.ir import Value, Weight
-from moec.passes.moe.structure import glu, reshaped, through, unit_attrs
+from moec.passes.moe.structure import reshaped, through
+from moec.passes.moe.units import glu, unit_attrs
 from moec.passes.rewrite import Match, Refused, Rewrite
 
 
@@ -76,7 +77,7 @@ class AppendSharedExperts(Rewrite):
         attrs = {a: p.attr(f"routed_{a}") for a in ("activation", "interleaved", "limit", "alpha", "up_offset")}
         routed = p.moe_experts(*map(p.any, names), None, None, **attrs)
         unit = glu(p, p.linear_linear(p.any("rows"), gate), p.linear_linear(p.any("rows"), up))
-        shared = p.linear_linear(unit, down)
+        shared = p.linear_linear(p.bind("unit", unit), down)
         shared = p.maybe(lambda v: p.mul(v, p.any("column")), shared)
         as_rows = p.maybe(lambda v: p.reshape(v, shape=p.attr()), routed)
         return p.add(as_rows, p.maybe(lambda v: p.reshape(v, shape=p.attr()), shared))
@@ -91,7 +92,7 @@ class AppendSharedExperts(Rewrite):
         routed, shared = m.routed_down.shape[2], m.down.shape[1]
         if not routed or shared % routed or m.root.shape[-1] != m.x.shape[-1]:
             return m.no(f"{shared} hidden channels are not experts of {routed}", at=m.down)
-        mine = {"activation": "silu", "limit": None, "alpha": 1.702, "up_offset": 1.0} | unit_attrs(m)
+        mine = {"activation": "silu", "limit": None, "alpha": 1.702, "up_offset": 1.0} | unit_attrs(m.unit)
         if any(mine[a] != m.get(f"routed_{a}") for a in mine):
             return m.no("the shared expert has another activation")
         column = m.get("column")

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from moec.ir import Value
 from moec.passes.moe.axes import Axis, Named, Piece, flattened
+from moec.passes.moe.combine import num_experts
 from moec.passes.moe.stacked_mlp import NotExpertsError, moved
 from moec.passes.moe.structure import counts_up, producer, through
 from moec.passes.rewrite import Match
@@ -53,9 +54,11 @@ def picked_outputs(v: Value) -> tuple[Value, Value, Value] | None:
 
 
 def _unwrapped(index: Value | None) -> Value | None:
-    """An index without the remainder by the number of experts that keeps it in range."""
+    """Expert ids without a remainder that changes none of them."""
     rest = producer(index, "math.mod")
-    return moved(rest.operands[0]) if rest is not None and scalar_constant(rest.operands[1]) is not None else index
+    ids, divisor = (moved(rest.operands[0]), scalar_constant(rest.operands[1])) if rest is not None else (None, None)
+    num = num_experts(ids) if ids is not None else None
+    return ids if num is not None and isinstance(divisor, int) and num <= divisor else index
 
 
 def name_picked(names: Named, tokens: Axis, num: Any, v: Value, experts: Value) -> None:
@@ -63,9 +66,6 @@ def name_picked(names: Named, tokens: Axis, num: Any, v: Value, experts: Value) 
     node = v.producer
     assert node is not None
     outputs, index = node.operands
-    rest = producer(moved(index), "math.mod")
-    if rest is not None and scalar_constant(rest.operands[1]) != num:
-        raise NotExpertsError(f"the ids are taken modulo another number than {num} experts", experts, near=True)
     axes = names.axes(outputs)
     names.name(experts, tokens, "choice", experts.shape[-1])
     taken = names.axes(index) if node.op == "tensor.gather_elements" else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.passes.moe.expert_weights import cast_weights, maybe_cast, routed_experts, why_not_routed
-from moec.passes.moe.structure import gated_unit
+from moec.passes.moe.units import gated_unit
 from moec.passes.rewrite import Match, Refused, Rewrite
 
 

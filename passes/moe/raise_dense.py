@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import Routing, combine_rows, flat, same_rows
-from moec.passes.moe.structure import gated_unit, narrowed, reshaped, unit_attrs, why_not_halves
+from moec.passes.moe.combine import Routing, combine_rows, distinct, expert_ids, flat, same_rows
+from moec.passes.moe.structure import narrowed, reshaped
+from moec.passes.moe.units import gated_unit, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused, Rewrite
 
 
@@ -54,21 +55,21 @@ class DenseExperts(Rewrite):
         if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
         num, width, _ = expert_weights.shape_of(m, "gate_up")
-        reason = why_not_halves(m, width) or _why_not_bias(m, "gate_up_bias", num, width)
+        reason = why_not_halves(m.unit) or _why_not_bias(m, "gate_up_bias", num, width)
         reason = reason or _why_not_bias(m, "down_bias", num, x.shape[-1])
         return m.no(reason) if reason else None
 
     def replace(self, b: Any, m: Match) -> Any:
         routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
-        weights, experts = (flat(b, v) for v in routing)
+        weights, experts = flat(b, routing[0]), expert_ids(b, routing[1])
         matrices = expert_weights.build(b, m, "gate_up"), expert_weights.build(b, m, "down")
         biases = m.get("gate_up_bias"), m.get("down_bias")
         rows = same_rows(m.rows, experts.shape[0])
         assert rows is not None  # when() saw it
         x = reshaped(b, rows, m.root.shape)
         weights = narrowed(b, weights, m.factors.dtype)
-        return b.moe_experts(x, weights, experts, *matrices, *biases, **unit_attrs(m))
+        return b.moe_experts(x, weights, experts, *matrices, *biases, **unit_attrs(m.unit))
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,16 @@ class ScaledInputExperts(Rewrite):
         x = same_rows(m.rows, _tokens(routing))
         if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)
-        reason = why_not_halves(m, expert_weights.shape_of(m, "gate_up")[1])
+        # mlp((a + b) · x) is not mlp(a · x) + mlp(b · x)
+        if not distinct(routing[1]):
+            return m.no("a token may have one expert twice, with the sum of the weights inside", at=routing[1])
+        reason = why_not_halves(m.unit)
         return m.no(reason) if reason else None
 
     def replace(self, b: Any, m: Match) -> Any:
         routing = combine_rows(m.factors)
         assert routing is not None  # when() saw it
-        weights, experts = (flat(b, v) for v in routing)
+        weights, experts = flat(b, routing[0]), expert_ids(b, routing[1])
         (tokens, k), d = experts.shape, m.root.shape[-1]
         x = same_rows(m.rows, tokens)
         assert x is not None  # when() saw it
@@ -113,6 +117,6 @@ class ScaledInputExperts(Rewrite):
             reshaped(b, experts, (tokens * k, 1)),
             expert_weights.build(b, m, "gate_up"),
             expert_weights.build(b, m, "down"),
-            **unit_attrs(m),
+            **unit_attrs(m.unit),
         )
         return y if k == 1 else b.sum(b.reshape(y, shape=(tokens, k, d)), axes=(-2,))

@@ -7,7 +7,8 @@ from typing import Any
 
 from moec.ir import Value
 from moec.passes.moe.expert_weights import cast_weights, maybe_cast, routed_experts, shape_of, stored, why_not_routed
-from moec.passes.moe.structure import counts_up, gated_unit, producer, through
+from moec.passes.moe.structure import counts_up, producer, through
+from moec.passes.moe.units import gated_unit
 from moec.passes.rewrite import Match, Refused, Rewrite
 
 

@@ -11,7 +11,6 @@ from moec.passes.moe.fold_route import ROUTE_RULES
 from moec.passes.moe.raise_batched import BatchedExperts
 from moec.passes.moe.raise_dense import DenseExperts, ScaledInputExperts
 from moec.passes.moe.raise_grouped import GroupedExperts
-from moec.passes.moe.raise_looped import LoopedExperts
 from moec.passes.moe.raise_scattered import SCATTERED_RULES
 from moec.passes.moe.raise_stack import StackedOutputs
 from moec.passes.moe.raise_stacked import StackedExperts
@@ -33,7 +32,6 @@ class RaiseMoE(RuleSet):
         BatchedExperts(),
         DenseExperts(),
         ScaledInputExperts(),
-        LoopedExperts(),
         StackedExperts(),
         StackedOutputs(),
     )

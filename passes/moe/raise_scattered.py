@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.ir import Value
+from moec.passes.moe.bounds import is_finite, is_positive
 from moec.passes.moe.combine import distinct
 from moec.passes.moe.structure import is_filled
 from moec.passes.rewrite import Match, Refused, Rewrite
@@ -161,6 +162,9 @@ class ScatteredQuotient(Rewrite):
             return m.no("what is not chosen is not 0", at=m.zeros)
         if m.root.type != m.zeros.type or m.total.shape not in ((), (1,), (*m.zeros.shape[:-1], 1)):
             return m.no(f"{m.zeros.type} and {m.total.type}: not one number for each token", at=m.total)
+        # 0 / 0 and 0 · inf are not what stays at the places not chosen
+        if not (is_positive if self.divided else is_finite)(m.total):
+            return m.no(f"{m.total.type} may be {'0 or ' if self.divided else ''}infinite", at=m.total)
         return _why_not_chosen(m, m.zeros, m.zeros)
 
     def replace(self, b: Any, m: Match) -> Any:

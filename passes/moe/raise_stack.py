@@ -7,7 +7,7 @@ from typing import Any
 
 from moec.ir import Value
 from moec.passes.moe.axes import Axis, Named, Piece, flattened, named
-from moec.passes.moe.combine import combine_matrix, flat, same_sizes
+from moec.passes.moe.combine import combine_matrix, expert_ids, flat, same_sizes
 from moec.passes.moe.picked import either_way, name_picked, picked_outputs
 from moec.passes.moe.stacked_mlp import NotExpertsError, moved
 from moec.passes.moe.structure import producer, reshaped
@@ -41,7 +41,7 @@ class StackedOutputs(Rewrite):
 
     def replace(self, b: Any, m: Match) -> Any:
         stack = found(m)
-        weights, experts = flat(b, stack.weights), flat(b, stack.experts)
+        weights, experts = flat(b, stack.weights), expert_ids(b, stack.experts)
         num, lead = len(stack.outputs), stack.outputs[0].shape[:-1]
         weights = weights if weights.dtype == m.root.dtype else b.cast(weights, dtype=m.root.dtype)
         zeros = b.full(shape=(experts.shape[0], num), value=0.0, dtype=m.root.dtype)

@@ -10,7 +10,7 @@ import torch
 
 from moec.ir import Value, Weight
 from moec.passes.moe.axes import Piece, flattened
-from moec.passes.moe.combine import combine_matrix, flat
+from moec.passes.moe.combine import combine_matrix, expert_ids, flat
 from moec.passes.moe.picked import either_way, name_picked, picked_outputs
 from moec.passes.moe.stacked_mlp import Layer, NotExpertsError, StackedMLP, moved
 from moec.passes.moe.structure import narrowed, reshaped
@@ -53,7 +53,7 @@ class StackedExperts(Rewrite):
         said = found(m)
         mlp, x = said.mlp, said.mlp.x
         assert x is not None  # when() named it
-        weights, experts = flat(b, said.weights), flat(b, said.experts)
+        weights, experts = flat(b, said.weights), expert_ids(b, said.experts)
         matrices = _joined(b, mlp.first), _joined(b, (mlp.down,))
         biases = _biases(b, mlp.first), _biases(b, (mlp.down,))
         rows = reshaped(b, x, (experts.shape[0], x.shape[-1]))

@@ -91,7 +91,8 @@ class IndexedExperts(Rewrite):
         want = "the weights [n, 1] that the tokens where(experts = e) have for e, weights[tokens, choice] say"
         refused = why_not_all(m, columns, want)
         column = next((c for c in columns if c is not None), None)
-        if refused is None and column is not None and not distinct(column[1]):
+        # ids [T] are of one choice
+        if refused is None and column is not None and column[1].type.rank > 1 and not distinct(column[1]):
             return m.no("a token may have one expert twice, and is then written twice", at=column[1])
         return refused or (why_not_rows(m, column, m.x) if column is not None else None)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from moec.ir import Value
 from moec.passes.moe.axes import Axes, Axis, Named, flattened, named
-from moec.passes.moe.structure import producer, why_not_halves
+from moec.passes.moe.structure import producer
+from moec.passes.moe.units import Columns, unit_attrs
 from moec.passes.rewriting.match_values import describe
 
 _MOVED = ("tensor.reshape", "tensor.transpose", "tensor.expand", "math.cast")
 _PRODUCTS = ("linear.matmul", "linear.linear")
-_UNIT_ATTRS = ("activation", "limit", "alpha", "up_offset")
 
 
 class NotExpertsError(Exception):
@@ -87,7 +87,7 @@ class StackedMLP:
     unit: Value
     down: Layer
     first: tuple[Layer, ...]
-    interleaved: bool = False
+    columns: Columns | None = None  # those of gate and up, where they are one layer
     names: Named = field(default_factory=Named)
     tokens: Axis = ()
     x: Value | None = None
@@ -100,10 +100,13 @@ class StackedMLP:
         if unit is None or node is None or node.op not in ("math.swiglu", "math.glu"):
             raise NotExpertsError(f"the second product is of {describe(unit)}, expected a gated unit", unit)
         gate, up = (moved(o) for o in node.operands)
-        parts = [v.producer for v in (gate, up) if v is not None]
-        if [n.op if n is not None else "" for n in parts] not in (["tensor.split"] * 2, ["tensor.slice"] * 2):
+        columns = Columns.of(gate, up)
+        if columns is None:
             return StackedMLP(unit, down, (Layer.of(gate, "the gate"), Layer.of(up, "up")))
-        return StackedMLP(unit, down, (Layer.of(*_whole(gate, up, parts)),), _step(parts) == 2)
+        reason = columns.why_not()
+        if reason:
+            raise NotExpertsError(f"gate and up are not the halves of their product: {reason}", gate, near=True)
+        return StackedMLP(unit, down, (Layer.of(columns.whole, "gate and up"),), columns)
 
     @property
     def tables(self) -> list[Table]:
@@ -115,10 +118,7 @@ class StackedMLP:
         return self.down.table.weight.shape[0]
 
     def unit_attrs(self) -> dict[str, Any]:
-        node = self.unit.producer
-        assert node is not None
-        attrs = {a: node.attrs[a] for a in _UNIT_ATTRS if a in node.attrs}
-        return {**attrs, "interleaved": True} if self.interleaved else attrs
+        return unit_attrs(self.unit, self.columns)
 
     def experts(self) -> Value | None:
         """The ids by which weights are taken, None where all experts run. Raises NotExpertsError where they differ."""
@@ -174,36 +174,6 @@ def _ids(v: Value) -> Value:
             break
         v = inner
     return v
-
-
-def _whole(gate: Any, up: Any, parts: list[Any]) -> tuple[Value, str]:
-    """What gate and up are the halves of. Raises NotExpertsError."""
-    whole = parts[0].operands[0]
-    if parts[1].operands[0] is not whole:
-        raise NotExpertsError("gate and up are parts of different products", gate)
-    cut = _Captures()
-    if parts[0].op == "tensor.split":
-        ordered = parts[0] is parts[1] and (gate.index, up.index) == (0, 1)
-        cut["halves"] = parts[0].attrs["sizes"] if ordered else (0, 0)
-    else:
-        for name, part in zip(("gate", "up"), parts, strict=True):
-            cut[f"{name}_start"], cut[f"{name}_end"] = part.attrs["start"], part.attrs["end"]
-        cut["step"] = _step(parts)
-    reason = why_not_halves(cut, whole.shape[-1])
-    if reason:
-        raise NotExpertsError(f"gate and up are not the halves of their product: {reason}", gate, near=True)
-    return whole, "gate and up"
-
-
-class _Captures(dict):
-    """Named like the captures of a match."""
-
-    __getattr__ = dict.__getitem__
-
-
-def _step(parts: list[Any]) -> int:
-    steps = {n.attrs.get("step", 1) for n in parts}
-    return steps.pop() if len(steps) == 1 else 0
 
 
 def _name_table(names: Named, layer: Layer, into: str, out: str) -> bool:

@@ -143,8 +143,9 @@ def test_exported_programs(nested):
     ("model", "options", "words"),
     [
         ("model.onnx", {}, ["model.onnx", "No such file"]),
-        ("some/folder", {}, ["some/folder", "no folder and no .onnx file", "checkpoint folder"]),
-        (42, {}, ["int"]),
+        ("some/folder", {}, ["some/folder", "no folder and no .onnx or .gguf file", "checkpoint folder"]),
+        ("model.gguf", {}, ["model.gguf", "missing"]),
+        (42, {}, ["int", "a .gguf file"]),
         (nn.Identity(), {"args": torch.ones(2)}, ["args", "args=(tensor,)"]),
         (nn.Identity(), {"args": (torch.ones(2),), "kwargs": [1]}, ["kwargs", "list"]),
         (nn.Identity(), {"args": (torch.ones(2),), "backend": "tvm"}, ["tvm", "onnxruntime"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ import moec
 from moec import models
 from moec.generation import Stops
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError
+from moec.positions import positions
 
 from .samples import TinyLM, greedy
 
@@ -72,6 +75,45 @@ def test_the_models_own_end(tiny_lm):
     assert Stops((7, 3), 5).resolve(None) == ((), 5)
     assert Stops((7, 3), None).resolve(moec.UNSET) == ((7, 3), 7)
     assert Stops((7, 3), None).resolve(9) == ((9,), 9)
+    assert Stops((7, 3), None).resolve(torch.tensor(9)) == ((9,), 9)
+    assert Stops((7, 3), None).resolve(torch.tensor([9, 2])) == ((9, 2), 9)
+
+
+@pytest.mark.parametrize(("eos", "pad"), [(-1, -1), ([-1], -100), (None, 2**70)])
+def test_tokens_of_a_config_that_are_none(eos, pad, tmp_path):
+    model = TinyLM()
+    model.generation_config = SimpleNamespace(eos_token_id=eos, pad_token_id=pad)
+    assert Stops.of(model) == Stops()
+    model.config = SimpleNamespace(eos_token_id=[-1, 4], pad_token_id=6)
+    assert Stops.of(model) == Stops((4,), 6)
+    compiled = moec.compile(model, backend="reference")
+    compiled.save(tmp_path / "it")
+    new = compiled.generate(PROMPT, max_new_tokens=5)
+    assert torch.equal(moec.load(tmp_path / "it").generate(PROMPT, max_new_tokens=5), new)
+
+
+@pytest.mark.parametrize(
+    ("config", "room"),
+    [
+        ({"max_position_embeddings": 16}, 16),
+        ({"max_position_embeddings": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 16),
+        ({"max_position_embeddings": 16, "rope_scaling": {"type": "linear", "factor": 2.5}}, 40),
+        ({"max_position_embeddings": 16, "rope_parameters": {"rope_type": "yarn", "factor": 4}}, 64),
+        ({"max_position_embeddings": 99,
+          "rope_parameters": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16}}, 99),
+        ({"max_position_embeddings": 16,
+          "rope_parameters": {"full_attention": {"rope_type": "llama3", "factor": 8,
+                                                 "original_max_position_embeddings": 4},
+                              "sliding_attention": {"rope_type": "default"}}}, 32),
+        ({"max_position": 16, "rope_factor": 2.0, "yarn": None}, 32),
+        ({"max_position": 16, "yarn": SimpleNamespace(factor=4.0, original_max_position=16)}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, None),
+        ({"max_position_embeddings": 16, "rope_factor": None, "yarn": {}, "rope_scaling": {"type": "yarn"}}, 16),
+        ({"max_position_embeddings": True, "rope_scaling": {"type": "linear", "factor": float("inf")}}, None),
+    ],
+)  # fmt: skip
+def test_positions_of_an_extended_context(config, room):
+    assert positions(SimpleNamespace(**config)) == room
 
 
 @pytest.mark.parametrize(
@@ -92,6 +134,9 @@ def test_the_models_own_end(tiny_lm):
         ((PROMPT, None, 2.0), ArgumentTypeError, ["max_new_tokens", "float"]),
         ((PROMPT, None, 2, "stop"), ArgumentValueError, ["eos_token_id"]),
         ((PROMPT, None, 2, -4), ArgumentValueError, ["eos_token_id", "-4"]),
+        ((PROMPT, None, 2, 2**70), ArgumentValueError, ["eos_token_id", str(2**70), "0 up to 2⁶³ − 1"]),
+        ((PROMPT, None, 2, torch.tensor(0.5)), ArgumentValueError, ["eos_token_id", "0.5"]),
+        ((PROMPT, None, 2, True), ArgumentValueError, ["eos_token_id", "True"]),
     ],
 )
 def test_arguments_that_do_not_fit(compiled_lm, arguments, error, words):

@@ -63,6 +63,10 @@ def test_minus_infinity_is_never_drawn_and_rows_without_numbers_are_refused():
             sampling.choose(torch.tensor([[0.0, bad]]), sampling.generator())
 
 
+def test_low_temperatures_choose_the_likeliest():
+    assert kept(Sampling(1.2e-38)) == kept(Sampling(1e-30)) == [int(LOGITS.argmax())]
+
+
 def test_when_it_is_greedy():
     assert Sampling.of().greedy
     assert Sampling.of(temperature=0).greedy
@@ -76,6 +80,10 @@ def test_when_it_is_greedy():
         ({"temperature": -1.0}, ArgumentValueError, ["temperature", "-1.0", "≥ 0"]),
         ({"temperature": math.nan}, ArgumentValueError, ["temperature", "nan"]),
         ({"temperature": math.inf}, ArgumentValueError, ["temperature", "inf"]),
+        ({"temperature": 1e-45}, ArgumentValueError, ["temperature", "1e-45", "above 0 at least 1.2e-38"]),
+        ({"temperature": 10**400}, ArgumentValueError, ["temperature", "finite"]),
+        ({"seed": 2**70}, ArgumentValueError, ["seed", str(2**70), "expected −2⁶³ up to 2⁶⁴ − 1"]),
+        ({"seed": -(2**64)}, ArgumentValueError, ["seed"]),
         ({"temperature": "hot"}, ArgumentTypeError, ["temperature", "str 'hot'"]),
         ({"top_k": 0}, ArgumentValueError, ["top_k", "0", "≥ 1"]),
         ({"top_k": 2.0}, ArgumentTypeError, ["top_k", "float"]),

@@ -77,6 +77,24 @@ class Several(Loop):
         return out.index_add(0, token, expert(rows[token]) * w[token, slot, None])
 
 
+class OrLast(Loop):
+    """Another reason for the same way, on the same line."""
+
+    def add(self, out, rows, w, idx, e, expert):
+        token, slot = torch.where(idx == e)
+        if e == 3 or token.numel() == 0:
+            return out + (e != 3) * 100.0
+        return out.index_add(0, token, expert(rows[token]) * w[token, slot, None])
+
+
+class Folded(Loop):
+    """Both ways on one line."""
+
+    def add(self, out, rows, w, idx, e, expert):
+        token, slot = torch.where(idx == e)
+        return out if token.numel() == 0 else out.index_add(0, token, expert(rows[token]) * w[token, slot, None])
+
+
 def agree(model, traced, *shapes):
     for shape in shapes:
         x = torch.randn(*shape, 8)
@@ -84,7 +102,7 @@ def agree(model, traced, *shapes):
 
 
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("form", [Counted, Positive, AnyOf])
+@pytest.mark.parametrize("form", [Counted, Positive, AnyOf, Folded])
 def test_the_test_is_passed_by(form, k):
     model = form(k=k)
     traced = trace(model, (torch.randn(2, 5, 8),), dynamic_shapes={"x": {0: "B", 1: "T"}})
@@ -108,6 +126,45 @@ def test_what_happens_without_is_compared():
         trace(Nothing(), (torch.randn(2, 5, 8),), dynamic_shapes={"x": {0: "B", 1: "T"}})
     with pytest.raises(CompileError, match="does not hold for other values"):
         trace(Nothing(), (torch.randn(1, 64, 8),))
+
+
+def test_another_reason_on_the_line_is_no_evidence():
+    """With 200 tokens no expert is empty, and `e == 3` goes both ways anyway."""
+    x = torch.randn(1, 200, 8)
+    assert len(OrLast().gate(x).argmax(-1).unique()) == 4
+    with pytest.raises(CompileError, match=r"does not hold for other values: output.*by up to [12]00") as caught:
+        trace(OrLast(), (x,))
+    assert "nothing is found" in caught.value.hint
+
+
+def test_the_message_of_a_static_trace_says_what_to_do():
+    class Found(nn.Module):
+        def forward(self, x):
+            return x + 1 if (x > 9).any() else x
+
+    with pytest.raises(CompileError, match=r"does not hold for its example: output 'output' differs") as caught:
+        trace(Found(), (torch.randn(3, 4),))
+    assert "static shapes" not in caught.value.hint
+    assert "nothing is found" in caught.value.hint
+
+
+def test_a_jump_behind_an_extended_argument(tmp_path):
+    """A far target, which one byte does not hold."""
+    body = "\n".join(f"            out = out + {i}.0 * 0" for i in range(300))
+    source = f"""class Far(Loop):
+    def add(self, out, rows, w, idx, e, expert):
+        token, slot = torch.where(idx == e)
+        if token.numel() > 0:
+{body}
+            out = out.index_add(0, token, expert(rows[token]) * w[token, slot, None])
+        return out
+"""
+    file = tmp_path / "far.py"
+    file.write_text(source)
+    names = dict(globals())
+    exec(compile(source, str(file), "exec"), names)
+    with torch.no_grad():
+        agree(names["Far"](), trace(names["Far"](), (torch.randn(1, 64, 8),)), (1, 64))
 
 
 def test_a_way_that_was_never_seen_is_refused():

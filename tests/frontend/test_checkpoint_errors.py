@@ -42,6 +42,7 @@ CONFIG = {
     "v_head_dim": 8,
     "first_k_dense_replace": 1,
     "max_position_embeddings": 64,
+    "num_nextn_predict_layers": 0,
     "dtype": "float32",
 }
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -88,6 +89,15 @@ def refused(folder: Path, *said: str) -> str:
 def test_it_is_fine_as_it_is(tmp_path):
     opened = open_model(write(tmp_path / "it", tensors()))
     assert opened.weights[f"{EXPERTS}.gate_up_proj"].load().shape == (4, 32, 136)
+
+
+def test_a_missing_expert_hides_nothing(tmp_path):
+    stored = {n: t for n, t in tensors().items() if n != "lm_head.weight" and not n.startswith(f"{EXPERTS}.3.")}
+    refused(
+        write(tmp_path / "it", stored),
+        "lm_head.weight [32, 136] is missing",
+        *(f"{EXPERTS}.3.{m}.weight" for m in ("gate_proj", "up_proj", "down_proj")),
+    )
 
 
 def test_all_mismatches_are_listed(tmp_path):
@@ -142,7 +152,19 @@ def test_the_index_and_the_shards_have_to_agree(tmp_path):
         ({"rope_scaling": {"type": "yarn", "factor": 4, "truncate": False}}, "rope_scaling.truncate is False"),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor is '4', expected a number"),
         ({"hidden_size": "136"}, "hidden_size is '136', expected a whole number"),
-        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"vocab_size": None}, "vocab_size is null, expected a whole number"),
+        ({"vocab_size": 2**40}, f"vocab_size is {2**40}, expected a whole number of at most 2147483647"),
+        ({"hidden_size": 2**31 - 1, "vocab_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, "larger than any memory"),
+        ({"num_hidden_layers": 20_000}, "the config has 20000 layers, and no tensor of layer 2 is there"),
+        ({"n_routed_experts": 10**9}, "the config has 1000000000 experts, and no tensor of expert 4 is there"),
+        ({"dtype": ["float32"]}, "dtype is ['float32'], supported are float32"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000000"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000000"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_scaling.rope_type is ['yarn'], supported are"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "rope_scaling.factor is 1000000"),
+        ({"quantization_config": {**FP8, "modules_to_not_convert": 5}}, "modules_to_not_convert is 5, expected a list"),
+        ({"quantization_config": {**FP8, "ignored_layers": "head"}}, "ignored_layers is 'head', expected a list"),
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         ({"logit_softcapping": 30.0}, "logit_softcapping is 30.0, a field that this architecture does not have"),
         ({"num_experts_per_tok": 9}, "top_k is 9, must be at most num_experts 4"),
@@ -319,7 +341,7 @@ def test_pickles_are_not_opened(tmp_path, monkeypatch):
 
 def test_other_folders(tmp_path):
     refused(tmp_path, "config.json is missing")
-    refused(tmp_path / "nothing", "is no folder and no .onnx file")
+    refused(tmp_path / "nothing", "is no folder and no .onnx or .gguf file")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path, "neither model.safetensors.index.json nor model.safetensors is there")
     graph = moec.parse("graph(%x: f32[2]) -> (%y: f32[2]) {\n  %0: f32[2] = math.silu(%x)\n  return %0\n}\n")

@@ -127,6 +127,20 @@ def test_one_file_instead_of_shards(tmp_path):
         close(moec.compile(tmp_path, (ids(),), backend="reference")(ids()), hf(ids()).logits)
 
 
+def test_the_single_file_counts_where_there_is_an_index_too(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    hf = model(CASES["llama"]())
+    save(hf, tmp_path)
+    other = model(CASES["llama"](), seed=1)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(tmp_path)(ids()).logits
+        close(want, other(ids()).logits)
+        close(moec.compile(tmp_path, (ids(),), backend="reference")(ids()), want)
+
+
 def test_stacked_experts_as_transformers_holds_them(tmp_path):
     hf = model(CASES["mixtral"]())
     hf.save_pretrained(tmp_path, save_original_format=False)

@@ -35,6 +35,7 @@ def write(path: Path, hf: Any, architecture: str, kind: Any = Kind.F32, **fields
     """A file of transformers' model; matrices are stored as `kind`."""
     c = hf.config
     w = gguf.GGUFWriter(path, architecture)
+    w.add_name("it is it")
     w.add_block_count(c.num_hidden_layers)
     w.add_context_length(c.max_position_embeddings)
     w.add_embedding_length(c.hidden_size)
@@ -178,6 +179,12 @@ def test_damaged_files(tmp_path):
         (data[:24] + struct.pack("<Q", 1 << 62) + data[32:], "which the file does not have"),
         (data[:400], "which the file does not have"),
         (data[:-64], "damaged"),
+        (data.replace(b"general.name", b"general.nam\xff"), "damaged"),
+        (data.replace(b"it is it", b"\xff\xfe is it"), "general.name cannot be read: 'utf-8' codec"),
+        (
+            data.replace(b"llama.attention.layer_norm_rms_epsilon", b"llama.attention.layer_norm_rms_epsilom"),
+            "llama.attention.layer_norm_rms_epsilon is None, expected a number",
+        ),
     ):
         path.write_bytes(text)
         refused(path, said)

@@ -24,7 +24,10 @@ M = sympy.Symbol("m", integer=True, nonnegative=True)
         (sympy.Ne(Min(5, 2 * N), 2 * N), 5, (3, None)),
         (sympy.Eq(Max(0, N - 4), N - 4), 9, (4, None)),
         (sympy.Eq(Max(0, N - 4), 0), 2, (0, 4)),
-        (sympy.Le(Min(64, N), 32), 9, None),  # turns at 64, holds up to 32: of another kind
+        (sympy.Le(Min(64, N), 32), 9, (0, 32)),  # turns at 32, not only where the arguments meet
+        (sympy.Le(Max(16, N), 64), 4, (0, 64)),
+        (sympy.Ne(Min(64, N), 20), 9, None),  # two ranges
+        (sympy.Le(N * Min(64, N), 32), 3, None),  # not linear
         (sympy.Eq(N, 9), 9, None),
         (sympy.Eq(M, Min(64, N)), 9, None),
         (sympy.Eq(Min(N, Max(4, N - 1)), N), 9, None),

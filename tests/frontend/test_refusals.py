@@ -54,6 +54,13 @@ class Noise(torch.nn.Module):
         return x + torch.rand_like(x)
 
 
+class Masked(torch.nn.Module):
+    def forward(self, x):
+        y = x.clone()
+        y[x > 0] = torch.ones(2)
+        return y
+
+
 class Raises(torch.nn.Module):
     def forward(self, x):
         raise ValueError("the model's own complaint")
@@ -80,6 +87,7 @@ CASES = [
     (Counter, torch.ones(3), "mutation", "KV cache", "self.seen += 1"),
     (InPlace, torch.ones(3), "mutation", "", "x.add_(1)"),
     (Divisor, torch.ones(3, dtype=torch.int64), "unsupported-op", "register a lowering", "torch.gcd(x, x)"),
+    (Masked, torch.ones(3), "data-dependent", "torch.where(mask, a, b)", "y[x > 0] = "),
     (Noise, torch.ones(3), "unsupported-op", "argument", "rand_like"),
     (Raises, torch.ones(3), "trace", "", "raise ValueError"),
     (Fourier, torch.ones(3, 2), "dtype", "cos, sin", "view_as_complex(x).sin()"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import moec
 from moec.frontend import expert_loops, trace
@@ -74,8 +75,90 @@ def test_experts_that_do_nothing_are_chosen():
         torch.testing.assert_close(expert_loops.ExpertsWithIdentity(module)(x, experts, weights), want)
 
 
-def test_a_wrong_loop_is_refused(monkeypatch):
-    """What stands in is compared with the model, at the sizes of the trace too."""
+def test_a_wrong_loop_is_not_trusted(monkeypatch):
+    """What stands in is compared with the model, at the sizes of the trace too; the model as it is follows, and where
+    that cannot be traced, the error says what stood in."""
+    monkeypatch.setattr(expert_loops.CountingGate, "__call__", lambda self, hidden_states: hidden_states.tolist())
+    with pytest.raises(CompileError, match=r"an op of ours stood in for .*a count of tokens for each expert"):
+        trace(build("jetmoe"), (), {"input_ids": ids(2, 12), "use_cache": False})
     monkeypatch.setattr(expert_loops.ExpertsWithIdentity, "__call__", lambda self, x, experts, weights: x)
+    model, x = build("longcat_flash"), ids(2, 12)
     with pytest.raises(CompileError, match="an op of ours stood in for a loop over experts"):
-        trace(build("longcat_flash"), (), {"input_ids": ids(2, 12), "use_cache": False})
+        trace(model, (), {"input_ids": x, "use_cache": False})
+
+
+class Gate(nn.Module):
+    """Named as a gate that counts tokens, and another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.input_size, self.top_k = 4, 8, 2
+        self.layer = nn.Linear(8, 4, bias=False)
+
+    def forward(self, hidden_states):
+        return self.layer(hidden_states).softmax(-1).topk(self.top_k, -1)
+
+
+class Chosen(nn.Module):
+    """Named as a product of sorted rows for each expert, and one of chosen weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.input_size, self.output_size = 4, 8, 8
+        self.weight = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, inputs, expert_size):
+        return torch.einsum("td,tkod->tko", inputs, self.weight[expert_size])
+
+
+class Negated(Chosen):
+    """Told as such a product is, gives as many results, and others."""
+
+    def forward(self, inputs, expert_size):
+        return -torch.cat([r @ w.T for r, w in zip(inputs.split(expert_size), self.weight, strict=True)])
+
+
+def test_modules_that_only_look_like_a_structure(same):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = Gate(), Chosen()
+
+        def forward(self, x):
+            weights, chosen = self.gate(x)
+            return (self.experts(x, chosen) * weights[..., None]).sum(1)
+
+    model = Model()
+    assert expert_loops.CountingGate.fits(model.gate)
+    assert expert_loops.ParallelLinear.fits(model.experts)
+    traced = trace(model, (torch.randn(5, 8),), dynamic_shapes={"x": {0: "T"}})
+    for rows in (0, 1, 5, 20):
+        same(traced, model, (torch.randn(rows, 8),))
+
+
+def test_a_structure_that_gives_something_else(same):
+    """The two are compared, and the module as it is can be traced at these counts."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = Negated()
+
+        def forward(self, x):
+            return self.experts(x, [1, 2, 3, 4])
+
+    model = Model()
+    same(trace(model, (torch.randn(10, 8),)), model, (torch.randn(10, 8),))
+
+
+def test_parameters_of_other_names_are_no_structure():
+    class Scores(Gate):
+        def forward(self, x):
+            return self.layer(x)
+
+    class Rows(Chosen):
+        def forward(self, x, chosen):
+            return x
+
+    assert not expert_loops.CountingGate.fits(Scores())
+    assert not expert_loops.ParallelLinear.fits(Rows())

@@ -31,6 +31,12 @@ def same(got, want, tolerance=1e-5):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_nothing_is_said_of_torchs_own_list_of_weights(kind, recwarn):
+    trace(build(kind), (torch.randn(4, 3, 5),))
+    assert not [str(w.message) for w in recwarn]
+
+
 @pytest.mark.parametrize("backend", ["reference", "onnxruntime"])
 @pytest.mark.parametrize(("kind", "options"), itertools.product(["LSTM", "GRU", "RNN", "relu"], OPTIONS))
 def test_every_length(kind, options, backend):

@@ -140,6 +140,23 @@ def test_others_stay_and_say_why(name):
     assert says in reasons.replace("−", "-")
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["two masks", "one mask twice"])
+def test_finite_numbers_add_up_beside_causality(again):
+    """A key that two masks forbid weighs less than one that a single mask does, where a row has no other keys."""
+
+    class Attention(nn.Module):
+        def forward(self, x, a, b):
+            masks = [torch.zeros(2, 1, 6, 6).masked_fill(~keep, -3.0) for keep in (a, b)]
+            mask = masks[0] + masks[0 if again else 1] + torch.full((6, 6), -INF).triu(1)
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    x, a, b = torch.randn(2, 2, 6, 4), torch.zeros(2, 1, 1, 6, dtype=torch.bool), torch.rand(2, 1, 1, 6) > 0.5
+    a[0, ..., 2:4] = True
+    graph, _ = default_pipeline().run(moec.trace(Attention(), (x, a, b)))
+    assert graph.find("attention.sdpa")[0].attrs["causal"]
+    torch.testing.assert_close(run(graph, [x, a, b])[0], Attention()(x, a, b))
+
+
 @pytest.mark.parametrize("change", [(3, 2), (0, 5), (6, 0)], ids=str)
 def test_a_stored_mask_with_one_other_element_is_not_causal(change):
     stored = lower(8)

@@ -240,3 +240,15 @@ def test_softmax_over_queries_is_no_attention():
         return b.matmul(b.softmax(scores, axis=2), v)
 
     assert "attention.sdpa" not in fuse(FuseAttention(), graph_of(body, q=HEADS, k=HEADS, v=HEADS))
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["added", "chosen"])
+def test_a_mask_of_more_batches_than_the_queries(chosen):
+    def body(b, q, k, v, mask):
+        scores = b.matmul(q, b.transpose(k, perm=(0, 1, 3, 2)))
+        scores = b.where(b.gt(mask, -9.0), scores, b.const(-float("inf"), "f32")) if chosen else b.add(scores, mask)
+        return b.matmul(b.softmax(scores, axis=-1), v)
+
+    q = ("f32", (1, 2, 6, 4))
+    graph = graph_of(body, q=q, k=q, v=q, mask=("f32", (3, 1, 6, 6)))
+    assert "attention.sdpa" not in fuse(FuseAttention(), graph)

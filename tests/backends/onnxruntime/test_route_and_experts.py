@@ -140,9 +140,10 @@ def test_expert_out_of_range_names_op_and_module(bad: int, rng: torch.Generator)
     assert caught.value.code == "onnxruntime"
 
 
+@pytest.mark.parametrize("memory", ["fast", "fp8"])
 @pytest.mark.parametrize(("dtype", "rtol"), [("bf16", 0.05), ("f64", 1e-13)])
-def test_experts_in_other_dtypes(dtype: str, rtol: float, rng: torch.Generator):
-    exe = compiled(experts_graph(rng, routed=False, dtype=dtype))
+def test_experts_in_other_dtypes(dtype: str, rtol: float, memory: str, rng: torch.Generator):
+    exe = compiled(experts_graph(rng, routed=False, dtype=dtype), memory=memory)
     x, w = torch.randn(5, D, generator=rng), torch.randn(5, K, generator=rng)
     like = {"bf16": torch.bfloat16, "f64": torch.float64}[dtype]
     agrees(exe, [x.to(like), w.to(like), torch.randint(0, E, (5, K), generator=rng)], rtol=rtol)

@@ -110,6 +110,27 @@ def test_a_file_that_is_replaced_after_the_check(tmp_path):
         weight.load()
 
 
+def test_a_folder_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """Between the last look at a folder on the way and the opening of the file in it."""
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    for at, data in ((folder / "sub", W), (outside, 7 * W)):
+        at.mkdir(parents=True)
+        (at / "w.bin").write_bytes(b"____" + data.tobytes())
+    weight = import_onnx(saved(folder, location="sub/w.bin")).graph.weights["w"].weight
+    opening = os.open
+
+    def swapped(path, *args, **kwargs):
+        if Path(path).name == "w.bin" and not (folder / "sub").is_symlink():
+            (folder / "sub").rename(folder / "was")
+            (folder / "sub").symlink_to(outside)
+        return opening(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", swapped)
+    torch.testing.assert_close(weight.load(), torch.from_numpy(W))
+    with pytest.raises(CompileError, match="by a link"):
+        weight.load()
+
+
 def test_external_data_of_a_model_in_memory(tmp_path):
     proto = onnx.ModelProto.FromString(saved(tmp_path).read_bytes())
     refused(proto, "a model in memory has no folder")
@@ -193,6 +214,10 @@ MALFORMED = {
         lambda: model([helper.make_node("Neg", ["x", "w"], ["y"])], [X], [Y], W2),
         ["Neg: takes 1 to 1 operands in opset 22, got 2", "at Neg_0"],
     ),
+    "too many outputs": (
+        lambda: model([helper.make_node("Neg", ["x"], ["y", "z"])], [X], [Y]),
+        ["Neg: gives 1 outputs in opset 22, 2 are named", "at Neg_0"],
+    ),
     "missing attribute": (
         lambda: model([helper.make_node("Concat", ["x", "w"], ["y"])], [X], [value("y", [4])], W2),
         ["Concat: attribute 'axis' is missing"],
@@ -235,6 +260,14 @@ def test_recursive_functions(cycle):
     functions = [function(n, cycle[(i + 1) % len(cycle)]) for i, n in enumerate(cycle)]
     proto = model([helper.make_node("A", ["x"], ["y"], domain="f")], [X], [Y], functions=functions, domains=["f"])
     refused(proto, "recursive function: f.A")
+
+
+def test_functions_of_another_opset():
+    body = [helper.make_node("Softmax", ["x"], ["y"], axis=1)]
+    soft = helper.make_function("my", "Soft", ["x"], ["y"], body, [helper.make_opsetid("", 11)])
+    proto = model([helper.make_node("Soft", ["x"], ["y"], domain="my")], [X], [Y], functions=[soft], domains=["my"])
+    refused(proto, "function my.Soft is of opset 11 of ai.onnx, the model of opset 22", "not supported",
+            code="unsupported-model")  # fmt: skip
 
 
 def test_functions_that_expand_without_end():

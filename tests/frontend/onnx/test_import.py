@@ -11,7 +11,7 @@ import moec
 from moec.frontend.onnx import import_onnx, imports
 from moec.ir import CompileError, run
 
-from .builders import check, expected, helper, model, one_op, value
+from .builders import agrees, check, expected, helper, model, one_op, value
 
 RNG = np.random.default_rng(0)
 
@@ -54,6 +54,7 @@ NATIVE = {
     "Selu": ([floats(9)], {}),
     "Shrink": ([floats(9)], {"lambd": 0.4, "bias": 0.1}),
     "IsInf": ([np.array([1, np.inf, -np.inf, np.nan], np.float32)], {"detect_negative": 0}),
+    "IsInf of neither": ([np.array([np.inf, -np.inf], np.float32)], {"detect_negative": 0, "detect_positive": 0}),
     "ReduceLogSumExp": ([floats(2, 4) * 200, ints(1)], {"keepdims": 0}),
     "ArgMin": ([floats(3, 4).round()], {"axis": 1}),
     "GlobalAveragePool": ([floats(2, 3, 4, 5)], {}),
@@ -348,6 +349,23 @@ def test_sequences_inside_a_graph_are_resolved():
     stacked = [helper.make_node("SequenceConstruct", ["x", "x"], ["s"]),
                helper.make_node("ConcatFromSequence", ["s"], ["y"], axis=1, new_axis=1)]  # fmt: skip
     check(model(stacked, [value("x", [4, 3])], [value("y", [4, 2, 3])]), {"x": x}, native=True)
+
+
+@pytest.mark.parametrize("place", [-3, -2, -1, 0, 2, 3, -4])
+def test_places_in_a_sequence_are_counted_from_either_end(place):
+    """-n up to n for an insertion into n items; a negative one is n more."""
+    nodes = [
+        helper.make_node("SplitToSequence", ["x"], ["s"]),
+        helper.make_node("SequenceInsert", ["s", "z", "at"], ["t"]),
+        helper.make_node("ConcatFromSequence", ["t"], ["y"], axis=0),
+    ]
+    proto = model(nodes, [value("x", [3]), value("z", [1])], [value("y", [4])], {"at": np.array(place)})
+    if place == -4:
+        with pytest.raises(CompileError, match="position -4 of 3"):
+            import_onnx(proto)
+    else:
+        # ONNX's evaluator takes n for 0
+        agrees(moec.compile(proto, backend="reference"), proto, {"x": floats(3), "z": floats(1)})
 
 
 def test_an_attribute_that_an_import_does_not_take_is_not_ignored():

@@ -11,7 +11,7 @@ import pytest
 import moec
 from moec.frontend.onnx import import_onnx
 
-from .builders import agrees, one_op
+from .builders import agrees, check, one_op
 
 RNG = np.random.default_rng(0)
 
@@ -44,6 +44,10 @@ CASES: dict[str, tuple[str, list[np.ndarray], dict[str, Any]]] = {
     "transposed groups": ("ConvTranspose", [X, floats(4, 3, 3, 2)], {"group": 2, "dilations": [2, 1]}),
     "transposed cropped": ("ConvTranspose", [X, floats(4, 1, 2, 2)], {"pads": [2, 1, 0, 3]}),
     "transposed audio": ("ConvTranspose", [floats(1, 4, 9), floats(4, 2, 7)], {"strides": [3], "pads": [2, 2]}),
+    "transposed to the same size": ("ConvTranspose", [X, floats(4, 3, 3, 4)], {"strides": [2, 3],
+                                                                               "auto_pad": "SAME_UPPER"}),
+    "transposed by less than its steps": ("ConvTranspose", [X, floats(4, 3, 1, 4)],
+                                          {"strides": [3, 1], "auto_pad": "SAME_LOWER"}),
     "nearest": ("Resize", [X, NONE, scales(2, 3)], {"mode": "nearest", "nearest_mode": "floor",
                                                     "coordinate_transformation_mode": "asymmetric"}),
     "nearest by halves": ("Resize", [X, NONE, scales(1.5, 0.5)], {"mode": "nearest"}),
@@ -73,6 +77,26 @@ def test_layers_of_planes(name, dynamic):
         compiled = moec.compile(proto, backend=backend)
         for shape in shapes:
             agrees(compiled, proto, {"x0": floats(*shape)})
+
+
+@pytest.mark.parametrize("factors", [(0.6, 0.6), (1.5, 0.5), (0.5, 3.0)])
+def test_nearest_of_opset_10(factors):
+    """Up where an axis shrinks, down where it grows; ONNX's evaluator does not know this operator."""
+    x = np.arange(1, 9, dtype=np.float32).reshape(1, 1, 2, 4)
+    proto = one_op("Resize", [x, scales(*factors)], constant=[1], opset=10, mode="nearest")
+    proto.ir_version = 7
+    assert not import_onnx(proto).extern
+    for backend in ("reference", "onnxruntime"):
+        agrees(moec.compile(proto, backend=backend), proto, {"x0": x})
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_reflections_that_go_there_and_back(dynamic):
+    """ONNX Runtime refuses them, ONNX's evaluator turns around as often as need be."""
+    for n in (1, 2, 3, 5):
+        x = np.arange(n, dtype=np.float32)
+        proto = one_op("Pad", [x, np.array([3, 4])], constant=[1], dynamic=dynamic, opset=18, mode="reflect")
+        check(proto, {"x0": x}, native=True)
 
 
 def test_resize_to_sizes_of_another_value():

@@ -102,6 +102,21 @@ GROUPED = {
 }
 
 
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_half_of_each_head_may_be_rotated(interleaved):
+    """As many of its elements as two rows of the caches have."""
+    size = 2 * D  # the caches are for D
+    inputs = {"q": ["B", "S", H * size], "k": ["B", "S", G * size], "v": ["B", "S", G * size], "past_k": None,
+              "past_v": None, "last": (["B"], np.int32), "total": ([], np.int32), "cos": [32, D // 2],
+              "sin": [32, D // 2]}  # fmt: skip
+    proto = one("GroupQueryAttention", inputs, 3, CACHE, num_heads=H, kv_num_heads=G, do_rotary=1,
+                rotary_interleaved=interleaved)  # fmt: skip
+    feeds = {"q": floats(2, 6, H * size), "k": floats(2, 6, G * size), "v": floats(2, 6, G * size),
+             "last": np.full(2, 5, np.int32), "total": np.array(6, np.int32)}  # fmt: skip
+    for backend in BACKENDS:
+        agrees(moec.compile(proto, backend=backend), proto, feeds, 1e-4)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", GROUPED)
 def test_group_query_attention_of_prompts(name, packed):
