@@ -93,8 +93,9 @@ def known(size: int | Dim, binding: Mapping[str, int]) -> bool:
 class Backend:
     """A target. `holds_wide`: it multiplies no FP8 and holds such weights in f32, unless `compile` is given the option
     memory="fp8". `tuning`: passes, as text, that pay on this target whatever the model; they see the graph after
-    `prepare`, and may change weights, which then are its own. `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported`
-    names ops it refuses on purpose, with the reason; an op in neither must have a decomposition."""
+    `prepare`, and may change weights, which then are its own. `lowerings` is filled by `@backend.lowers("math.add")`,
+    also from outside of moec; `unsupported` names ops it refuses on purpose, with the reason; an op in neither must
+    have a decomposition."""
 
     name: str
     dtypes: frozenset[DType]

@@ -39,7 +39,7 @@ FLOOR = (0.6, 0.6, 0.7, 0.77)
 
 def pair(model: str, peer: str, quantize: str | None) -> list[dict[str, Any]]:
     command = [sys.executable, str(HERE / "cpu_pair.py"), model, peer, *([quantize] if quantize else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     notes = [line for line in done.stdout.splitlines() if line.startswith(f"{peer}:")]
     if done.returncode or notes:

@@ -35,7 +35,8 @@ def deepseek_v3() -> torch.nn.Module:
 
     config = DeepseekV3Config(
         **SIZES, first_k_dense_replace=1, n_routed_experts=32, n_group=4, topk_group=2, n_shared_experts=1,
-        num_key_value_heads=8, q_lora_rank=192, kv_lora_rank=128, qk_rope_head_dim=32, qk_nope_head_dim=64, v_head_dim=64,
+        num_key_value_heads=8, q_lora_rank=192, kv_lora_rank=128, qk_rope_head_dim=32, qk_nope_head_dim=64,
+        v_head_dim=64,
     )  # fmt: skip
     return _seeded(lambda: DeepseekV3ForCausalLM(config))
 

@@ -1,4 +1,5 @@
-"""Who runs a model in the CPU figures: ours and its peers, each as a function of ids i64[B, S] that computes all logits.
+"""Who runs a model in the CPU figures: ours and its peers, each as a function of ids i64[B, S] that computes
+all logits.
 
 Every contender gets the same number of threads. The ONNX Runtime ones share the session options of `session_options`:
 the defaults, with spinning on.

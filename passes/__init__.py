@@ -6,8 +6,8 @@ from moec.passes.clean.canonicalise import Canonicalise, DropBroadcasts, Normali
 from moec.passes.clean.cleanup import CommonSubexpressions, DeadCode, FoldConstants
 from moec.passes.clean.fold_linear import FoldNormWeight, FoldScale, FoldScales
 from moec.passes.clean.fold_scalars import FoldScalars
-from moec.passes.clean.simplify_positions import SimplifyPositions
 from moec.passes.clean.narrow_rows import NarrowRows
+from moec.passes.clean.simplify_positions import SimplifyPositions
 from moec.passes.clean.simplify_transposes import SimplifyTransposes
 from moec.passes.clean.sink_transposes import SinkTransposes
 from moec.passes.coverage import Coverage, quantized_coverage

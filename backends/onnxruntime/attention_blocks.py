@@ -20,7 +20,7 @@ MOST = 8  # blocks of longer sequences
 @dataclass(frozen=True, eq=False)
 class Causal:
     """Attention of q [B, H, S, D] to k, v [B, Hkv, T, …], or of q [B, S, H·D] to k, v [B, T, …], query i to keys up to
-    i + T − S; `mask`: bool [..., S, T], causal already, or None; `axis`: that of the sequence; `attrs`: of Attention."""
+    i + T − S. `mask`: bool [..., S, T], causal already, or None; `axis`: the sequence's; `attrs`: of Attention."""
 
     q: onnx.Value
     k: onnx.Value
@@ -55,7 +55,9 @@ class Causal:
 
     def _blocks(self, e: Emitter) -> onnx.Value:
         length, shift, axis = e.sizes.one(self.s), e.sizes.one(self.t - self.s), np.array([self.axis])
-        rows = e.op("Max", e.op("Div", e.op("Add", length, np.array([MOST - 1])), np.array([MOST])), np.array([SHORTEST]))
+        rows = e.op(
+            "Max", e.op("Div", e.op("Add", length, np.array([MOST - 1])), np.array([MOST])), np.array([SHORTEST])
+        )
         count = e.op("Div", e.op("Add", length, e.op("Sub", rows, np.array([1]))), rows)
         dtype = onnx_type(DType.F32)
         sequence = onnx.SequenceType(onnx.TensorType(dtype))
@@ -77,9 +79,7 @@ class Causal:
         results = e.op("Loop", e.op("Squeeze", count, np.array([0])), None, empty, body=body)
         return e.op("ConcatFromSequence", results, axis=self.axis)
 
-    def _mask(
-        self, e: Emitter, start: onnx.Value, end: onnx.Value, seen: onnx.Value, shift: onnx.Value
-    ) -> onnx.Value:
+    def _mask(self, e: Emitter, start: onnx.Value, end: onnx.Value, seen: onnx.Value, shift: onnx.Value) -> onnx.Value:
         if self.mask is not None:
             begin = e.op("Concat", start, np.array([0]), axis=0)
             return e.op("Slice", self.mask, begin, e.op("Concat", end, seen, axis=0), np.array([-2, -1]))

@@ -53,5 +53,8 @@ class OnnxRuntimeBackend(Backend):
 
 
 backend = OnnxRuntimeBackend(
-    "onnxruntime", dtypes=DTYPES, holds_wide=True, tuning="deinterleave_rope, merge_linears, sink_transposes, common_subexpressions, dead_code"
+    "onnxruntime",
+    dtypes=DTYPES,
+    holds_wide=True,
+    tuning="deinterleave_rope, merge_linears, sink_transposes, common_subexpressions, dead_code",
 )

@@ -18,7 +18,8 @@ class ScaledDotProductAttention:
 
     q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] → [B, H, S, Dv]; H is a multiple of Hkv (grouped
     queries share a head). `mask` broadcasts to [B, H, S, T]: bool (True: may attend) or the dtype of q
-    (added); scores that it hides have to be finite. `causal`: query i sees keys j ≤ i + T − S (aligned to the last key, as with a cache).
+    (added); scores that it hides have to be finite. `causal`: query i sees keys j ≤ i + T − S (aligned to the last
+    key, as with a cache).
     `softcap` c: scores become c · tanh(scores / c) before the mask (Gemma 2, arXiv:2408.00118 §2).
     `sinks` [H]: one more score per head and query that takes its share of the softmax and has no value (GPT-OSS;
     Xiao et al., arXiv:2309.17453). A row that may attend to nothing gives zeros. Scores and softmax are computed

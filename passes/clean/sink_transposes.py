@@ -84,7 +84,7 @@ class SinkBelowConcat(Rewrite):
 
 @dataclass(frozen=True)
 class SinkBesideShared(Rewrite):
-    """concat(transpose(x), expand(y)) along channels, y [B, 1, S, D] one head for all → transpose(concat(x, expand(y')))"""
+    """concat(transpose(x), expand(y)) along channels, y [B, 1, S, D] → transpose(concat(x, expand(y')))"""
 
     def pattern(self, p: Any, x: Any, y: Any) -> Any:
         return p.concat(_transposed(p, x), p.expand(y, shape=p.attr("shape")), axis=p.attr("axis"))

@@ -13,7 +13,14 @@ from moec.ir import parse
 LOWEST = torch.finfo(torch.float32).min
 
 
-def graph(mask: str = "", attrs: str = "scale=0.5", length: str = "S", keys: str = "T", kv_heads: int = 4, around=False):
+def graph(
+    mask: str = "",
+    attrs: str = "scale=0.5",
+    length: str = "S",
+    keys: str = "T",
+    kv_heads: int = 4,
+    around: bool = False,
+):
     """q [B, 4, S, 8], k [B, kv, T, 8], v [B, kv, T, 6]; `around`: heads are next to their channels before and after."""
     named = f", %m: {mask}" if mask else ""
     q, k, v = f"[B, 4, {length}, 8]", f"[B, {kv_heads}, {keys}, 8]", f"[B, {kv_heads}, {keys}, 6]"
@@ -27,7 +34,8 @@ def graph(mask: str = "", attrs: str = "scale=0.5", length: str = "S", keys: str
         )
     call = call.replace("%q, %k, %v", "%0, %1, %2")
     return parse(
-        f"""graph(%q: f32[B, {length}, 4, 8], %k: f32[B, {keys}, {kv_heads}, 8], %v: f32[B, {keys}, {kv_heads}, 6]{named})
+        f"""graph(
+  %q: f32[B, {length}, 4, 8], %k: f32[B, {keys}, {kv_heads}, 8], %v: f32[B, {keys}, {kv_heads}, 6]{named})
   -> (%y: f32[B, {length}, 24], %z: f32[B, 4, {length}, 6]) {{
   %0: f32{q} = tensor.transpose(%q) {{perm=[0, 2, 1, 3]}}
   %1: f32{k} = tensor.transpose(%k) {{perm=[0, 2, 1, 3]}}
