@@ -11,7 +11,7 @@ from pathlib import Path
 from moec.backends import Backend, Executable
 from moec.backends.partition import Fallback, PartitionedExecutable, fallbacks
 from moec.ir import ArgumentValueError, CompileError, Graph
-from moec.passes.base import Record
+from moec.passes.base import Pass, Record
 from moec.passes.dump import Dump
 from moec.passes.legalise import Legalise
 from moec.passes.pipeline import Pipeline, run_pass
@@ -33,6 +33,7 @@ class Settings:
     threads: int | None = None
     dump: Path | None = None
     memory: str = "fast"
+    tuning: int | None = None  # how many of the backend's tuning passes run, None: all
 
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
@@ -48,6 +49,12 @@ class Settings:
     def options(self) -> dict[str, str] | None:
         """What the backend is told about memory; most hold FP8 weights in 8 bits anyway."""
         return {"memory": self.memory} if self.backend.holds_wide and self.memory != "fast" else None
+
+    @property
+    def tuning_passes(self) -> tuple[Pass, ...]:
+        """The backend's own passes (`Backend.tuning`), as many of them as run."""
+        text = self.backend.tuning
+        return parse_passes(text)[: self.tuning] if text else ()
 
     def under(self, name: str) -> Settings:
         """The same with its dumps in a subfolder."""
@@ -76,8 +83,7 @@ def legalise(graph: Graph, settings: Settings) -> tuple[Graph, list[Record], lis
     reason where the backend cannot take a node and `fallback` is "error"."""
     backend, records = settings.backend, []
     graph = backend.prepare(graph)
-    tuning = parse_passes(backend.tuning) if backend.tuning else ()
-    for p in (*tuning, Legalise(backend, settings.fallback)):
+    for p in (*settings.tuning_passes, Legalise(backend, settings.fallback)):
         graph, record = run_pass(p, graph)
         record.phase = backend.name
         records.append(record)

@@ -104,16 +104,16 @@ def blame(
     return replace(first, case=_case(first.node, found.reference))
 
 
-def divergence_of(row: NodeResult, values: Values) -> Divergence:
-    """A node that is out of tolerance by itself, as a divergence."""
+def divergence_of(row: NodeResult, values: Values, moves: bool = False) -> Divergence:
+    """A node that is out of tolerance by itself, as a divergence. moves: see `isolate`."""
     d = row.difference
     why = row.problem or d.why
-    case = _case(row.node, values)
+    case = _case(row.node, values, moves)
     return Divergence(row.backend, row.node, row.location, d.max_error, d.tolerance, why, True, case)
 
 
-def _case(node: Node, values: Values):
-    graph, fed = isolate([node], values, binding_of(values))
+def _case(node: Node, values: Values, moves: bool = False):
+    graph, fed = isolate([node], values, binding_of(values), moves)
     return graph, tuple(t.clone() for t in fed)
 
 
