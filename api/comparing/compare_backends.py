@@ -69,6 +69,7 @@ def compare(
         points that survive in both graphs, in order; the node to blame is then found among what leads to the first that
         differs. True: every node gets the reference's operands and is judged by itself, which is how FP8 is judged.
         None chooses True for graphs that quantise activations, else False.
+        A backend with tuning passes of its own is run with and without them, and nodes are named without them.
     tolerance: relative to the largest magnitude of a tensor, in place of the tolerances from dtype and reduction length
         (docs/tolerances.md): one for all, or by output, module path, op or family of ops ("" for the rest).
     processes: whether each backend named by text has a process of its own, one after the other, so that memory stays

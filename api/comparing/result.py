@@ -85,7 +85,8 @@ class Divergence:
 class Comparison:
     """What `moec.compare` found.
 
-    `outputs` holds a row per backend and output; `values` a row per backend and value inside that both graphs have;
+    `outputs` holds a row per backend and output; `values` a row per backend and value inside that both graphs have (of
+    a program without the backend's tuning passes under the name "NAME untuned");
     `nodes` a row per backend and node where nodes were compared in isolation; `routing_flips` the tokens that chose
     other experts. `fallbacks`: nodes that ran in the reference instead, by backend; `peak_bytes`: the largest resident
     memory of each backend that ran in a process of its own; `notes`: what else is worth knowing.
