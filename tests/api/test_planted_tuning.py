@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moec
+from moec import models
 from moec.backends import Backend, get_backend
 from moec.backends.onnxruntime import attention_blocks
 from moec.ir import Node
@@ -194,6 +195,14 @@ def test_a_compiled_model_with_a_merged_linear_that_is_wrong():
     compiled = moec.compile(s.graph, backend=backend, passes=AS_IT_IS, threads=1)
     found = moec.compare(s.graph, s.inputs["ids"], backends=("reference", compiled), passes=AS_IT_IS)
     assert found.first_divergence.tuning == "merge_linears"
+
+
+def test_values_in_another_layout_are_not_taken_for_the_same():
+    """As many tokens as heads: then the shapes of both layouts are equal."""
+    heads = next(n.result.shape[1] for n in subject("deepseek-v3").graph.nodes if n.op == "attention.sdpa")
+    ids = torch.arange(heads).reshape(1, heads)
+    found = moec.compare(models.build("deepseek-v3-mini"), (ids,), threads=1)
+    assert found.ok, str(found)
 
 
 @pytest.mark.parametrize("mode", BOTH)
