@@ -381,7 +381,7 @@ def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -
         raise e if isinstance(e, ArtifactError) else ArtifactError(f"{path}: {e}", code="artifact") from None
     _bind_weights(files, manifest, name, graph)
     try:
-        legal, record, left = legalise(graph, settings)
+        legal, records, left = legalise(graph, settings)
         found = hashlib.sha256(str(legal).encode()).hexdigest()
         expected = manifest.value("programs", name, "legal_sha256")
         if found != expected:
@@ -399,7 +399,7 @@ def _program(files: Folder, manifest: Manifest, name: str, settings: Settings) -
         raise ArtifactError(
             f"{path}: {e.message}", code="artifact", location=e.location, excerpt=e.excerpt, hint=e.hint
         ) from e
-    return Program(graph, legal, executable, [record], {}, left, _limits(manifest, name))
+    return Program(graph, legal, executable, records, {}, left, _limits(manifest, name))
 
 
 def _limits(manifest: Manifest, program: str) -> Limits:

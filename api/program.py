@@ -17,10 +17,11 @@ from moec.backends.partition import Fallback, PartitionedExecutable, fallbacks
 from moec.frontend.limits import Limits
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Graph
 from moec.ir.interpreter import bind_inputs
-from moec.passes.base import Record
+from moec.passes.base import Pass, Record
 from moec.passes.dump import Dump
 from moec.passes.legalise import Legalise
 from moec.passes.pipeline import Pipeline, run_pass
+from moec.passes.spec import parse_passes
 
 Step = Callable[[str], None]
 MOST_THREADS = 1024
@@ -39,6 +40,7 @@ class Settings:
     dump: Path | None = None
     memory: str = "fast"
     cache: Path | None = None
+    tuning: int | None = None  # how many of the backend's tuning passes run, None: all
 
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
@@ -60,6 +62,12 @@ class Settings:
         if self.backend.caches and self.cache is not None:
             found["cache"] = self.cache
         return found or None
+
+    @property
+    def tuning_passes(self) -> tuple[Pass, ...]:
+        """The backend's own passes (`Backend.tuning`), as many of them as run."""
+        text = self.backend.tuning
+        return parse_passes(text)[: self.tuning] if text else ()
 
     def under(self, name: str) -> Settings:
         """The same with its dumps in a subfolder."""
@@ -97,13 +105,17 @@ class Program:
         return hashlib.sha256(str(self.legal).encode()).hexdigest()
 
 
-def legalise(graph: Graph, settings: Settings) -> tuple[Graph, Record, list[Fallback]]:
-    """What the backend is given: prepared, decomposed, checked. Raises CompileError naming op, location and
+def legalise(graph: Graph, settings: Settings) -> tuple[Graph, list[Record], list[Fallback]]:
+    """What the backend is given: prepared, tuned, decomposed, checked. Raises CompileError naming op, location and
     reason where the backend cannot take a node and `fallback` is "error"."""
-    prepared = settings.backend.prepare(graph)
-    legal, record = run_pass(Legalise(settings.backend, settings.fallback), prepared)
-    left = fallbacks(legal, settings.backend) if settings.fallback == "reference" else []
-    return legal, record, left
+    backend, records = settings.backend, []
+    graph = backend.prepare(graph)
+    for p in (*settings.tuning_passes, Legalise(backend, settings.fallback)):
+        graph, record = run_pass(p, graph)
+        record.phase = backend.name
+        records.append(record)
+    left = fallbacks(graph, backend) if settings.fallback == "reference" else []
+    return graph, records, left
 
 
 def build(graph: Graph, settings: Settings, step: Step = lambda name: None, limits: Limits | None = None) -> Program:
@@ -132,15 +144,14 @@ def finish(after: Graph, settings: Settings, step: Step = lambda name: None) -> 
     """Legalise and lower a graph that has been through the pipeline."""
     start = time.perf_counter()
     step("legalise")
-    legal, record, left = legalise(after, settings)
-    record.phase = settings.backend.name
+    legal, records, left = legalise(after, settings)
     seconds = {"legalise": time.perf_counter() - start}
 
     start = time.perf_counter()
     step(f"lower to {settings.backend.name}")
     executable = lower(legal, settings, left)
     seconds["lower"] = time.perf_counter() - start
-    return Program(after, legal, executable, [record], seconds, left)
+    return Program(after, legal, executable, records, seconds, left)
 
 
 def lower(legal: Graph, settings: Settings, left: list[Fallback], folder: Path | None = None) -> Executable:

@@ -92,9 +92,10 @@ def known(size: int | Dim, binding: Mapping[str, int]) -> bool:
 @dataclass(eq=False)
 class Backend:
     """A target. `holds_wide`: it multiplies no FP8 and holds such weights in f32, unless `compile` is given the option
-    memory="fp8". `caches`: `compile` and `load` take the option cache= (see moec.backends.cache). `lowerings` is filled
-    by `@backend.lowers("math.add")`, also from outside of moec; `unsupported` names ops it refuses on purpose, with the
-    reason; an op in neither must have a decomposition."""
+    memory="fp8". `caches`: `compile` and `load` take the option cache= (see moec.backends.cache). `tuning`: passes, as
+    text, that pay on this target whatever the model; they see the graph after `prepare`, and may change weights, which
+    then are its own. `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported`
+    names ops it refuses on purpose, with the reason; an op in neither must have a decomposition."""
 
     name: str
     dtypes: frozenset[DType]
@@ -102,6 +103,7 @@ class Backend:
     dynamic: bool = True
     holds_wide: bool = False
     caches: bool = False
+    tuning: str = ""
     lowerings: dict[str, Callable[..., Any]] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)

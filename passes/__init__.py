@@ -6,10 +6,13 @@ from moec.passes.clean.canonicalise import Canonicalise, DropBroadcasts, Normali
 from moec.passes.clean.cleanup import CommonSubexpressions, DeadCode, FoldConstants
 from moec.passes.clean.fold_linear import FoldNormWeight, FoldScale, FoldScales
 from moec.passes.clean.fold_scalars import FoldScalars
+from moec.passes.clean.narrow_rows import NarrowRows
 from moec.passes.clean.simplify_positions import SimplifyPositions
 from moec.passes.clean.simplify_transposes import SimplifyTransposes
+from moec.passes.clean.sink_transposes import SinkTransposes
 from moec.passes.coverage import Coverage, quantized_coverage
 from moec.passes.fuse.absorb_mla import AbsorbMLA
+from moec.passes.fuse.deinterleave_rope import DeinterleaveRoPE
 from moec.passes.fuse.fuse_attention import FuseAttention
 from moec.passes.fuse.fuse_mlp import FuseMLP, FuseSwiGLU
 from moec.passes.fuse.fuse_norm import FuseNorm
@@ -36,6 +39,7 @@ __all__ = [
     "CommonSubexpressions",
     "Coverage",
     "DeadCode",
+    "DeinterleaveRoPE",
     "DropBroadcasts",
     "FoldConstants",
     "FoldNormWeight",
@@ -51,6 +55,7 @@ __all__ = [
     "Match",
     "MergeLinears",
     "MergeSharedExperts",
+    "NarrowRows",
     "NormaliseAxes",
     "Pass",
     "Phase",
@@ -65,6 +70,7 @@ __all__ = [
     "RuleSet",
     "SimplifyPositions",
     "SimplifyTransposes",
+    "SinkTransposes",
     "UseStoredFP8",
     "build_pipeline",
     "default_pipeline",

@@ -15,6 +15,7 @@ from moec.passes.base import Analysis, Pass, Record, active_record
 from moec.passes.clean.canonicalise import Canonicalise
 from moec.passes.clean.cleanup import CommonSubexpressions, DeadCode, FoldConstants
 from moec.passes.clean.fold_scalars import FoldScalars
+from moec.passes.clean.narrow_rows import NarrowRows
 from moec.passes.clean.simplify_positions import SimplifyPositions
 from moec.passes.clean.simplify_transposes import SimplifyTransposes
 from moec.passes.dump import Dump
@@ -293,6 +294,7 @@ def default_pipeline(quantize: Quantization | str | None = None, placement: Plac
         FoldConstants(),
         FoldScalars(),
         SimplifyTransposes(),
+        NarrowRows(),
         Canonicalise(),
         CommonSubexpressions(),
         DeadCode(),

@@ -18,7 +18,7 @@ from moec.program import legalise, lower
 def main(folder: Path) -> None:
     job = read_job(folder)
     try:
-        result = {"program": _program, "reference": _reference, "nodes": _nodes}[job["kind"]](job)
+        result = {"program": _program, "reference": _reference, "tuned": _tuned, "nodes": _nodes}[job["kind"]](job)
     except CompileError as e:
         where = f" ({e.location.describe()})" if e.location else ""
         result = {"error": {"message": e.message + where, "code": e.code, "hint": e.hint}}
@@ -61,13 +61,30 @@ def _reference(job: dict[str, Any]) -> dict[str, Any]:
     return {"flips": [asdict(f) for f in pinned.flips]}
 
 
+def _tuned(job: dict[str, Any]) -> dict[str, Any]:
+    graph = unpack(Path(job["packed"]))
+    legal, _, _ = legalise(graph, settings_of(job["settings"]))
+    plain = _values(graph, job, job["plain"])
+    found = execute.run_tuned(
+        legal, _inputs(legal, job), plain, Values(legal, Store(Path(job["store"]))), job["tolerance"]
+    )
+    place = {n: i for i, n in enumerate(plain.graph.nodes)}
+    return {"rows": [{"node": place[node], "difference": asdict(d)} for node, d in found]}
+
+
+def _values(graph: Graph, job: dict[str, Any], held: dict[str, Any]) -> Values:
+    """The values in a store, of the graph as it was legalised for them."""
+    legal, _, _ = legalise(graph, settings_of({**job["settings"], "backend": held["for"], "tuning": held["tuning"]}))
+    return Values(legal, Store(Path(held["store"])), held["for"], held["tuning"])
+
+
 def _nodes(job: dict[str, Any]) -> dict[str, Any]:
-    legal, _, _ = legalise(unpack(Path(job["packed"])), settings_of({**job["settings"], "backend": job["legal_for"]}))
-    values = Values(legal, Store(Path(job["store"])))
+    values = _values(unpack(Path(job["packed"])), job, job["values"])
+    legal = values.graph
     every = list(legal.nodes)
     nodes = [every[i] for i in job["nodes"]]
     place = {n: i for i, n in enumerate(every)}
-    rows = execute.run_nodes(values, nodes, settings_of(job["settings"]), job["tolerance"])
+    rows = execute.run_nodes(values, nodes, settings_of(job["settings"]), job["tolerance"], moves=job["moves"])
     return {"rows": [{"node": place[r.node], "problem": r.problem, "difference": asdict(r.difference)} for r in rows]}
 
 

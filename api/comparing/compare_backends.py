@@ -22,6 +22,7 @@ from moec.comparing.localise import Localised, blame, bounds_of, divergence_of, 
 from moec.comparing.matching import corresponding
 from moec.comparing.result import Comparison, Divergence, OutputResult
 from moec.comparing.store import Store, Values, ordered
+from moec.comparing.tuning import examine, tuned_by
 from moec.compiled import CompiledModel
 from moec.difference import difference
 from moec.frontend import Signature
@@ -69,6 +70,7 @@ def compare(
         differs. True: every node gets the reference's operands and is judged by itself, which is how FP8 is judged.
         None chooses True for graphs that quantise activations, and where a backend does so inside (integer weights on
         onnxruntime), else False.
+        A backend with tuning passes of its own is run with and without them, and nodes are named without them.
     tolerance: relative to the largest magnitude of a tensor, in place of the tolerances from dtype and reduction length
         (docs/tolerances.md): one for all, or by output, module path, op or family of ops ("" for the rest).
     processes: whether each backend named by text has a process of its own, one after the other, so that memory stays
@@ -126,7 +128,7 @@ class _Run:
         comparison = Comparison(first.name, isolated)
         self._keep_inputs()
         self.step(f"run {first.name}")
-        base = first.run(self.inputs, _all(first), self._at(first))
+        base = first.run(self.inputs, _all(first) if first.untuned is None else (), self._at(first))
         guide, guided = self._guide(first, base)
         bounds = bounds_of(guided, self.tolerance)
         outputs = [
@@ -135,12 +137,7 @@ class _Run:
         ]
         for other in others:
             self.step(f"run {other.name}")
-            pairs = {}
-            if guide.legal is not None and other.legal is not None:
-                pairs = corresponding(guide.legal, other.legal, foreign=guide.is_foreign(other))
-            theirs = other.run(self.inputs, list(dict.fromkeys(pairs.values())), self._at(other))
-            if guide.is_foreign(other):
-                pairs = _of_one_shape(pairs, guided, other, theirs)
+            theirs, pairs = self._run_beside(guide, guided, other)
             comparison.fallbacks[other.name] = other.fallbacks
             found = None
             if isolated and other.settings is not None:
@@ -149,12 +146,16 @@ class _Run:
                 comparison.nodes += rows
                 bad = next((r for r in rows if not r.ok), None)
                 divergence = None if bad is None else divergence_of(bad, guided)
+                if bad is None and other.untuned is not None and not guide.is_foreign(other):
+                    at = self._at(other) / "tuned"
+                    rows, divergence = examine(other, guided, theirs, at, self.tolerance, self.step)
+                    comparison.nodes += rows
             else:
-                divergence, found = self._propagated(comparison, first, guide, guided, other, theirs, pairs)
+                divergence, found = self._propagated(comparison, guide, guided, other, theirs, pairs)
             expected = found.reference.store if found is not None and guide is first else base
             self._outputs(comparison, expected, other, theirs, outputs)
             comparison.first_divergence = comparison.first_divergence or divergence
-            self._finish(comparison, other, theirs, guide is first)
+            self._finish(comparison, other, theirs, first.legal is not None)
         for c in contenders:
             if c.peak_bytes:
                 comparison.peak_bytes[c.name] = c.peak_bytes
@@ -204,6 +205,15 @@ class _Run:
 
     def _guide(self, first: Contender, base: Store) -> tuple[Contender, Values]:
         """Whose values the others' are held against: the first contender's, or the reference's where that has none."""
+        if first.untuned is not None:
+            # values inside are those that the model has, outputs those that users get
+            guide = first.untuned
+            assert guide.legal is not None
+            self.step(f"run {guide.name}")
+            store = guide.run(self.inputs, _all(guide), self._at(guide))
+            for i in range(len(self.after.outputs)):
+                store.put(f"output{i}", base.get(f"output{i}"))
+            return guide, Values(guide.legal, store, first.name, 0)
         if first.legal is not None:
             return first, Values(first.legal, base, first.name)
         guide = self._fresh(self.base)
@@ -211,20 +221,70 @@ class _Run:
         assert guide.legal is not None
         return guide, Values(guide.legal, guide.run(self.inputs, (), self.folder / "guide"))
 
+    def _run_beside(self, guide: Contender, guided: Values, other: Contender) -> tuple[Store, dict[Value, Value]]:
+        """A run of `other`, and which of its values are the guide's."""
+        pairs: dict[Value, Value] = {}
+        if guide.legal is not None and other.legal is not None:
+            foreign = guide.is_foreign(other)
+            pairs = corresponding(guide.legal, other.legal, foreign=foreign, by_place=other.untuned is None)
+        theirs = other.run(self.inputs, list(dict.fromkeys(pairs.values())), self._at(other))
+        if guide.is_foreign(other):
+            pairs = _of_one_shape(pairs, guided, other, theirs)
+        return theirs, pairs
+
     # -- judging -----------------------------------------------------------------------------------
 
     def _propagated(
         self,
         comparison: Comparison,
-        first: Contender,
         guide: Contender,
         guided: Values,
         other: Contender,
         theirs: Store,
         pairs: Mapping[Value, Value],
     ) -> tuple[Divergence | None, Localised | None]:
+        """Where `other` parts from the guide, first of all without the backend's tuning, and what its outputs are to be
+        compared with. A CompiledModel is judged as it is: without tuning it only says where it is wrong."""
         if other.legal is None:
             return None, None
+        found = self._localised(comparison, guide, guided, other, theirs, pairs)
+        comparison.routing_flips += found.flips
+        plain = other.untuned
+        if plain is not None and (found.first is not None or not isinstance(other, Compiled)):
+            self.step(f"run {plain.name}")
+            store, same = self._run_beside(guide, guided, plain)
+            other.peak_bytes = max(other.peak_bytes, plain.peak_bytes)
+            first = self._localised(comparison, guide, guided, plain, store, same)
+            seen = {(f.location, f.token) for f in found.flips}
+            comparison.routing_flips += [f for f in first.flips if (f.location, f.token) not in seen]
+            if first.first is not None:
+                if found.first is None:
+                    comparison.notes.append(
+                        f"{other.name}: only lowered without the backend's tuning passes is it wrong; as tuned, which "
+                        "is what runs, it agrees"
+                    )
+                self.step(f"blame {plain.name}")
+                return replace(blame(first, plain, store, same, self.tolerance, self.step), backend=other.name), found
+        if found.first is None:
+            return None, found
+        if plain is not None and not guide.is_foreign(other):
+            at = self._at(other) / "tuned"
+            wrong = examine(other, guided, theirs, at, self.tolerance, self.step)[1]
+            if wrong is not None:
+                return wrong, found
+            found.first = replace(found.first, tuning=tuned_by(other))
+        self.step(f"blame {other.name}")
+        return blame(found, other, theirs, pairs, self.tolerance, self.step), found
+
+    def _localised(
+        self,
+        comparison: Comparison,
+        guide: Contender,
+        guided: Values,
+        other: Contender,
+        theirs: Store,
+        pairs: Mapping[Value, Value],
+    ) -> Localised:
         self.step(f"compare {other.name}")
         again = self.folder / f"pinned-{other.folder}"
         found = localise(guide, guided, other, theirs, pairs, self.inputs, self.tolerance, again)
@@ -233,14 +293,10 @@ class _Run:
             # what was taken for the same value inside need not be: it may show where outputs part, and no more
             found.rows, found.first, found.flips = [], None, [f for f in found.flips if f.near_tie]
             comparison.notes.append(f"{other.name}: of another source than {guide.name}, so outputs alone were judged")
-        comparison.routing_flips += found.flips
         comparison.values += found.rows
         if found.first is None:
             found.first = at_output
-        if found.first is None:
-            return None, found
-        self.step(f"blame {other.name}")
-        return blame(found, other, theirs, pairs, self.tolerance, self.step), found
+        return found
 
     def _at_an_output(self, found: Localised, guide: Contender, other: Contender, theirs: Store) -> Divergence | None:
         """The node of the first output out of tolerance."""

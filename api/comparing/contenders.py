@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from moec.compiled import CompiledModel
 from moec.difference import Difference
 from moec.frontend.torch_export import evaluating
 from moec.ir import ArgumentValueError, Graph, Node, Value
-from moec.program import Settings, legalise, lower
+from moec.program import Settings, finish, legalise, lower
 from moec.tolerance import Tolerance
 
 Step = Callable[[str], None]
@@ -39,6 +41,7 @@ class Contender(ABC):
     source: str = ""
     folder: str = ""  # its name as that of a folder
     settings: Settings | None = None
+    graph: Graph | None = None  # what `legal` was made of
     legal: Graph | None = None
     fallbacks: int = 0
     peak_bytes: int = 0
@@ -64,10 +67,47 @@ class Contender(ABC):
         """The values of `legal` that are the model's outputs, in the model's order."""
         return [] if self.legal is None else self.legal.outputs
 
-    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: Tolerance, step: Step) -> list[NodeResult]:
-        """Nodes by themselves on this backend, fed with the reference's `values`."""
+    def nodes(
+        self, values: Values, nodes: Sequence[Node], tolerance: Tolerance, step: Step, moves: bool = False
+    ) -> list[NodeResult]:
+        """Nodes by themselves on this backend, fed with the reference's `values`. moves: see `isolate`."""
         assert self.settings is not None
-        return execute.run_nodes(values, nodes, self.settings, tolerance, step)
+        return execute.run_nodes(values, nodes, self.settings, tolerance, step, moves)
+
+    @cached_property
+    def untuned(self) -> Contender | None:
+        """The same without the backend's tuning passes; None where they change nothing."""
+        if self.settings is None or self.graph is None or not self.settings.tuning_passes:
+            return None
+        plain = self._without_tuning(replace(self.settings, tuning=0))
+        if str(plain.legal) == str(self.legal):
+            return None
+        plain.name, plain.folder = f"{self.name} untuned", f"{self.folder}/untuned"
+        return plain
+
+    def _without_tuning(self, settings: Settings) -> Contender:
+        raise NotImplementedError
+
+    def tuned(self, count: int | None) -> Graph:
+        """`legal` after so many of the backend's tuning passes, None: all."""
+        assert self.settings is not None
+        assert self.graph is not None
+        assert self.legal is not None
+        return self.legal if count is None else legalise(self.graph, replace(self.settings, tuning=count))[0]
+
+    def interpret(
+        self, count: int | None, plain: Values, theirs: Store, folder: Path, tolerance: Tolerance
+    ) -> tuple[Values, list[NodeResult]]:
+        """The graph of `tuned(count)` in the reference, its values and what became of those of `plain`: see
+        `execute.run_tuned`. theirs: where a run of this contender left its inputs."""
+        assert self.legal is not None
+        own = Values(self.legal, theirs)
+        values = Values(self.tuned(count), Store(folder / "values"), self.name, count)
+        inputs = [own.get(v) for v in self.legal.inputs]
+        return values, self._results(execute.run_tuned(values.graph, inputs, plain, values, tolerance))
+
+    def _results(self, found: Iterable[tuple[Node, Difference]]) -> list[NodeResult]:
+        return [NodeResult(self.name, node.op, node.location.describe(), node, d) for node, d in found]
 
 
 class Fresh(Contender):
@@ -76,7 +116,7 @@ class Fresh(Contender):
     def __init__(
         self, graph: Graph, source: str, settings: Settings, packed: Path | None = None, inputs: Path | None = None
     ):
-        self.name, self.source, self.settings = settings.backend.name, source, settings
+        self.name, self.source, self.settings, self.graph = settings.backend.name, source, settings, graph
         self.legal, _, self._left = legalise(graph, settings)
         self.fallbacks = len(self._left)
         self._packed, self._inputs = packed, inputs
@@ -135,19 +175,21 @@ class Fresh(Contender):
         flips = [RoutingFlip(**{**row, **{side: tuple(row[side]) for side in pairs}}) for row in rows]
         return Store(folder / "values"), flips
 
-    def nodes(self, values: Values, nodes: Sequence[Node], tolerance: Tolerance, step: Step) -> list[NodeResult]:
+    def nodes(
+        self, values: Values, nodes: Sequence[Node], tolerance: Tolerance, step: Step, moves: bool = False
+    ) -> list[NodeResult]:
         assert self.settings is not None
         if self._packed is None or values.legal_for not in BACKENDS:
-            return super().nodes(values, nodes, tolerance, step)
+            return super().nodes(values, nodes, tolerance, step, moves)
         step(f"{self.name}, {len(nodes)} nodes")
         every = list(values.graph.nodes)
         place = {n: i for i, n in enumerate(every)}
         folder = values.store.folder.parent / f"nodes-{self.folder}"
         job = {
-            "store": str(values.store.folder),
-            "legal_for": values.legal_for,
+            "values": _held(values),
             "nodes": [place[n] for n in nodes],
             "tolerance": tolerance,
+            "moves": moves,
         }
         rows = self._call("nodes", folder, job)["rows"]
         found = []
@@ -156,11 +198,29 @@ class Fresh(Contender):
             found.append(NodeResult(self.name, node.op, node.location.describe(), node, d, row["problem"]))
         return found
 
-    def _call(self, kind: str, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    def _without_tuning(self, settings: Settings) -> Fresh:
+        assert self.graph is not None
+        return Fresh(self.graph, self.source, settings, self._packed, self._inputs)
+
+    def interpret(
+        self, count: int | None, plain: Values, theirs: Store, folder: Path, tolerance: Tolerance
+    ) -> tuple[Values, list[NodeResult]]:
+        if self._packed is None or plain.legal_for not in BACKENDS:
+            return super().interpret(count, plain, theirs, folder, tolerance)
+        assert self.settings is not None
+        every = list(plain.graph.nodes)
+        settings = replace(self.settings, tuning=count)
+        rows = self._call("tuned", folder, {"plain": _held(plain), "tolerance": tolerance}, settings)["rows"]
+        values = Values(self.tuned(count), Store(folder / "values"), settings.backend.name, count)
+        return values, self._results((every[row["node"]], Difference(**row["difference"])) for row in rows)
+
+    def _call(
+        self, kind: str, folder: Path, job: Mapping[str, Any], settings: Settings | None = None
+    ) -> dict[str, Any]:
         assert self._packed is not None
         assert self.settings is not None
         common = {
-            "settings": transport.describe(self.settings),
+            "settings": transport.describe(settings or self.settings),
             "inputs": str(self._inputs),
             "store": str(folder / "values"),
         }
@@ -175,9 +235,13 @@ class Compiled(Contender):
     def __init__(self, name: str, compiled: CompiledModel, fit: Fit):
         self.name, self.source, self.settings = name, compiled.name, compiled.settings
         self.program = program = compiled.program
-        self.legal = program.legal
+        self.graph, self.legal = program.graph, program.legal
         self.fallbacks = len(program.fallbacks)
         self._fit = fit
+
+    def _without_tuning(self, settings: Settings) -> Compiled:
+        program = finish(self.program.graph, settings)
+        return Compiled(self.name, CompiledModel(self.source, settings, program, None), self._fit)
 
     @property
     def outputs(self) -> list[Value]:
@@ -190,6 +254,11 @@ class Compiled(Contender):
             self.program.executable, own, taps, Values(self.program.legal, store), order=self._fit.outputs
         )
         return store
+
+
+def _held(values: Values) -> dict[str, Any]:
+    """Where values are, for another process."""
+    return {"store": str(values.store.folder), "for": values.legal_for, "tuning": values.tuning}
 
 
 class Eager(Contender):

@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from moec.backends import Executable
+from moec.comparing.matching import corresponding
 from moec.comparing.nodes import NodeResult, compare_nodes
 from moec.comparing.store import Values
+from moec.difference import Difference, difference
 from moec.ir import Graph, Node, Value, run
 from moec.ir.interpreter import bind_inputs
 from moec.ir.runtime_sizes import runtime_symbols
 from moec.program import Settings
-from moec.tolerance import Tolerance
+from moec.tolerance import Tolerance, end_to_end, given_bound, scale_of
 
 Step = Callable[[str], None]
 
@@ -55,11 +57,43 @@ def run_reference(
         values.store.put(f"output{i}", tensor)
 
 
+def run_tuned(
+    tuned: Graph, inputs: Sequence[torch.Tensor], plain: Values, values: Values, tolerance: Tolerance
+) -> list[tuple[Node, Difference]]:
+    """Hold what a backend's tuning made of a graph against the graph itself, both in the interpreter.
+
+    plain: the values of the graph. A value that both have is compared and goes on as it is in `plain`, so that an error
+    shows where it is made and nowhere after. Puts the values of `tuned` to `values`; returns the nodes of the plain
+    graph in the order of the tuned one.
+    """
+    bounds = end_to_end(plain.graph, binding_of(plain))
+    same = {yours: mine for mine, yours in corresponding(plain.graph, tuned, by_place=False).items() if mine in plain}
+    found: list[tuple[Node, Difference]] = []
+
+    def hold(value: Value, tensor: torch.Tensor) -> torch.Tensor | None:
+        mine = same.get(value)
+        if mine is None or mine.producer is None:
+            return None
+        expected, node = plain.get(mine), mine.producer
+        operands = {v: plain.get(v) for v in node.operands if v is not None and v in plain}
+        bound = given_bound(bounds[mine], tolerance, node)
+        found.append((node, difference(expected, tensor, bound, scale_of(expected, node, operands))))
+        return expected.to(tensor.dtype) if expected.shape == tensor.shape else None
+
+    run_reference(tuned, inputs, values, hold)
+    return found
+
+
 def run_nodes(
-    values: Values, nodes: Sequence[Node], settings: Settings, tolerance: Tolerance, step: Step = lambda name: None
+    values: Values,
+    nodes: Sequence[Node],
+    settings: Settings,
+    tolerance: Tolerance,
+    step: Step = lambda name: None,
+    moves: bool = False,
 ) -> list[NodeResult]:
     """See `compare_nodes`; the sizes are those that the values have."""
-    return compare_nodes(values, nodes, settings, binding_of(values), tolerance, step)
+    return compare_nodes(values, nodes, settings, binding_of(values), tolerance, step, moves)
 
 
 def binding_of(values: Values) -> dict[str, int]:

@@ -106,17 +106,18 @@ def blame(
     return replace(first, case=_case(first.node, found.reference))
 
 
-def divergence_of(row: NodeResult, values: Values) -> Divergence:
-    """A node that is out of tolerance by itself, as a divergence."""
+def divergence_of(row: NodeResult, values: Values, moves: bool = False) -> Divergence:
+    """A node that is out of tolerance by itself, as a divergence. moves: see `isolate`."""
     d = row.difference
     why = row.problem or d.why
-    name = row.backend.split(" #")[0]
-    case = _case(row.node, values, get_backend(name) if name in BACKENDS else None)
+    # a contender is called "onnxruntime #2", "onnxruntime untuned", "compiled onnxruntime"
+    name = next((n for n in row.backend.split() if n in BACKENDS), None)
+    case = _case(row.node, values, None if name is None else get_backend(name), moves)
     return Divergence(row.backend, row.node, row.location, d.max_error, d.tolerance, why, True, case)
 
 
-def _case(node: Node, values: Values, backend: Backend | None = None):
-    graph, fed = isolate([node], values, binding_of(values), backend)
+def _case(node: Node, values: Values, backend: Backend | None = None, moves: bool = False):
+    graph, fed = isolate([node], values, binding_of(values), backend, moves)
     return graph, tuple(copied(t) for t in fed)
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from moec.ir import Graph, Value
 
 
-def corresponding(a: Graph, b: Graph, *, foreign: bool = False) -> dict[Value, Value]:
+def corresponding(a: Graph, b: Graph, *, foreign: bool = False, by_place: bool = True) -> dict[Value, Value]:
     """For node results of `a`, the value of `b` of the same shape that shares an origin; where a node of one op
-    exists once per location in both graphs, its results correspond too, in order. foreign: the graphs are of two
-    sources, where an origin may name one value here and another there, so that only the second holds, for any shape of
-    the same rank (symbols differ)."""
+    exists once per location in both graphs, its results correspond too, in order, unless both have origins.
+
+    foreign: the graphs are of two sources, where an origin may name one value here and another there, so that only the
+    second holds, for any shape of the same rank (symbols differ). by_place: whether the second holds; it does not
+    where a backend's tuning has other axes or rows in the value of the same node."""
 
     def fits(mine: Value, yours: Value) -> bool:
-        return len(mine.shape) == len(yours.shape) if foreign else mine.shape == yours.shape
+        if foreign:
+            return len(mine.shape) == len(yours.shape)
+        return mine.shape == yours.shape and not (mine.origins and yours.origins)
 
     by_origin: dict[tuple[str, tuple], Value] = {}
     for node in () if foreign else b.nodes:
@@ -20,7 +24,7 @@ def corresponding(a: Graph, b: Graph, *, foreign: bool = False) -> dict[Value, V
             for origin in r.origins:
                 by_origin.setdefault((origin, r.shape), r)
     pairs: dict[Value, Value] = {}
-    theirs = _by_place(b)
+    theirs = _by_place(b) if by_place else {}
     for place, nodes in _by_place(a).items():
         twins = theirs.get(place, [])
         for node in nodes:

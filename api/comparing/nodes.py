@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -56,14 +56,17 @@ def compare_nodes(
     binding: Mapping[str, int],
     tolerance: Tolerance = None,
     step: Step = lambda name: None,
+    moves: bool = False,
 ) -> list[NodeResult]:
     """Each of `nodes` on the backend of `settings` against the reference, whose values are given; in their order.
-    Constants are part of the nodes that use them, not nodes of their own."""
+    Constants are part of the nodes that use them, not nodes of their own. The backend's tuning is left out: these are
+    the nodes that are asked about. moves: see `isolate`."""
+    settings = replace(settings, tuning=0)
     results: list[NodeResult] = []
     judged = [n for n in nodes if n.op != "tensor.constant"]
     for part in _parts(judged, values):
         step(f"{settings.backend.name}, node {len(results)} of {len(judged)}")
-        results += _compare(part, values, settings, binding, tolerance)
+        results += _compare(part, values, settings, binding, tolerance, moves)
     return results
 
 
@@ -79,17 +82,22 @@ def _bytes(type: TensorType) -> int:
 
 
 def _compare(
-    nodes: list[Node], values: Values, settings: Settings, binding: Mapping[str, int], tolerance: Tolerance
+    nodes: list[Node],
+    values: Values,
+    settings: Settings,
+    binding: Mapping[str, int],
+    tolerance: Tolerance,
+    moves: bool,
 ) -> list[NodeResult]:
     try:
-        part, fed = isolate(nodes, values, binding, settings.backend)
+        part, fed = isolate(nodes, values, binding, settings.backend, moves)
         legal, _, left = legalise(part, settings)
         got = lower(legal, settings, left).run(fed)
     except CompileError as e:
         if len(nodes) > 1:  # which of them it is
             middle = len(nodes) // 2
             halves = nodes[:middle], nodes[middle:]
-            return [r for half in halves for r in _compare(half, values, settings, binding, tolerance)]
+            return [r for half in halves for r in _compare(half, values, settings, binding, tolerance, moves)]
         node = nodes[0]
         nothing = Difference(math.inf, math.inf, 0.0, False)
         return [NodeResult(settings.backend.name, node.op, node.location.describe(), node, nothing, str(e.message))]
@@ -147,39 +155,58 @@ class Known(Protocol):
 
 
 def isolate(
-    nodes: Sequence[Node], values: Known, binding: Mapping[str, int], backend: Backend | None = None
+    nodes: Sequence[Node],
+    values: Known,
+    binding: Mapping[str, int],
+    backend: Backend | None = None,
+    moves: bool = False,
 ) -> tuple[Graph, list[torch.Tensor]]:
     """A graph of some nodes, not connected to each other, with every size a number; and their operands. Weights stay
     weights, also those that are dequantised first where `backend` takes what is stored; constants stay constants. Its
-    outputs are the nodes' results in order."""
+    outputs are the nodes' results in order. moves: a transpose that an operand comes from stays too, which a lowering
+    may take as one with the node."""
     part = Graph("nodes")
     part.functions = values.graph.functions
     fed: list[torch.Tensor] = []
-    for node in nodes:
-        mapping: dict[Value, Value] = {}
-        as_stored = backend is not None and backend.coarse_sums(node) is not None
-        for v in node.operands:
-            if v is None or v in mapping:
-                continue
-            if v.weight is not None:
-                mapping[v] = part.add_weight(v.weight)
-            elif v.producer is not None and v.producer.op == "tensor.constant":
-                copy_node(v.producer, part, mapping)
-            elif as_stored and v.producer is not None and _is_stored(v.producer):
-                for stored in v.producer.operands:
-                    assert stored is not None
-                    assert stored.weight is not None
-                    mapping[stored] = part.add_weight(stored.weight)
-                copy_node(v.producer, part, mapping)
-            else:
-                mapping[v] = part.add_input(f"x{len(fed)}", values.type(v))
-                fed.append(values.get(v))
+
+    def copied(node: Node, mapping: dict[Value, Value]) -> Node:
         attrs = {k: a if k in node.opdef.binds else _concrete(a, binding) for k, a in node.attrs.items()}
         operands = [None if v is None else mapping[v] for v in node.operands]
         copy = part.create(node.opdef, operands, attrs, location=node.location)
         for old, new in zip(node.results, copy.results, strict=True):
             new.origins = old.origins
-            part.add_output(new)
+            mapping[old] = new
+        return copy
+
+    def feed(v: Value, mapping: dict[Value, Value], moved: bool, as_stored: bool) -> None:
+        made = v.producer
+        if v in mapping:
+            return
+        if v.weight is not None:
+            mapping[v] = part.add_weight(v.weight)
+        elif made is not None and made.op == "tensor.constant":
+            copy_node(made, part, mapping)
+        elif as_stored and made is not None and _is_stored(made):
+            for stored in made.operands:
+                assert stored is not None
+                assert stored.weight is not None
+                mapping[stored] = part.add_weight(stored.weight)
+            copy_node(made, part, mapping)
+        elif moved and made is not None and made.op == "tensor.transpose" and made.operands[0] is not None:
+            feed(made.operands[0], mapping, False, as_stored)
+            copied(made, mapping)
+        else:
+            mapping[v] = part.add_input(f"x{len(fed)}", values.type(v))
+            fed.append(values.get(v))
+
+    for node in nodes:
+        mapping: dict[Value, Value] = {}
+        as_stored = backend is not None and backend.coarse_sums(node) is not None
+        for v in node.operands:
+            if v is not None:
+                feed(v, mapping, moves, as_stored)
+        for r in copied(node, mapping).results:
+            part.add_output(r)
     return part, fed
 
 

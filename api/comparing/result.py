@@ -29,7 +29,9 @@ class Divergence:
     """The node that first computes something out of tolerance, in the order of the reference's graph.
 
     `isolated`: whether it does so on the reference's own operands, so that it is itself to blame; else it is the first
-    whose value differs end to end. `case`: the node as a graph, and its operands in the reference.
+    whose value differs end to end. `case`: the node as a graph, and its operands in the reference. `tuning`: where the
+    backend computes the graph rightly but for its own tuning passes, those that made the node (which then is one of the
+    tuned program) or, `meaning`, the one after which the program is another, in the reference too.
     """
 
     backend: str
@@ -40,6 +42,8 @@ class Divergence:
     why: str
     isolated: bool = False
     case: tuple[Graph, tuple[torch.Tensor, ...]] | None = field(default=None, repr=False, compare=False)
+    tuning: str = ""
+    meaning: bool = False
 
     @property
     def module(self) -> str:
@@ -64,15 +68,25 @@ class Divergence:
         layer = "" if self.layer is None else f"layer {self.layer}, "
         return (
             f"{self.backend} first diverges at {self.node.op} ({layer}{self.location}): error {self.error:.3g}, "
-            f"tolerance {self.tolerance:.3g} ({self.why}), {how}"
+            f"tolerance {self.tolerance:.3g} ({self.why}), {how}{self._tuned()}"
         )
+
+    def _tuned(self) -> str:
+        if not self.tuning:
+            return ""
+        if self.meaning:
+            return f"; its tuning pass {self.tuning} changes the meaning, without it the program is right"
+        frames = self.node.location.frames
+        parts = f", made of {', '.join(map(str, frames))}" if len(frames) > 1 else ""
+        return f"; a node of the program as tuned by {self.tuning}{parts}, without which it is right"
 
 
 @dataclass(eq=False)
 class Comparison:
     """What `moec.compare` found.
 
-    `outputs` holds a row per backend and output; `values` a row per backend and value inside that both graphs have;
+    `outputs` holds a row per backend and output; `values` a row per backend and value inside that both graphs have (of
+    a program without the backend's tuning passes under the name "NAME untuned");
     `nodes` a row per backend and node where nodes were compared in isolation; `routing_flips` the tokens that chose
     other experts. `fallbacks`: nodes that ran in the reference instead, by backend; `peak_bytes`: the largest resident
     memory of each backend that ran in a process of its own; `notes`: what else is worth knowing.
@@ -138,4 +152,5 @@ def divergence_dict(d: Divergence) -> Mapping[str, Any]:
     return {
         "backend": d.backend, "op": d.node.op, "layer": d.layer, "module": d.module, "file": d.file, "line": d.line,
         "error": d.error, "tolerance": d.tolerance, "why": d.why, "isolated": d.isolated,
+        "tuning": d.tuning, "meaning": d.meaning,
     }  # fmt: skip

@@ -60,10 +60,10 @@ class Store:
 
 class Values:
     """The values of one graph in a store, by their place in it: inputs first, then results in order. `legal_for`: the
-    backend that the graph was legalised for."""
+    backend that the graph was legalised for, `tuning`: with how many of its passes (see `Settings`)."""
 
-    def __init__(self, graph: Graph, store: Store, legal_for: str = "reference"):
-        self.graph, self.store, self.legal_for = graph, store, legal_for
+    def __init__(self, graph: Graph, store: Store, legal_for: str = "reference", tuning: int | None = None):
+        self.graph, self.store, self.legal_for, self.tuning = graph, store, legal_for, tuning
         self.index = {v: i for i, v in enumerate(ordered(graph))}
 
     def put(self, value: Value, tensor: torch.Tensor) -> None:

@@ -73,12 +73,14 @@ def unpack(folder: Path) -> Graph:
 
 def describe(settings: Settings) -> dict[str, Any]:
     """Settings for another process."""
-    return {"backend": settings.backend.name, "fallback": settings.fallback, "threads": settings.threads}
+    backend, fallback, threads, tuning = settings.backend.name, settings.fallback, settings.threads, settings.tuning
+    return {"backend": backend, "fallback": fallback, "threads": threads, "tuning": tuning}
 
 
 def settings_of(data: Mapping[str, Any]) -> Settings:
     """Settings from `describe`."""
-    return Settings(get_backend(data["backend"]), Pipeline(()), data["fallback"], data["threads"])
+    backend = get_backend(data["backend"])
+    return Settings(backend, Pipeline(()), data["fallback"], data["threads"], tuning=data["tuning"])
 
 
 def call(kind: str, packed: Path, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import onnx_ir as onnx
 import onnxruntime
 
 from moec.backends.onnxruntime.errors import serialising
-from moec.backends.onnxruntime.lower import Lowered
+from moec.backends.onnxruntime.lower import Interface, Lowered
 from moec.backends.onnxruntime.options import Options
 from moec.ir import ArgumentValueError, ArtifactError
 
@@ -129,11 +129,11 @@ def _plain_file(path: Path) -> Path:
     return path
 
 
-def check_interface(session: onnxruntime.InferenceSession, lowered: Lowered) -> None:
+def check_interface(session: onnxruntime.InferenceSession, interface: Interface) -> None:
     """Raises ArtifactError where the model is not that of the graph."""
     for what, got, want in (
-        ("inputs", [v.name for v in session.get_inputs()], lowered.inputs),
-        ("outputs", [v.name for v in session.get_outputs()], lowered.outputs),
+        ("inputs", [v.name for v in session.get_inputs()], interface.inputs),
+        ("outputs", [v.name for v in session.get_outputs()], interface.outputs),
     ):
         if got != want:
             raise ArtifactError(f"{MODEL} has {what} {got}, the graph has {want}", code="artifact")

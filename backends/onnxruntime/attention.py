@@ -2,21 +2,97 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import onnx_ir as onnx
 
+from moec.backends.onnxruntime.attention_blocks import Causal
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.reduction import reduce
 from moec.backends.onnxruntime.sizes import at_least
 from moec.backends.onnxruntime.types import carrier, onnx_type
-from moec.ir import Dim, DType, Node
+from moec.ir import Dim, DType, Node, Value
 
 
 @backend.lowers("attention.sdpa")
 def sdpa(e: Emitter, node: Node) -> onnx.Value:
-    """Products, mask, softmax: ONNX's Attention fails on empty sequences and leaves NaN where a row may
-    attend to nothing. Queries that share a key head are rows of one product, so keys are not repeated."""
+    return _operator(e, node) if _fits(e, node) else _composed(e, node)
+
+
+def _fits(e: Emitter, node: Node) -> bool:
+    """Whether ONNX's Attention computes the same: it fails on empty axes, takes the square root of the scale, has no
+    sinks, caps scores after the mask, and gives 0 where an added mask leaves only the lowest scores."""
+    q, k, v, mask, sinks = given(node)
+    a = node.attrs
+    return (
+        sinks is None
+        and (mask is None or mask.dtype is DType.BOOL)
+        and a["softcap"] is None
+        and 0 < a["scale"] < math.inf
+        and carrier(q.dtype) is DType.F32
+        and e.positive(*q.shape, *k.shape, *v.shape)
+    )
+
+
+def _operator(e: Emitter, node: Node) -> onnx.Value:
+    q, k, v, given_mask, _ = given(node)
+    mask, causal = _masking(e, node)
+    attrs: dict[str, Any] = {"scale": node.attrs["scale"]}
+    s, t = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2])
+    sources = [x for x in map(_before_transpose, (q, k, v)) if x is not None]
+    flat = len(sources) == 3  # heads side by side, as the linear layers before gave them and the one after takes them
+    if flat:
+        values = [e.reshape(e.value(x), x.shape, (*x.shape[:2], x.shape[2] * x.shape[3])) for x in sources]
+        attrs |= {"q_num_heads": q.shape[1], "kv_num_heads": k.shape[1]}
+    else:
+        values = [e.value(x) for x in (q, k, v)]
+    if node.attrs["causal"] and s != 1:
+        closed = None if given_mask is None else _allowed(e, node)[0]
+        blocks = Causal(values[0], values[1], values[2], closed, s, t, 1 if flat else 2, attrs)
+        y = blocks.emit(e, lambda: e.op("Attention", *values, mask, is_causal=int(causal), **attrs))
+    else:
+        y = e.op("Attention", *values, mask, **attrs)
+    if not flat:
+        return y
+    b, heads, length, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    y = e.reshape(y, (b, length, heads * width), (b, length, heads, width))
+    result = e.op("Transpose", y, perm=[0, 2, 1, 3])
+    e.memo["untransposed", result] = y  # where nothing else reads it, the transpose goes
+    return result
+
+
+def _masking(e: Emitter, node: Node) -> tuple[onnx.Value | None, bool]:
+    """The operator's mask [..., S, T], and whether it makes a causal one itself, which goes by the first key."""
+    q, k, _, mask, _ = given(node)
+    s, t, causal = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2]), node.attrs["causal"] and q.shape[2] != 1
+    if not causal or s == t:
+        return None if mask is None else _spread(e, mask, s, t), causal
+    return _allowed(e, node)[0], False
+
+
+def _spread(e: Emitter, mask: Value, s: int | Dim, t: int | Dim) -> onnx.Value:
+    """A mask with axes S and T of its own; the operator spreads the others."""
+    if [e.sizes.resolve(n) for n in mask.shape[-2:]] == [s, t]:
+        return e.value(mask)
+    key = ("spread", e.value(mask), s, t)
+    if key not in e.memo:
+        e.memo[key] = e.op("Expand", e.value(mask), e.sizes.vector((s, t)))
+    value: onnx.Value = e.memo[key]
+    return value
+
+
+def _before_transpose(x: Value) -> Value | None:
+    """[B, S, H, D] that [B, H, S, D] was made from."""
+    made = x.producer
+    found = made is not None and made.op == "tensor.transpose" and tuple(made.attrs["perm"]) == (0, 2, 1, 3)
+    return made.operands[0] if found and made is not None else None
+
+
+def _composed(e: Emitter, node: Node) -> onnx.Value:
+    """Products, mask, softmax. Queries that share a key head are rows of one product, so keys are not repeated."""
     q, k, v, mask, sinks = given(node)
     b, heads, s, d = q.shape
     kv_heads, t, dv = k.shape[1], k.shape[2], v.shape[3]
@@ -86,6 +162,6 @@ def _causal(e: Emitter, s: int | Dim, t: int | Dim) -> onnx.Value:
     memo = ("causal", s, t)
     if memo not in e.memo:
         queries = e.op("Range", e.sizes.scalar(t - s), e.sizes.scalar(t), np.int64(1))
-        keys = e.op("Range", np.int64(0), e.sizes.scalar(t), np.int64(1))
+        keys = e.sizes.range(t)
         e.memo[memo] = e.op("LessOrEqual", keys, e.op("Unsqueeze", queries, np.array([1])))
     return e.memo[memo]

@@ -69,4 +69,10 @@ class OnnxRuntimeBackend(Backend):
         return OnnxExecutable.load(graph, folder, threads, self, cache_of(options)[0])
 
 
-backend = OnnxRuntimeBackend("onnxruntime", dtypes=DTYPES, holds_wide=True, caches=True)
+backend = OnnxRuntimeBackend(
+    "onnxruntime",
+    dtypes=DTYPES,
+    holds_wide=True,
+    caches=True,
+    tuning="deinterleave_rope, merge_linears, sink_transposes, common_subexpressions, dead_code",
+)

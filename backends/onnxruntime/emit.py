@@ -52,8 +52,12 @@ class Emitter:
     """Collects ONNX nodes and initialisers for one graph, by the lowerings of `backend`. `memo` holds what several
     lowerings share."""
 
-    def __init__(self, graph: Graph, options: Options, backend: Backend, opset: int | None = None):
+    def __init__(
+        self, graph: Graph, options: Options, backend: Backend, opset: int | None = None, *, empty: bool = False
+    ):
         self.graph = graph
+        self.empty = empty  # whether axes may turn out to be empty, for which some operators have no meaning
+        self.needed: set[Dim] = set()  # sizes that have to be 1 at least
         self.backend = backend
         self.options = options
         self.functions = graph.functions
@@ -327,8 +331,14 @@ class Emitter:
         """x of shape `source` as `target`, with sizes copied or inferred by Reshape where it can."""
         source = [self.sizes.resolve(s) for s in source]
         target = [self.sizes.resolve(s) for s in target]
+        x, source = self.memo.get(("reshaped", x), (x, source))  # two reshapes are one
         if source == target:
             return x
+        result = self._reshape(x, source, target)
+        self.memo["reshaped", result] = x, source
+        return result
+
+    def _reshape(self, x: onnx.Value, source: Sequence[int | Dim], target: Sequence[int | Dim]) -> onnx.Value:
         symbolic = [i for i, s in enumerate(target) if isinstance(s, Dim)]
         if 0 not in target:  # a literal 0 means "copy"
             if all(i < len(source) and source[i] == target[i] for i in symbolic):
@@ -340,6 +350,16 @@ class Emitter:
     def count(self, form: str) -> None:
         """Note for the report that a form of a lowering was taken once more."""
         self.choices[form] = self.choices.get(form, 0) + 1
+
+    def positive(self, *sizes: int | Dim) -> bool:
+        """Whether a lowering may count on these sizes being 1 at least: then the model is only run where they are, and
+        another one, which does not, where they are not."""
+        found = {self.sizes.resolve(s) for s in sizes}
+        known = {d.name for v in self.graph.inputs for s in v.shape if isinstance(s, Dim) for d in s.expr.free_symbols}
+        if self.empty or 0 in found or not all(s.symbols <= known for s in found if isinstance(s, Dim)):
+            return False
+        self.needed |= {s for s in found if isinstance(s, Dim)}
+        return True
 
     @property
     def scope_name(self) -> str:

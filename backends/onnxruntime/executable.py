@@ -19,6 +19,7 @@ from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.session import Optimised, Session, open_session, start
 from moec.backends.onnxruntime.warm import cached
 from moec.ir import CompileError, Graph, Value
+from moec.ir.interpreter import bind_inputs
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class OnnxExecutable(Executable):
     figures: dict[str, Any]
     cache: Cache | None = None
     _tapped: tuple[tuple[Value, ...], Session] | None = field(default=None, repr=False)
+    _empty: Session | None = field(default=None, repr=False)
 
     @staticmethod
     def compile(
@@ -65,24 +67,27 @@ class OnnxExecutable(Executable):
 
         def make(optimised: Optimised | None = None) -> Session:
             path = artifact.check_model(Path(folder))
-            return Session.of(open_session(path, options, threads, lowered.sources, optimised), lowered)
+            found = open_session(path, options, threads, lowered.interface.sources, optimised)
+            return Session(found, lowered.interface)
 
         session, said = (make(), None) if cache is None else cached(lowered, options, threads, cache, make)
-        artifact.check_interface(session.session, lowered)
+        artifact.check_interface(session.session, lowered.interface)
         figures = _figures(lowered, options, why, said) | {"load_seconds": time.perf_counter() - began}
         return OnnxExecutable(graph, options, threads, backend, session, figures, cache)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return self.session.run(self.graph, inputs, self.graph.outputs)
+        binding = bind_inputs(self.graph, inputs)
+        session = self.session if self.session.interface.takes(binding) else self.empty_session
+        return session.run(self.graph, inputs, self.graph.outputs, binding)
 
     def stream(
         self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET
     ) -> None:
-        """Where weights are large, the session is given up first, so that there is one copy of them; the next run
-        makes it again."""
+        """Where weights are large, sessions are given up first, so that there is one copy of them; the next run makes
+        its own again."""
         size = self.figures["weight_bytes"]
         if size > budget:
-            self._session = None
+            self._session = self._empty = None
         super().stream(inputs, values, keep, max(budget, size // 4))
         self._tapped = None
 
@@ -90,24 +95,38 @@ class OnnxExecutable(Executable):
     def session(self) -> Session:
         """The session that `run` uses."""
         if self._session is None:
-            lowered = lower(self.graph, self.options, self.backend)
-
-            def make(optimised: Optimised | None = None) -> Session:
-                return start(lowered, self.options, self.threads, optimised)
-
-            given = (lowered, self.options, self.threads)
-            self._session = make() if self.cache is None else cached(*given, self.cache, make)[0]
+            self._session = self._opened(lower(self.graph, self.options, self.backend))
         return self._session
+
+    @property
+    def empty_session(self) -> Session:
+        """A session for sizes that the other does not take, made when first needed."""
+        if self._empty is None:
+            self._empty = self._opened(lower(self.graph, self.options, self.backend, empty=True))
+        return self._empty
+
+    def _opened(self, lowered: Lowered) -> Session:
+        """A session, through the cache where there is one."""
+
+        def make(optimised: Optimised | None = None) -> Session:
+            return start(lowered, self.options, self.threads, optimised)
+
+        if self.cache is None:
+            return make()
+        return cached(lowered, self.options, self.threads, self.cache, make)[0]
 
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
         wanted = tuple(dict.fromkeys(values))
         inner = tuple(v for v in wanted if v.weight is None)
-        if self._tapped is None or self._tapped[0] != inner:
+        binding = bind_inputs(self.graph, inputs)
+        if self._tapped is None or self._tapped[0] != inner or not self._tapped[1].interface.takes(binding):
             self._check_known(inner)
             self._tapped = None  # one copy of the weights at a time
             lowered = lower(self.graph, self.options, self.backend, list(inner))
+            if not lowered.interface.takes(binding):
+                lowered = lower(self.graph, self.options, self.backend, list(inner), empty=True)
             self._tapped = inner, start(lowered, self.options, self.threads)
-        given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner])
+        given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner], binding)
         found = dict(zip(inner, given[len(self.graph.outputs) :], strict=True))
         return {v: v.weight.load() if v.weight is not None else found[v] for v in wanted}
 

@@ -169,7 +169,7 @@ def sorted_experts(e: Emitter, spec: Spec, x: onnx.Value, *, unroll: bool) -> on
     if not routed(spec.experts, spec.num):
         # ids must fail where they are out of range; ScatterElements takes negative ones
         flat = e.op("Where", e.op("Less", flat, np.int64(0)), np.int64(spec.num), flat)
-    counts = count_ids(e, flat, spec.num)
+    counts = count_ids(e, flat, spec.num, rows)
     ids, order = e.op("TopK", flat, e.sizes.one(rows), outputs=2, axis=0, largest=0, sorted=1)
     if spec.group is not None:
         x = rounded(e, x, (tokens, width), spec.group)
@@ -179,8 +179,7 @@ def sorted_experts(e: Emitter, spec: Spec, x: onnx.Value, *, unroll: bool) -> on
     if spec.group is not None:
         h = rounded(e, h, (rows, spec.hidden), spec.group)
     y = _biased(e, grouped_product(e, h, counts, down, unroll), 1, ids, spec)
-    positions = e.op("Range", np.int64(0), e.sizes.scalar(rows), np.int64(1))
-    y = e.op("Gather", y, e.op("ScatterElements", order, order, positions, axis=0), axis=0)
+    y = e.op("Gather", y, e.op("ScatterElements", order, order, e.sizes.range(rows), axis=0), axis=0)
     y = e.reshape(y, (rows, width), (tokens, k, width))
     scale = e.cast(e.value(spec.weights), spec.weights.dtype, spec.dtype)
     y = e.op("Mul", y, e.op("Unsqueeze", scale, np.array([2])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as onnx
@@ -14,22 +15,34 @@ from moec.backends.onnxruntime.opsets import OPSET, choose, domain_versions
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import onnx_type
 from moec.backends.onnxruntime.weights import WeightReader
-from moec.ir import CompileError, DType, Graph, Node, Value, Weight
+from moec.ir import CompileError, Dim, DType, Graph, Node, Value, Weight
 
 IR_VERSION = 11
 
 
 @dataclass(frozen=True, eq=False)
-class Lowered:
-    """An ONNX model of a graph. `inputs` and `outputs` are the ONNX names of the graph's, in order;
-    `sources` leads from prefixes of ONNX node names to IR nodes; `resident` says how many bytes the weights take in
-    each `Options.memory`. `stored` leads from initialisers to the weights that they are made of and says how;
-    `foreign`: some lowering is not ours."""
+class Interface:
+    """How a session of the model is used. `inputs` and `outputs` are the ONNX names of the graph's, in order; `sources`
+    leads from prefixes of ONNX node names to IR nodes; the sizes of `needed` have to be 1 at least."""
 
-    model: onnx.Model
     inputs: list[str]
     outputs: list[str]
     sources: dict[str, Node]
+    needed: frozenset[Dim]
+
+    def takes(self, binding: Mapping[str, int]) -> bool:
+        """Whether no size is 0 that has to be 1 at least, where symbols have these sizes."""
+        return all(size.evaluate(binding) > 0 for size in self.needed)
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """An ONNX model of a graph. `choices` counts the forms of lowerings; `resident` says how many bytes the weights
+    take in each `Options.memory`. `stored` leads from initialisers to the weights that they are made of and says how;
+    `foreign`: some lowering is not ours."""
+
+    model: onnx.Model
+    interface: Interface
     choices: dict[str, int]
     weight_bytes: int
     resident: dict[str, int]
@@ -42,19 +55,22 @@ class Lowered:
         self.reader.forget()
 
 
-def lower(graph: Graph, options: Options, backend: Backend, extra: list[Value] | None = None) -> Lowered:
-    """Lower a graph by the lowerings of `backend`; values of `extra` become further outputs. Raises CompileError."""
-    lowered, exact = _lower(graph, options, backend, extra, None)
+def lower(
+    graph: Graph, options: Options, backend: Backend, extra: list[Value] | None = None, *, empty: bool = False
+) -> Lowered:
+    """Lower a graph by the lowerings of `backend`; values of `extra` become further outputs. `empty`: for any sizes,
+    also where a faster model needs some to be 1 at least. Raises CompileError."""
+    lowered, exact = _lower(graph, options, backend, extra, None, empty)
     # where no opset holds all operators, those that do not fit are converted
     opset = lowered.model.graph.opset_imports[""]
-    return lowered if exact else _lower(graph, options, backend, extra, opset)[0]
+    return lowered if exact else _lower(graph, options, backend, extra, opset, empty)[0]
 
 
 def _lower(
-    graph: Graph, options: Options, backend: Backend, extra: list[Value] | None, opset: int | None
+    graph: Graph, options: Options, backend: Backend, extra: list[Value] | None, opset: int | None, empty: bool
 ) -> tuple[Lowered, bool]:
     """(the model, whether its opset suits all of its operators); `opset`: as `Emitter.opset`."""
-    e = Emitter(graph, options, backend, opset)
+    e = Emitter(graph, options, backend, opset, empty=empty)
     inputs = []
     for v in graph.inputs:
         emitted = onnx.Value(
@@ -94,10 +110,8 @@ def _lower(
     resident = {"fast": sum(folded for folded, _ in kept), "fp8": sum(stored for _, stored in kept)}
     named = [str(v.name) for v in inputs]
     stored = {name: e.read_from[name] for name in body.initializers if name in e.read_from}
-    return (
-        Lowered(model, named, names, e.sources, e.choices, total, resident, e.reader, stored, e.others),
-        exact,
-    )
+    interface = Interface(named, names, e.sources, frozenset(e.needed))
+    return Lowered(model, interface, e.choices, total, resident, e.reader, stored, e.others), exact
 
 
 def interface_shape(v: Value) -> onnx.Shape:

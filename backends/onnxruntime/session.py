@@ -14,13 +14,12 @@ import torch
 
 from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.errors import serialising, wrapped
-from moec.backends.onnxruntime.lower import Lowered
+from moec.backends.onnxruntime.lower import Interface, Lowered
 from moec.backends.onnxruntime.memory import give_back
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.types import carried, uncarried
 from moec.ir import CompileError, Dim, Graph, Node, Value
 from moec.ir.arrays import from_numpy
-from moec.ir.interpreter import bind_inputs
 
 # a model in memory is copied while it is loaded; larger ones go through a memory-mapped file
 IN_MEMORY = 32 * 2**20
@@ -70,30 +69,27 @@ def session_options(
 
 @dataclass(eq=False)
 class Session:
-    """An ONNX Runtime session with the names of its inputs and outputs in the order of the graph."""
+    """An ONNX Runtime session of a lowered graph."""
 
     session: onnxruntime.InferenceSession
-    inputs: list[str]
-    outputs: list[str]
-    sources: dict[str, Node]
+    interface: Interface
 
-    @staticmethod
-    def of(session: onnxruntime.InferenceSession, lowered: Lowered) -> Session:
-        return Session(session, lowered.inputs, lowered.outputs, lowered.sources)
-
-    def run(self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
-        """Outputs in the dtypes of `values`. Raises Argument… errors on inputs that do not fit."""
-        check_derived(values, bind_inputs(graph, inputs))
-        if not self.outputs:
+    def run(
+        self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value], binding: Mapping[str, int]
+    ) -> list[torch.Tensor]:
+        """Outputs in the dtypes of `values`. binding: the sizes of symbols in the inputs, which the interface takes."""
+        check_derived(values, binding)
+        names = self.interface
+        if not names.outputs:
             return []
         feeds = {
             name: carried(t.detach().cpu(), v.dtype).contiguous().numpy()
-            for name, v, t in zip(self.inputs, graph.inputs, inputs, strict=True)
+            for name, v, t in zip(names.inputs, graph.inputs, inputs, strict=True)
         }
         try:
-            arrays = self.session.run(self.outputs, feeds)
+            arrays = self.session.run(names.outputs, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-            raise wrapped(error, self.sources, "running") from error
+            raise wrapped(error, names.sources, "running") from error
         return [uncarried(from_numpy(a), v.dtype) for a, v in zip(arrays, values, strict=True)]
 
 
@@ -114,11 +110,11 @@ def start(lowered: Lowered, options: Options, threads: int | None, optimised: Op
         with serialising():
             data = onnx.to_proto(lowered.model).SerializeToString()
         lowered.forget_weights()
-        return Session.of(open_session(data, options, threads, lowered.sources, optimised), lowered)
+        return Session(open_session(data, options, threads, lowered.interface.sources, optimised), lowered.interface)
     folder = Path(tempfile.mkdtemp(prefix="moec-"))
     try:
         path = artifact.write_model(lowered, folder)
-        return Session.of(open_session(path, options, threads, lowered.sources, optimised), lowered)
+        return Session(open_session(path, options, threads, lowered.interface.sources, optimised), lowered.interface)
     finally:
         shutil.rmtree(folder)  # what the session maps stays readable
         give_back()

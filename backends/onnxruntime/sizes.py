@@ -74,6 +74,13 @@ class Sizes:
             self._cache[key] = self.emitter.op("Squeeze", self.one(size), np.array([0]))
         return self._cache[key]
 
+    def range(self, size: int | Dim) -> onnx.Value:
+        """i64[size] of 0, 1, …"""
+        key = ("range", self.resolve(size))
+        if key not in self._cache:
+            self._cache[key] = self.emitter.op("Range", np.int64(0), self.scalar(size), np.int64(1))
+        return self._cache[key]
+
     def vector(self, sizes: Sequence[int | Dim]) -> onnx.Value:
         """A shape as i64[rank]."""
         resolved = tuple(self.resolve(s) for s in sizes)

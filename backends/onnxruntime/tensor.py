@@ -8,7 +8,7 @@ import onnx_ir as onnx
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.types import NARROW_INTEGERS, numpy_type, onnx_type
-from moec.ir import DType, Node
+from moec.ir import Dim, DType, Node
 
 
 @backend.lowers("tensor.constant")
@@ -48,8 +48,11 @@ def reshape(e: Emitter, node: Node) -> onnx.Value:
 
 @backend.lowers("tensor.transpose")
 def transpose(e: Emitter, node: Node) -> onnx.Value:
-    (x,) = e.operands(node)
-    return e.op("Transpose", x, perm=list(node.attrs["perm"])) if node.attrs["perm"] else x
+    (x,), perm = e.operands(node), list(node.attrs["perm"])
+    if perm == [0, 2, 1, 3] and ("untransposed", x) in e.memo:
+        source: onnx.Value = e.memo["untransposed", x]
+        return source
+    return e.op("Transpose", x, perm=perm) if perm else x
 
 
 @backend.lowers("tensor.expand")
@@ -139,9 +142,12 @@ def nonzero(e: Emitter, node: Node) -> onnx.Value:
 _MOST_INLINE = 1 << 16  # elements of a constant that is written into the model
 
 
-def count_ids(e: Emitter, flat: onnx.Value, bins: int) -> onnx.Value:
-    """How often each of 0 … bins−1 occurs in i64[R] (all in range): i64[bins]."""
-    ones = e.op("Expand", np.int64(1), e.op("Shape", flat))
+def count_ids(e: Emitter, flat: onnx.Value, bins: int, rows: int | Dim | None = None) -> onnx.Value:
+    """How often each of 0 … bins−1 occurs in i64[R] (all in range): i64[bins]. `rows`: R, where it is known."""
+    key = ("ones", flat if rows is None else e.sizes.resolve(rows))
+    if key not in e.memo:
+        e.memo[key] = e.op("Expand", np.int64(1), e.op("Shape", flat) if rows is None else e.sizes.one(rows))
+    ones = e.memo[key]
     zeros = np.zeros(bins, np.int64) if bins <= _MOST_INLINE else e.op("Expand", np.int64(0), np.array([bins]))
     return e.op("ScatterElements", zeros, flat, ones, axis=0, reduction="add")
 

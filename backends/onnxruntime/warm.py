@@ -85,9 +85,9 @@ def _open(
         artifact.check_model(folder)
     with _timed(seconds, "load"):
         path = folder / artifact.MODEL
-        session = open_session(path, options, threads, lowered.sources, Optimised(path))
+        session = open_session(path, options, threads, lowered.interface.sources, Optimised(path))
         give_back()  # layouts that were made to be compared, and the session that wrote them
-        return Session.of(session, lowered)
+        return Session(session, lowered.interface)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ class ScaledDotProductAttention:
 
     q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] → [B, H, S, Dv]; H is a multiple of Hkv (grouped
     queries share a head). `mask` broadcasts to [B, H, S, T]: bool (True: may attend) or the dtype of q
-    (added). `causal`: query i sees keys j ≤ i + T − S (aligned to the last key, as with a cache).
+    (added); scores that it hides have to be finite. `causal`: query i sees keys j ≤ i + T − S (aligned to the last
+    key, as with a cache).
     `softcap` c: scores become c · tanh(scores / c) before the mask (Gemma 2, arXiv:2408.00118 §2).
     `sinks` [H]: one more score per head and query that takes its share of the softmax and has no value (GPT-OSS;
     Xiao et al., arXiv:2309.17453). A row that may attend to nothing gives zeros. Scores and softmax are computed
@@ -85,11 +86,14 @@ class ScaledDotProductAttention:
     def undefined(self) -> bool:
         if overflows(self.q, self.k, self.v, self.mask, self.sinks):
             return True
+        scores, allowed = self._scores()
+        shut = ~allowed
+        # a bool mask is −∞ that is added, or what stands in place of scores
+        if bool((shut & ~scores.isfinite()).any()):
+            return True
         if self.sinks is not None:
             return False
         # a row that may attend, but to scores of −∞ only, is 0 / 0
-        scores, allowed = self._scores()
-        shut = ~allowed
         if self.mask is not None and self.mask.dtype != torch.bool:
             shut = shut | (self.mask == float("-inf"))
         hopeless = (shut | (scores == float("-inf"))).all(-1) & ~shut.expand_as(scores).all(-1)
