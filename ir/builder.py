@@ -76,17 +76,21 @@ class Builder:
         )
 
     def weight(
-        self, name: str, data: torch.Tensor | Callable[[], torch.Tensor], type: TensorType | None = None
+        self,
+        name: str,
+        data: torch.Tensor | Callable[[], torch.Tensor] | ComputedSource,
+        type: TensorType | None = None,
     ) -> Value:
         """A new weight named `name` (with a number after it where that is taken). `data` is a tensor, or with
         `type` a function that computes it when it is first needed: `b.weight("w", lambda: f(m.w.weight.load()),
-        m.w.type)`."""
+        m.w.type)`, or a ComputedSource of such a function."""
         name = self.graph.fresh_weight_name(name)
         if isinstance(data, torch.Tensor):
             return self.graph.add_weight(Weight.of(name, data))
         if type is None:
             raise CompileError(f"weight {name!r}: a computed weight needs its type", code="weight")
-        return self.graph.add_weight(Weight(name, type, ComputedSource(data)))
+        source = data if isinstance(data, ComputedSource) else ComputedSource(data)
+        return self.graph.add_weight(Weight(name, type, source))
 
     def constant_like(self, value: bool | int | float, like: Value | None) -> Value:
         """A scalar constant of `like`'s dtype (f32, i64 or bool without one)."""

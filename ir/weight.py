@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -124,9 +124,12 @@ class BytesSource:
 
 @dataclass(eq=False)
 class ComputedSource:
-    """Derived from other weights when first asked for; kept afterwards."""
+    """Derived from other weights when first asked for; kept afterwards. `of` and `how`: those weights, and as text what
+    is made of them, where both together say what the data is; then nobody has to compute it to know it again."""
 
     compute: Callable[[], torch.Tensor]
+    of: tuple[Weight, ...] = ()
+    how: str = ""
     _value: torch.Tensor | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -273,6 +276,17 @@ class _Part:
 
     def load(self) -> torch.Tensor:
         return self.read(self.index)
+
+
+def joined_rows(weights: Iterable[Weight]) -> ComputedSource:
+    """Rows of several weights [R, ...] of one dtype, one weight after the other."""
+    held = tuple(weights)
+    return ComputedSource(lambda: torch.cat([w.load() for w in held]), held, "joined rows")
+
+
+def ordered_rows(weight: Weight, order: torch.Tensor) -> ComputedSource:
+    """The rows of a weight [R, ...] that i64 `order` names, in its order."""
+    return ComputedSource(lambda: weight.load().index_select(0, order), (weight,), f"rows {digest(order)}")
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -22,7 +22,7 @@ import moec.ir
 from moec.backends.onnxruntime.lower import Lowered
 from moec.backends.onnxruntime.options import Options
 from moec.ir import Weight
-from moec.ir.weight import digest, loading_once
+from moec.ir.weight import ComputedSource, digest, loading_once
 
 _WORKERS = 2  # threads that digest weights; one core does some 1.5 GB/s
 
@@ -65,6 +65,40 @@ def _structure(model: onnx.Model) -> Iterator[bytes]:
 
 
 def _weight_digests(weights: Iterable[Weight]) -> dict[int, str]:
+    """By the `id` of the weight. What is known to be made of other weights has a digest of theirs: a merged weight of a
+    saved model, whose digests are known, is not read."""
+    weights = list(weights)
+    found = _data_digests({id(w): w for weight in weights for w in _origins(weight)}.values())
+    for weight in weights:
+        _derive(weight, found)
+    return found
+
+
+def _origins(weight: Weight) -> Iterator[Weight]:
+    """The weights that a weight is made of in the end, or itself."""
+    parts = _parts(weight)
+    for part in parts:
+        yield from _origins(part)
+    if not parts:
+        yield weight
+
+
+def _parts(weight: Weight) -> tuple[Weight, ...]:
+    return weight.source.of if isinstance(weight.source, ComputedSource) and weight.digest is None else ()
+
+
+def _derive(weight: Weight, found: dict[int, str]) -> str:
+    """Put the digest of a weight, whose origins' are there, beside them."""
+    if id(weight) not in found:
+        assert isinstance(weight.source, ComputedSource)
+        whole = hashlib.sha256()
+        for part in (weight.source.how, str(weight.type), *(_derive(w, found) for w in weight.source.of)):
+            _add(whole, part.encode())
+        found[id(weight)] = whole.hexdigest()
+    return found[id(weight)]
+
+
+def _data_digests(weights: Iterable[Weight]) -> dict[int, str]:
     """By the `id` of the weight. They are read one after another; threads digest what was read."""
     found: dict[int, str] = {}
     running: deque[tuple[Weight, Future[str]]] = deque()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.ir import Builder, ComputedSource, Graph, Node, Value, Weight
+from moec.ir import Builder, Graph, Node, Value, Weight
+from moec.ir.weight import ordered_rows
 from moec.passes.base import Pass, report
 
 
@@ -102,5 +103,5 @@ def _rows(b: Builder, value: Value | None, order: torch.Tensor) -> Value | None:
     weight = value.weight
     assert weight is not None
     name = b.graph.fresh_weight_name(f"{weight.name}.deinterleaved")
-    source = None if weight.source is None else ComputedSource(lambda: weight.load().index_select(0, order))
+    source = None if weight.source is None else ordered_rows(weight, order)
     return b.graph.add_weight(Weight(name, weight.type, source))

@@ -9,13 +9,11 @@ of a live model. Put them before quantisation:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from moec.ir import Node, TensorType, Value
+from moec.ir.weight import joined_rows
 from moec.passes.rewrite import Match, Refused, Rewrite, RuleSet
 
 # how a projection reaches attention: by ops that leave each row to itself, and into a cache
@@ -79,9 +77,8 @@ def _joined(b: Any, parts: list[Value]) -> Value:
     *lead, last = held[0].name.split(".")
     modules = "+".join((w.name.split(".")[-2:-1] or [w.name])[0] for w in held)
     name = ".".join([*lead[:-1], modules, last])
-    compute: Callable[[], torch.Tensor] = lambda: torch.cat([w.load() for w in held])  # noqa: E731
     rows = sum(p.shape[0] for p in parts)
-    return b.weight(name, compute, TensorType(parts[0].dtype, (rows, *parts[0].shape[1:])))
+    return b.weight(name, joined_rows(held), TensorType(parts[0].dtype, (rows, *parts[0].shape[1:])))
 
 
 @dataclass(frozen=True)

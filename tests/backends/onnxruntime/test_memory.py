@@ -28,13 +28,20 @@ WIDTH, LAYERS = 1024, 12  # 48 MiB: beyond what is handed over in memory
 SIZE = LAYERS * WIDTH * WIDTH * 4
 
 
-def chain(file: Path) -> Graph:
-    """Products whose weights lie in a safetensors file."""
+def chain(file: Path, gated: bool = False) -> Graph:
+    """Products whose weights lie in a safetensors file; `gated`: two of an input each, which tuning merges."""
     kind = typed("f32", WIDTH, WIDTH)
 
     def build(b: Any, x: Any) -> Any:
-        for i in range(LAYERS):
-            x = b.op("linear.linear", [x, b.graph.add_weight(Weight(f"w{i}", kind, SafetensorsSource(file, f"w{i}")))])
+        def product(i: int) -> Any:
+            return b.linear(x, b.graph.add_weight(Weight(f"w{i}", kind, SafetensorsSource(file, f"w{i}"))))
+
+        if gated:
+            for i in range(0, LAYERS, 2):
+                x = b.swiglu(product(i), product(i + 1))
+        else:
+            for i in range(LAYERS):
+                x = product(i)
         return x
 
     return graph_of({"x": typed("f32", "T", WIDTH)}, build)
@@ -54,7 +61,7 @@ def anonymous():
 def start():
     if how == "load":
         return moec.load(Path(folder) / memory, threads=1, cache=cache or None)
-    graph = chain(Path(folder) / "weights.safetensors")
+    graph = chain(Path(folder) / "weights.safetensors", how == "gated")
     return moec.compile(graph, backend="onnxruntime", threads=1, memory=memory, cache=cache or None)
 
 x = torch.ones(2, WIDTH)
@@ -95,7 +102,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason=
 
 
 @linux
-@pytest.mark.parametrize("how", ["compile", "load"])
+@pytest.mark.parametrize("how", ["compile", "load", "gated"])
 def test_mapped_weights_are_not_copied(folder: Path, how: str):
     fast, mapped = used(folder, how, "fast"), used(folder, how, "mapped")
     assert 0.9 < fast[0] < 1.3, "the measurement sees a copy"
