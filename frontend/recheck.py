@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 
+import sympy
 import torch
 
 from moec.frontend.agreement import disagreement, eager, resized
@@ -127,7 +128,6 @@ class _Trials:
             return traced[str(sizes)]
 
         needed: list[Guard] = []
-        than: dict[Guard, Guard] = {}
         for i in range(_ROUNDS):
             kept, dropped = _kept(self.guards, self.agreed, self.parted, needed)
             found, more = beyond(dropped, self.guards, self.agreed, once)
@@ -135,10 +135,12 @@ class _Trials:
                 break
             needed += more if i + 1 < _ROUNDS else [*more, *(weaker.than for weaker in found)]
             self.guards += [weaker.guard for weaker in found]
-            than |= {weaker.guard: weaker.than for weaker in found}
             self.run(breaking([w.guard for w in found], [w.sizes for w in found], declared))
             kept, dropped = _kept(self.guards, self.agreed, self.parted, needed)
-        return [g for g in kept if than.get(g) not in kept], dropped
+        said = {g.stated.expr for g in kept if g.stated is not None}
+        return [
+            g for g in kept if g.stated is None or not said & {*sympy.Or.make_args(g.stated.expr)} - {g.stated.expr}
+        ], dropped
 
 
 def _kept(
