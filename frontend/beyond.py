@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import sympy
 
@@ -21,29 +22,38 @@ from moec.ir import CompileError
 AskedAt = Callable[[Sizes], list[Guard] | None]
 
 
+class Weaker(NamedTuple):
+    """A condition that is enough as far as is known: that `than` holds, or what the model asked at `sizes`, where it
+    does not."""
+
+    guard: Guard
+    sizes: Sizes
+    than: Guard
+
+
 def beyond(
     dropped: Sequence[Guard], guards: Sequence[Guard], agreed: Sequence[Sizes], asked_at: AskedAt
-) -> tuple[list[tuple[Guard, Sizes]], list[Sizes]]:
-    """For each guard to be dropped, the weaker conditions that are known to be enough: that it holds, or what the model
-    asked where it does not (with the sizes of that trace). And the sizes at which the model could not be traced."""
+) -> tuple[list[Weaker], list[Guard]]:
+    """What is to be tried before these guards are dropped, and those of them to keep since nothing can be said of the
+    sizes beyond."""
     known = {str(g) for g in guards}
-    found: dict[str, tuple[Guard, Sizes]] = {}
-    untraced: list[Sizes] = []
+    found: dict[str, Weaker] = {}
+    needed: list[Guard] = []
     for guard in (g for g in dropped if g.branched):
         places = [sizes for sizes in agreed if not guard.holds(sizes)]
         place = max(places, key=lambda s: (0 not in s.values(), -_broken(guards, s), math.prod(s.values())))
         asked = asked_at(place)
         if asked is None:
-            untraced += [place] if 0 not in place.values() else []
+            needed += [guard] if 0 not in place.values() else []
             continue
         either = {str(e): (e, other) for other in asked if other.branched and (e := _either(guard, other)) is not None}
         more = {text: pair for text, pair in either.items() if text not in known}
         if any(_pins(*pair) for pair in more.values()):
-            untraced.append(place)
+            needed.append(guard)
             continue
         for text, (e, _) in more.items():
-            found.setdefault(text, (e, place))
-    return list(found.values()), untraced
+            found.setdefault(text, Weaker(e, place, guard))
+    return list(found.values()), needed
 
 
 def _pins(either: Guard, asked: Guard) -> bool:

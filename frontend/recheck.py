@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 
+import sympy
 import torch
 
 from moec.frontend.agreement import disagreement, eager, resized
@@ -126,36 +127,38 @@ class _Trials:
                 traced[str(sizes)] = asked_at(sizes)
             return traced[str(sizes)]
 
-        for _ in range(_ROUNDS):
-            _, dropped = _kept(self.guards, self.agreed, self.parted)
-            found, untraced = beyond(dropped, self.guards, self.agreed, once)
-            self.parted += untraced  # nothing is known of other sizes there
-            if not found:
+        needed: list[Guard] = []
+        for i in range(_ROUNDS):
+            kept, dropped = _kept(self.guards, self.agreed, self.parted, needed)
+            found, more = beyond(dropped, self.guards, self.agreed, once)
+            if not found and not more:
                 break
-            self.guards += [guard for guard, _ in found]
-            self.run(breaking([guard for guard, _ in found], [sizes for _, sizes in found], declared))
-        else:
-            self.parted += [s for s in self.agreed if any(not g.holds(s) for g in dropped)]
-        return _kept(self.guards, self.agreed, self.parted)
+            needed += more if i + 1 < _ROUNDS else [*more, *(weaker.than for weaker in found)]
+            self.guards += [weaker.guard for weaker in found]
+            self.run(breaking([w.guard for w in found], [w.sizes for w in found], declared))
+            kept, dropped = _kept(self.guards, self.agreed, self.parted, needed)
+        said = {g.stated.expr for g in kept if g.stated is not None}
+        return [
+            g for g in kept if g.stated is None or not said & {*sympy.Or.make_args(g.stated.expr)} - {g.stated.expr}
+        ], dropped
 
 
-def _kept(guards: Sequence[Guard], agreed: Sequence[Sizes], parted: Sequence[Sizes]) -> tuple[list[Guard], list[Guard]]:
-    """The guards to keep: those that were not broken where the two agree, and of the others as many as rule out the
-    sizes at which the two part. Then the ones to drop."""
+def _kept(
+    guards: Sequence[Guard], agreed: Sequence[Sizes], parted: Sequence[Sizes], needed: Sequence[Guard]
+) -> tuple[list[Guard], list[Guard]]:
+    """The guards to keep: the needed ones, those that were not broken where the two agree, and of the others as many as
+    rule out the sizes at which the two part. Then the ones to drop."""
     harmless = {g: sum(not g.holds(sizes) for sizes in agreed) for g in guards}
-    kept = [g for g in guards if not harmless[g]]
+    kept = [g for g in guards if not harmless[g] or g in needed]
     for sizes in parted:
         broken = [g for g in guards if not g.holds(sizes)]
         if not any(g in kept for g in broken):
             kept.append(min(broken, key=lambda g: harmless[g]))
         if all(g.stated is None for g in broken if g in kept):
-            raise CompileError(
-                f"the traced program holds only where {' and '.join(map(str, broken))}, which cannot be asked of a "
-                f"call: at {_text(sizes)} it differs from the model",
-                code="dynamic-shape",
-                location=Location.merge(*(g.location for g in broken)),
-                hint="compare sizes as integers, or make the axes it depends on static in dynamic_shapes",
-            )
+            raise _unasked(broken, f"at {_text(sizes)} it differs from the model")
+    unasked = [g for g in needed if g.stated is None]
+    if unasked:
+        raise _unasked(unasked, "what the model does elsewhere cannot be traced")
     return kept, [g for g in guards if g not in kept]
 
 
@@ -166,6 +169,15 @@ def _left(dropped: Sequence[Guard], agreed: Sequence[Sizes]) -> Iterator[tuple[s
         if r is not None and r[0] > 0:
             (s,) = g.symbols
             yield s, (min(r[0], *(sizes[s] for sizes in agreed if not g.holds(sizes))), None)
+
+
+def _unasked(guards: Sequence[Guard], why: str) -> CompileError:
+    return CompileError(
+        f"the traced program holds only where {' and '.join(map(str, guards))}, which cannot be asked of a call: {why}",
+        code="dynamic-shape",
+        location=Location.merge(*(g.location for g in guards)),
+        hint="compare sizes as integers, or make the axes it depends on static in dynamic_shapes",
+    )
 
 
 def _refused(name: str, sizes: Sizes, problem: str, replaced: Mapping[str, int], branches: Set[Jump]) -> CompileError:

@@ -18,6 +18,7 @@ _NEAR = 257  # sizes up to this are tried just beyond a guard
 _FAR = 2 * _NEAR + 3  # and up to this well beyond
 _LADDER = (*range(1, 67), 80, 96, 100, 127, 128, 129, 160, 200, 255, 256, 257, 320, 400, 511, 512, 513)
 _GRID = (1, 2, 3, 4, 5, 7, 8, 16, 17, 32, 33, 64, 65, 128, 129)
+_EMPTIES = 4  # sizes with nothing on some axis, for a guard
 _MOST = 24  # sets of sizes that break guards
 
 
@@ -84,6 +85,9 @@ def _breaking(guard: Guard, guards: Sequence[Guard], bases: Sequence[Sizes], dec
             break
     if not found:
         return []
+    if not ladder:  # a model need not take each: it may have no result for no tokens
+        empty = sorted(found, key=lambda x: x[0])
+        return [s for i, (_, s, _) in enumerate(empty) if s not in (t for _, t, _ in empty[:i])][:_EMPTIES]
     least = min(broken for broken, _, _ in found)
     best = [(sizes, base) for broken, sizes, base in found if broken == least]
     near = [(sizes, base) for sizes, base in best if max(sizes.values()) <= max(_NEAR, *base.values())]

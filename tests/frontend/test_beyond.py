@@ -100,13 +100,16 @@ def test_what_makes_no_difference_at_all_restricts_nothing() -> None:
 
 def test_where_the_model_cannot_be_traced_beyond_the_branch_stays() -> None:
     class Model(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            if y.shape[0] > 6:
+                y = y * 1
             if x.shape[0] > 7 and float(x.sum()) > 1e9:  # eager code may ask for values, a trace may not
-                return x - 1
-            return x + 1
+                return x.sum() - y.sum()
+            return x.sum() + y.sum()
 
-    traced = trace(Model(), (torch.randn(4),), dynamic_shapes="auto")
+    traced = trace(Model(), (torch.randn(4), torch.randn(5)), dynamic_shapes="auto")
     assert traced.signature.bounds == {"B": (0, 7)}
+    assert not traced.signature.conditions
 
 
 def test_a_size_that_is_fixed_beyond_a_branch() -> None:
