@@ -233,7 +233,8 @@ class Compiled(Contender):
     """A model that is compiled or loaded already; it runs here."""
 
     def __init__(self, name: str, compiled: CompiledModel, fit: Fit):
-        self.name, self.source, self.settings = name, compiled.name, compiled.settings
+        self.name, self.source = name, compiled.name
+        self.settings = replace(compiled.settings, cache=None)  # for what a comparison makes beside the model
         self.program = program = compiled.program
         self.graph, self.legal = program.graph, program.legal
         self.fallbacks = len(program.fallbacks)

@@ -172,3 +172,13 @@ def test_comparisons_find_tuned_integers_right(quantize: str):
     mixtral = build(dataclasses.replace(config("mixtral-8x7b-mini"), num_layers=2))
     found = moec.compare(mixtral, (IDS,), backends=("reference", "onnxruntime"), quantize=quantize, threads=1)
     assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_comparisons_write_to_no_cache(tmp_path: Path, isolated: bool):
+    """Neither what is compiled without tuning, nor nodes by themselves."""
+    made = compiled(cache=tmp_path)
+    kept = set(tmp_path.iterdir())
+    found = moec.compare(model(), (IDS,), backends=("reference", made), isolated=isolated, threads=1)
+    assert found.ok, str(found)
+    assert kept == set(tmp_path.iterdir())
