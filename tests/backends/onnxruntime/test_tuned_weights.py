@@ -147,6 +147,24 @@ def test_a_session_for_empty_axes_has_an_entry_of_its_own(tmp_path: Path, memory
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_tuned_weights_take_as_many_bytes(memory: str, dtype: torch.dtype):
+    """In every way of holding them: nothing is there twice."""
+    backend = get_backend("onnxruntime")
+    settings = Settings(backend, default_pipeline())
+    graph = moec.trace(build(dataclasses.replace(config("deepseek-v3-mini"), num_layers=2)).to(dtype), (IDS,))
+    after, _ = settings.pipeline.run(graph)
+    found = []
+    for count in (0, None):
+        legal, _, _ = legalise(after, dataclasses.replace(settings, tuning=count))
+        assert bool(computed(legal)) == (count is None)
+        found.append(lower(legal, Options(memory=memory), backend).resident)
+    plain, tuned = found
+    assert tuned == plain
+    assert plain["fp8"] < plain["fast"] or dtype == torch.float32
+
+
 # -- integer weights -----------------------------------------------------------------------------------
 
 
