@@ -31,10 +31,11 @@ from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Settings, run_passes
 from moec.progress import progress
 from moec.sources import acquire, describe, is_onnx, positional
-from moec.tolerance import Bound, Tolerance, check_tolerance, given_bound, scale_of
+from moec.tolerance import GIVEN, Bound, Tolerance, check_tolerance, given_bound, scale_of
 
 Step = Callable[[str], None]
 LARGE = 256 << 20  # bytes of weights from which on every backend has a process of its own
+_QUANTISED = 0.25  # of an output's scale
 _TAPPED = 1e-3  # how far reading values inside may move an output, relative
 SAVED = (".safetensors", ".npz")
 
@@ -149,7 +150,9 @@ class _Run:
             else:
                 divergence, found = self._propagated(comparison, first, guide, guided, other, theirs, pairs)
             expected = found.reference.store if found is not None and guide is first else base
-            self._outputs(comparison, expected, other, theirs, outputs)
+            by_itself = isolated and not isinstance(other, Fresh)  # its nodes say nothing of its own graph and weights
+            wide = [_end_to_end(b) if by_itself else b for b in outputs]
+            self._outputs(comparison, expected, other, theirs, wide, judged=by_itself or not isolated)
             comparison.first_divergence = comparison.first_divergence or divergence
             self._finish(comparison, other, theirs, guide is first)
         for c in contenders:
@@ -252,12 +255,18 @@ class _Run:
         return None
 
     def _outputs(
-        self, comparison: Comparison, base: Store, other: Contender, theirs: Store, bounds: Sequence[Bound]
+        self,
+        comparison: Comparison,
+        base: Store,
+        other: Contender,
+        theirs: Store,
+        bounds: Sequence[Bound],
+        judged: bool,
     ) -> None:
         for i, (name, bound) in enumerate(zip(self.after.output_names, bounds, strict=True)):
             expected = base.get(f"output{i}")
             d = difference(expected, theirs.get(f"output{i}"), bound, scale_of(expected, None, {}))
-            comparison.outputs.append(OutputResult(other.name, name, d))
+            comparison.outputs.append(OutputResult(other.name, name, d, judged))
 
     def _finish(self, comparison: Comparison, other: Contender, theirs: Store, guided: bool) -> None:
         """Notes on what the tables do not say."""
@@ -318,6 +327,14 @@ def _of_one_shape(pairs: Mapping[Value, Value], guided: Values, other: Contender
     got = Values(other.legal, theirs)
     known = {a: b for a, b in pairs.items() if a in guided and b in got}
     return {a: b for a, b in known.items() if guided.type(a).shape == got.type(b).shape}
+
+
+def _end_to_end(bound: Bound) -> Bound:
+    """For outputs of graphs that are judged node by node: codes that flip at a midpoint, from layer to layer, show as
+    some hundredths; other weights or another program as more than this."""
+    if not bound.relative or bound.why.startswith(GIVEN):
+        return bound
+    return Bound(max(bound.relative, _QUANTISED), "end to end, rounded to few bits inside")
 
 
 def _quantises(graph: Graph) -> bool:

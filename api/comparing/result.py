@@ -17,11 +17,13 @@ from moec.ir import CompileError, Graph, Node
 
 @dataclass(frozen=True)
 class OutputResult:
-    """One output of one backend against the first backend's."""
+    """One output of one backend against the first backend's. `judged`: else it is for information, and the backend's
+    nodes are judged one by one."""
 
     backend: str
     output: str
     difference: Difference
+    judged: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether everything judged is in tolerance: the nodes where isolated, else the outputs and the values inside;
-        and every routing flip is a near tie."""
-        judged: list[Any] = [*self.nodes] if self.isolated else [*self.outputs, *self.values]
+        """Whether everything judged is in tolerance: nodes by themselves, outputs that are not for information, values
+        inside; and every routing flip is a near tie."""
+        judged: list[Any] = [*self.nodes, *self.values, *(o for o in self.outputs if o.judged)]
         return all(_in_tolerance(row) for row in judged) and all(f.near_tie for f in self.routing_flips)
 
     def to_dict(self) -> dict[str, Any]:
