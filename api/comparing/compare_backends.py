@@ -20,7 +20,7 @@ from moec.comparing.contenders import ONNX, Compiled, Contender, Eager, Fresh, S
 from moec.comparing.fitting import fit
 from moec.comparing.localise import Localised, blame, bounds_of, divergence_of, localise
 from moec.comparing.matching import corresponding
-from moec.comparing.result import Comparison, Divergence, OutputResult
+from moec.comparing.result import Comparison, Divergence, OutputResult, dtype_note
 from moec.comparing.store import Store, Values, ordered
 from moec.compiled import CompiledModel
 from moec.difference import difference
@@ -150,9 +150,14 @@ class _Run:
             else:
                 divergence, found = self._propagated(comparison, first, guide, guided, other, theirs, pairs)
             expected = found.reference.store if found is not None and guide is first else base
-            by_itself = isolated and not isinstance(other, Fresh)  # its nodes say nothing of its own graph and weights
-            wide = [_end_to_end(b) if by_itself else b for b in outputs]
-            self._outputs(comparison, expected, other, theirs, wide, judged=by_itself or not isolated)
+            # the nodes of the first say nothing of the graph and weights of a compiled model, or of saved outputs
+            judged = not isolated or not isinstance(other, Fresh)
+            if isinstance(other, Saved) and other.renamed:
+                comparison.notes.append(
+                    f"{other.name}: its only tensor {other.renamed!r} was taken for the only output"
+                )
+            whole = [_end_to_end(b) for b in outputs] if judged and isolated and _quantises(self.after) else outputs
+            self._outputs(comparison, expected, other, theirs, whole, judged)
             comparison.first_divergence = comparison.first_divergence or divergence
             self._finish(comparison, other, theirs, guide is first)
         for c in contenders:
@@ -264,9 +269,11 @@ class _Run:
         judged: bool,
     ) -> None:
         for i, (name, bound) in enumerate(zip(self.after.output_names, bounds, strict=True)):
-            expected = base.get(f"output{i}")
-            d = difference(expected, theirs.get(f"output{i}"), bound, scale_of(expected, None, {}))
+            expected, got = base.get(f"output{i}"), theirs.get(f"output{i}")
+            d = difference(expected, got, bound, scale_of(expected, None, {}))
             comparison.outputs.append(OutputResult(other.name, name, d, judged))
+            if isinstance(other, Saved) and got.dtype is not expected.dtype:
+                comparison.notes.append(dtype_note(other.name, name, expected, got))
 
     def _finish(self, comparison: Comparison, other: Contender, theirs: Store, guided: bool) -> None:
         """Notes on what the tables do not say."""

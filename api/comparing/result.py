@@ -12,7 +12,7 @@ import torch
 from moec.comparing.nodes import NodeResult
 from moec.comparing.routing import RoutingFlip
 from moec.difference import Difference
-from moec.ir import CompileError, Graph, Node
+from moec.ir import CompileError, DType, Graph, Node
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ class Comparison:
         from moec.comparing.table import render
 
         return render(self)
+
+
+def dtype_note(backend: str, output: str, expected: torch.Tensor, got: torch.Tensor) -> str:
+    """What a comparison says of two tensors that differ in their type, and may agree in their values."""
+    return f"{backend}: output {output!r} is {DType.of(got.dtype)}, the reference's {DType.of(expected.dtype)}"
 
 
 def _in_tolerance(row: OutputResult | NodeResult) -> bool:

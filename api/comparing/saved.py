@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moec.comparing.contenders import read_tensors, short_name
-from moec.comparing.result import Comparison, OutputResult
+from moec.comparing.result import Comparison, OutputResult, dtype_note
 from moec.difference import difference
 from moec.ir import ArgumentValueError, TensorType
 from moec.tolerance import Tolerance, check_tolerance, given_bound, scale_of, unknown_length
@@ -29,4 +29,6 @@ def compare_files(first: str | Path, second: str | Path, tolerance: Tolerance = 
         bound = given_bound(unknown_length(TensorType.of(expected)), tolerance, output=name)
         d = difference(expected, theirs[name], bound, scale_of(expected, None, {}))
         comparison.outputs.append(OutputResult(short_name(b), name, d))
+        if theirs[name].dtype is not expected.dtype:
+            comparison.notes.append(dtype_note(short_name(b), name, expected, theirs[name]))
     return comparison

@@ -31,6 +31,7 @@ def explain(rule: Rewrite | RuleSet, graph: Graph, at: str | None = None) -> str
         return "\n\n".join(explain(r, graph, at) for r in rule.rules)
     if not isinstance(rule, Rewrite):
         hint = f"write {rule.__name__}()" if isinstance(rule, type) else None
+        hint = f"moec.passes.parse_pass({rule!r}) gives the rule of that name" if isinstance(rule, str) else hint
         raise ArgumentTypeError(f"{rule!r} is not a Rewrite or RuleSet", code="arguments", hint=hint)
     patterns = compiled_patterns(rule)
     where = f" in {at}" if at else ""
