@@ -127,7 +127,7 @@ def verdict(rule: Rewrite, m: Match) -> Refused | None:
     except CompileError as e:
         raise rule_error(rule, f"when() failed: {e.message}", location=m.location, hint=e.hint) from e
     except Exception as e:  # whatever the author's code raises is reported as the rule's
-        raise rule_error(rule, f"when() raised {type(e).__name__}: {e}", location=m.location) from e
+        raise rule_error(rule, f"when() raised {_raised(rule, e)}", location=m.location) from e
     if said is None and m.refusal is not None:
         text = f"when() called m.no({m.refusal.reason!r}) and went on"
         raise rule_error(rule, text, location=m.location, hint="return m.no(reason)")
