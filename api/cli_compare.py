@@ -106,7 +106,10 @@ def _compare(
         return _two(subject, _Subject.of(str(second), inputs, *sizes), chosen[0], chosen[-1], options)
     if subject.loaded is not None:  # its graph has been through the passes
         options = {**options, "passes": Pipeline(tuple(options["passes"]))}
-    return moec.compare(subject.model, subject.args, subject.kwargs, backends=sides, **options)
+    found = moec.compare(subject.model, subject.args, subject.kwargs, backends=sides, **options)
+    if files and subject.seeded:
+        found.notes.append(f"{subject.name} ran on random numbers; --inputs FILE gives what {files[0]} was made from")
+    return found
 
 
 def _two(subject: _Subject, other: _Subject, mine: Any, theirs: Any, options: dict[str, Any]) -> Comparison:
@@ -138,6 +141,7 @@ class _Subject:
     """A model with arguments; of a saved one, its graph with the tensors of its inputs. `seeded`: the arguments are
     random numbers, for want of others."""
 
+    name: str
     model: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any] | None
@@ -158,8 +162,8 @@ class _Subject:
             filled = target.with_data()
             args = filled.args if named is None else _by_name([str(v.name) for v in filled.model.inputs], named, inputs)
             model = target.model if is_onnx(target.model) else filled.model
-            return _Subject(model, args, None, loaded, seeded=named is None and not target.args)
-        return _Subject(target.model, () if named is not None else target.args, named)
+            return _Subject(spec, model, args, None, loaded, seeded=named is None and not target.args)
+        return _Subject(spec, target.model, () if named is not None else target.args, named)
 
     def at(self, other: _Subject) -> _Subject:
         """The same with the arguments of the other, where it has some of its own and this one seeded numbers."""

@@ -228,6 +228,11 @@ def check_prompt(input_ids: Any, attention_mask: Any, max_new_tokens: Any) -> to
         )
     if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ArgumentValueError("argument 'attention_mask' holds values other than 0 and 1", code="value")
+    empty = (attention_mask == 0).all(dim=1).nonzero().flatten().tolist()
+    if empty:
+        raise ArgumentValueError(
+            f"argument 'attention_mask' leaves no token of row {empty[0]}", code="value", hint="1 stands for a token"
+        )
     if bool((attention_mask.diff(dim=1) < 0).any()) or not bool(attention_mask[:, -1].all()):
         raise ArgumentValueError(
             "argument 'attention_mask' masks a position after a token: prompts are padded on the left",

@@ -16,6 +16,7 @@ from moec.graph_file import load_graph
 from moec.ir import ArgumentValueError, Graph
 from moec.ir.cases import with_data
 from moec.ir.equivalence import Oracle
+from moec.passes.registry import load_file
 from moec.sources import acquire, is_onnx
 
 
@@ -39,9 +40,9 @@ class Target:
 
 
 def resolve(spec: str, batch: int = 2, seq: int = 24) -> Target:
-    """`trained`, a named config of moec.models (random weights, seed 0), `module:callable` returning a model or
-    (model, args), or the path of a checkpoint folder or an .ir, .onnx or .gguf file. Raises ArgumentValueError,
-    and CompileError for a checkpoint that is wrong."""
+    """`trained`, a named config of moec.models (random weights, seed 0), `module:callable` or `path.py:callable`
+    returning a model or (model, args), or the path of a checkpoint folder or an .ir, .onnx or .gguf file. Raises
+    ArgumentValueError, and CompileError for a checkpoint that is wrong."""
     if spec.endswith(".ir"):
         return Target(*load_graph(spec), None)
     if is_onnx(spec):
@@ -78,10 +79,10 @@ def _ids(batch: int, seq: int, vocabulary: int) -> torch.Tensor:
 
 
 def _call(spec: str) -> Target:
-    module, _, name = spec.partition(":")
+    module, _, name = spec.rpartition(":")
     sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
         raise ArgumentValueError(f"cannot import {spec!r}: {e}", code="arguments") from None
     finally:

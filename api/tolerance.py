@@ -42,6 +42,9 @@ Tolerance = float | Mapping[str, float] | None
 """What may be given in place of the derived tolerances: see `given_bound`."""
 
 
+GIVEN = "given"  # how the reason of a user's tolerance begins
+
+
 @dataclass(frozen=True)
 class Bound:
     """A relative tolerance on the largest error (to the scale) and its reason. A node that rounds to FP8 inside may
@@ -208,8 +211,8 @@ def given_bound(bound: Bound, tolerance: Tolerance, node: Node | None = None, ou
         key = next((k for k in _keys(node, output) if k in tolerance), None)
         if key is None:
             return bound
-        return Bound(float(tolerance[key]), f"given for {key!r}" if key else "given")
-    return Bound(float(tolerance), "given")
+        return Bound(float(tolerance[key]), f"{GIVEN} for {key!r}" if key else GIVEN)
+    return Bound(float(tolerance), GIVEN)
 
 
 def _keys(node: Node | None, output: str | None) -> list[str]:

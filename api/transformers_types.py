@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from moec.frontend.containers import CLASS_MODULES
+from moec.frontend.replaced import replaced
 
 
 def register() -> None:
@@ -35,13 +36,8 @@ def traceable_caches() -> Iterator[None]:
         self.keys, self.values = keys[..., :0, :], values[..., :0, :]
         self.is_initialized = True
 
-    layer: Any = cache_utils.DynamicLayer
-    original = layer.lazy_initialization
-    layer.lazy_initialization = start
-    try:
+    with replaced(cache_utils.DynamicLayer, "lazy_initialization", start):
         yield
-    finally:
-        layer.lazy_initialization = original
 
 
 def import_class(name: str) -> None:

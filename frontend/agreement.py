@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from moec.frontend.signature import Signature
 from moec.ir import CompileError, Graph, run
+from moec.ir.dims import evaluate
 
 # a wrong branch or a frozen size shows everywhere; a flipped near-tie of the routing in few rows
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -26,6 +27,12 @@ def resized(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         else:
             t = t.index_select(axis, torch.arange(n, device=t.device) % t.shape[axis])
     return t
+
+
+def inputs_at(graph: Graph, example: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> list[torch.Tensor]:
+    """The example resized to the graph's input shapes at sizes by symbol."""
+    shapes = [[evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
+    return [resized(t, shape) for t, shape in zip(example, shapes, strict=True)]
 
 
 def eager(model: torch.nn.Module, signature: Signature, inputs: Sequence[torch.Tensor]) -> list[Any]:

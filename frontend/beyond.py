@@ -39,7 +39,7 @@ def beyond(
     known = {str(g) for g in guards}
     found: dict[str, Weaker] = {}
     needed: list[Guard] = []
-    for guard in (g for g in dropped if g.branched):
+    for guard in (g for g in dropped if g.branched and not _all_tried(g, agreed)):
         places = [sizes for sizes in agreed if not guard.holds(sizes)]
         place = max(places, key=lambda s: (0 not in s.values(), -_broken(guards, s), math.prod(s.values())))
         asked = asked_at(place)
@@ -54,6 +54,20 @@ def beyond(
         for text, (e, _) in more.items():
             found.setdefault(text, Weaker(e, place, guard))
     return list(found.values()), needed
+
+
+def _all_tried(guard: Guard, agreed: Sequence[Sizes]) -> bool:
+    """Whether a guard is false for one choice of sizes only, among those of 1 or more, and that one was tried."""
+    if guard.stated is None:
+        return False
+    only: dict[str, int] = {}
+    for part in sympy.Or.make_args(guard.stated.expr):
+        span = interval(part)
+        if span is not None and span[0] == 2 and span[1] is None:
+            only[str(next(iter(part.free_symbols)))] = 1
+        elif isinstance(part, sympy.Ne) and part.lhs.is_Symbol and part.rhs.is_Integer:
+            only[part.lhs.name] = int(part.rhs)
+    return only in agreed
 
 
 def _pins(either: Guard, asked: Guard) -> bool:

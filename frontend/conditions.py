@@ -64,6 +64,32 @@ class Condition:
         return self.text
 
 
+def simplest(relation: sympy.core.relational.Relational) -> sympy.Basic:
+    """A comparison of sizes without common factors: 4 <= 12*B*S is B*S >= 1, and 6*B <= 2*S is 3*B <= S."""
+    terms = sympy.expand(relation.lhs - relation.rhs)
+    if not terms.is_polynomial(*terms.free_symbols):
+        return relation
+    factors = dict(terms.as_coefficients_dict())
+    rest = factors.pop(sympy.S.One, sympy.S.Zero)
+    if not factors or not all(f.is_Integer for f in (rest, *factors.values())):
+        return relation
+    if len(factors) > 1:
+        divisor = reduce(sympy.igcd, (rest, *factors.values()))
+        return relation.func(relation.lhs / divisor, relation.rhs / divisor)
+    ((term, factor),) = factors.items()
+    kind = type(relation) if factor > 0 else type(relation.reversed)
+    bound = -rest / factor  # sizes are integers
+    if issubclass(kind, sympy.Ge):
+        return sympy.Ge(term, sympy.ceiling(bound))
+    if issubclass(kind, sympy.Gt):
+        return sympy.Ge(term, sympy.floor(bound) + 1)
+    if issubclass(kind, sympy.Le):
+        return sympy.Le(term, sympy.floor(bound))
+    if issubclass(kind, sympy.Lt):
+        return sympy.Le(term, sympy.ceiling(bound) - 1)
+    return relation.func(term, bound) if bound.is_Integer else relation
+
+
 def _written(expr: sympy.Basic) -> str:
     for sign, (kind, _, _) in _RELATIONS.items():
         if isinstance(expr, kind):

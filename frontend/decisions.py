@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
+from moec.frontend.replaced import replaced
+
 
 class Question(NamedTuple):
     """What torch is asked while tracing: an expression over sizes, in the record `env` of all of them. `hint` is the
@@ -30,8 +32,7 @@ def deciding(decide: Callable[[Question, Ask], Any]) -> Iterator[None]:
 
     They nest: the inner one is asked first. Exports of several threads take turns, see stand_ins.
     """
-    patched: Any = ShapeEnv
-    original = patched._evaluate_expr
+    original: Any = ShapeEnv._evaluate_expr
     thread = threading.get_ident()
     uninteresting_files().update((__file__, decide.__code__.co_filename))  # guards name the innermost line of others
 
@@ -44,8 +45,5 @@ def deciding(decide: Callable[[Question, Ask], Any]) -> Iterator[None]:
             return ask()
         return decide(Question(self, expr, hint, fallback), ask)
 
-    patched._evaluate_expr = evaluate  # torch has no hook
-    try:
+    with replaced(ShapeEnv, "_evaluate_expr", evaluate):  # torch has no hook
         yield
-    finally:
-        patched._evaluate_expr = original

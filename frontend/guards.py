@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from moec.frontend.asked import Asker
-from moec.frontend.conditions import Condition
+from moec.frontend.conditions import Condition, simplest
 from moec.frontend.locate import import_path, is_users
 from moec.frontend.ranges import ANY, Range, Ranges, assumed, interval, narrowed
 from moec.frontend.symbols import Symbols
@@ -190,7 +190,8 @@ def _in_ir(condition: sympy.Basic, symbols: Symbols) -> sympy.Basic:
         return condition.func(*(_in_ir(a, symbols) for a in condition.args))
     if not isinstance(condition, sympy.core.relational.Relational):
         raise CompileError(f"{condition} has no form in the IR", code="shape")
-    return condition.func(*(symbols.convert(a) for a in condition.args))
+    converted = condition.func(*(symbols.convert(a) for a in condition.args))
+    return simplest(converted) if isinstance(converted, sympy.core.relational.Relational) else converted
 
 
 def ranges(program: torch.export.ExportedProgram, axes: Mapping[tuple[int, int], Range]) -> Ranges:

@@ -271,9 +271,13 @@ class Lowerer:
         names = result_names(self.program.call_spec.out_spec)
         for arg, spec in zip(flat, specs, strict=True):
             if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
-                what = "buffer" if spec.kind is OutputKind.BUFFER_MUTATION else "argument"
+                inputs, name = list(self.program.graph_signature.user_inputs), spec.target or ""
+                if spec.kind is OutputKind.BUFFER_MUTATION:
+                    what = f"buffer {strip_prefix(name, self.prefix)!r}"
+                else:
+                    what = f"argument {(self._input_names[inputs.index(name)] if self._input_names else name)!r}"
                 raise CompileError(
-                    f"the model changes its {what} {strip_prefix(spec.target or '', self.prefix)!r} in forward",
+                    f"the model changes its {what} in forward",
                     code="mutation",
                     location=node_location(arg.meta, self.prefix) if isinstance(arg, torch.fx.Node) else None,
                     hint="return the new value instead and pass it in again, as a KV cache does",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 import sympy
 import torch
 
-from moec.frontend.agreement import disagreement, eager, resized
+from moec.frontend.agreement import disagreement, eager, inputs_at
 from moec.frontend.beyond import AskedAt, beyond
 from moec.frontend.branches import Jump, Taken
 from moec.frontend.guards import Guard, limits
@@ -16,7 +16,6 @@ from moec.frontend.ranges import ANY, interval, narrowed
 from moec.frontend.signature import Signature
 from moec.frontend.sizes import Bounds, Sizes, breaking, long, size_sets
 from moec.ir import CompileError, Graph, Location
-from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
 
 _TRACED = "traced"
@@ -94,8 +93,7 @@ class _Trials:
             alike = name.startswith("alike")
             if alike and not self.ways.missing:
                 break
-            shapes = [[evaluate(d, sizes) for d in v.shape] for v in self.graph.inputs]
-            inputs = [resized(t, shape) for t, shape in zip(self.example, shapes, strict=True)]
+            inputs = inputs_at(self.graph, self.example, sizes)
             if alike:
                 inputs = [_alike(t, int(name.split()[1])) for t in inputs]
             with torch.no_grad(), Taken(self.branches) as taken:
@@ -109,7 +107,7 @@ class _Trials:
             if problem is None:
                 if name != "zero":  # where nothing is, nothing is found
                     self.ways.add(taken)
-                self.checked += [", ".join(f"{k}={v}" for k, v in sizes.items())] if sizes else []
+                self.checked += [_text(sizes)] if sizes else []
                 self.agreed.append(sizes)
             elif name == "zero":
                 self.positive |= sizes.keys()
@@ -189,7 +187,7 @@ def _refused(name: str, sizes: Sizes, problem: str, replaced: Mapping[str, int],
         "table); trace with static shapes, or make that part depend on the input"
     )
     if branches:
-        why += f"; it takes what is found by values not to be empty at {_shown(branches)}"
+        why += f"; at {_shown(branches)} the model branches on values, and what they find was taken not to be empty"
         if other != "other sizes":
             hint = (
                 "the model does something else where nothing is found: replace that branch by tensor ops (torch.where, "

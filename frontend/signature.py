@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,6 +244,7 @@ def as_constant(name: str, leaf: Any) -> Constant:
 def _shown(spec: pytree.TreeSpec) -> str:
     leaves = ["·"] * spec.num_leaves
     try:
-        return repr(pytree.tree_unflatten(leaves, spec)).replace("'·'", "·")[:300]
+        text = repr(pytree.tree_unflatten(leaves, spec)).replace("'·'", "·")
+        return re.sub(r"(·, ){4,}·", "·, … ·", text)[:300]
     except Exception:  # a user's class may check its fields; the text is for an error message only
         return f"{spec.num_leaves} leaves"

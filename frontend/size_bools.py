@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from moec.frontend.replaced import replaced
+
 _PLACE = 5  # of is_causal
 
 
@@ -15,8 +17,7 @@ _PLACE = 5  # of is_causal
 def plain_bools() -> Iterator[None]:
     """Within: `scaled_dot_product_attention` asks whether the comparison holds. Everything else goes through as it
     is, from other threads too."""
-    functional: Any = torch.nn.functional
-    original = functional.scaled_dot_product_attention
+    original: Any = torch.nn.functional.scaled_dot_product_attention
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "is_causal" in kwargs:
@@ -24,11 +25,8 @@ def plain_bools() -> Iterator[None]:
         result: torch.Tensor = original(*(_plain(a) if i == _PLACE else a for i, a in enumerate(args)), **kwargs)
         return result
 
-    functional.scaled_dot_product_attention = attention
-    try:
+    with replaced(torch.nn.functional, original.__name__, attention):
         yield
-    finally:
-        functional.scaled_dot_product_attention = original
 
 
 def _plain(x: Any) -> Any:

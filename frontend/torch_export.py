@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-import sympy
 import torch
 from torch.utils import _pytree as pytree
 
-from moec.frontend.agreement import resized
+from moec.frontend.agreement import inputs_at
 from moec.frontend.asked import asking
 from moec.frontend.aten.registry import LOWERINGS, op_name
+from moec.frontend.axes import declared_bounds, explained, inside_both, specialised, untried
 from moec.frontend.branches import something_found
 from moec.frontend.containers import register_caches
 from moec.frontend.dynamic import (
@@ -23,22 +23,19 @@ from moec.frontend.dynamic import (
     for_export,
     leaf_names,
     leaf_specs,
-    must_be_dynamic,
     parameter_names,
 )
 from moec.frontend.errors import translated
 from moec.frontend.grouped import GroupedMMMode
-from moec.frontend.guards import Guard, assumptions, fixed_axes, guards, hints, limits, ones, ranges
+from moec.frontend.guards import Guard, assumptions, ones, ranges
 from moec.frontend.lower import Lowerer, has_lowering, missing_ops, mutates
-from moec.frontend.ranges import ANY, Ranges, narrowed
 from moec.frontend.recheck import recheck
 from moec.frontend.recurrent import RecurrentMode
 from moec.frontend.signature import Signature, as_constant
 from moec.frontend.size_bools import plain_bools
-from moec.frontend.sizes import Bounds, Sizes, breaks_beyond_one
+from moec.frontend.sizes import Bounds, Sizes
 from moec.frontend.stand_ins import Used, standing_in, structural
 from moec.ir import ArgumentTypeError, CompileError, Graph, Location
-from moec.ir.dims import evaluate
 from moec.ir.interpreter import bind_inputs
 
 
@@ -176,14 +173,17 @@ def _from_module(
         except CompileError as e:
             fixed = ones(program)
             if not fixed:
-                raise _explained(e, program, lowerer) from None
+                raise explained(e, program, lowerer) from None
             lowerer = lower(ranges=spans | fixed)
-            graph = lowerer.run()
-        specialised = _specialised(graph, specs, program)
+            try:
+                graph = lowerer.run()
+            except CompileError as again:
+                raise explained(again, program, lowerer) from None
+        notes = specialised(graph, specs, program)
         signature = Signature(
             in_spec, program.call_spec.out_spec, tuple(parameters), tuple(names), constants, tuple(lowerer.outputs)
         )
-        declared = _declared_bounds(specs)
+        declared = declared_bounds(specs)
         checked: tuple[str, ...] = ()
         if check and not any(t.is_meta for t in tensors):
             bounds: Bounds = {}
@@ -192,8 +192,7 @@ def _from_module(
                 assumed = assumptions(program, asked, lowerer.symbols)
 
                 def asked_at(sizes: Sizes) -> list[Guard] | None:
-                    shapes = [[evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
-                    others = [resized(t, shape) for t, shape in zip(tensors, shapes, strict=True)]
+                    others = inputs_at(graph, tensors, sizes)
                     with standing_in(model, {}, structures), asking() as asked, something_found():
                         try:
                             there = _export(wrapper, model, others, specs)
@@ -205,9 +204,9 @@ def _from_module(
                     model, graph, signature, tensors, declared, assumed, asked_at, used, branches
                 )
         else:
-            bounds, conditions = _untried(spans, program, lowerer)
-        signature = replace(signature, bounds=_narrowed(bounds, declared), conditions=conditions)
-        return Traced(graph, signature, specialised, checked)
+            bounds, conditions = untried(spans, program, lowerer)
+        signature = replace(signature, bounds=inside_both(bounds, declared), conditions=conditions)
+        return Traced(graph, signature, notes, checked)
 
     try:
         return attempt(structures=True)
@@ -291,77 +290,7 @@ def _from_program(program: torch.export.ExportedProgram) -> Traced:
     constants = {i: lowerer.constant_inputs[n] for i, n in enumerate(names) if n in lowerer.constant_inputs}
     first, keys = in_spec.child(0).num_children, list(in_spec.child(1).context or ())
     parameters = [f"arg{i}" if i >= len(names) else names[i] for i in range(first)] + keys
-    bounds, conditions = _untried(spans, functional, lowerer)
+    bounds, conditions = untried(spans, functional, lowerer)
     outputs = tuple(lowerer.outputs)
     call = Signature(in_spec, out_spec, tuple(parameters), tuple(names), constants, outputs, bounds, conditions)
     return Traced(graph, call)
-
-
-def _explained(error: CompileError, program: torch.export.ExportedProgram, lowerer: Lowerer) -> CompileError:
-    """A type error of the IR in a dynamic graph comes from sizes that torch took as equal after comparing them at
-    the example's: say which."""
-    assumed = [g for g in guards(program, lowerer.symbols.names) if isinstance(g.condition, sympy.Eq)]
-    if error.code != "type" or not assumed:
-        return error
-    return CompileError(
-        f"{error.message}; the model assumes {' and '.join(dict.fromkeys(map(str, assumed)))}",
-        code="dynamic-shape",
-        location=error.location or Location.merge(*(g.location for g in assumed)),
-        hint="make the axes it depends on static in dynamic_shapes",
-    )
-
-
-def _specialised(graph: Graph, specs: list[dict[int, Any]], program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """Axes left open that became constants, and named ones that the model ties to others.
-
-    Raises CompileError for a constant axis that the user declared dynamic.
-    """
-    notes = []
-    lines = fixed_axes(program)
-    for i, (value, spec) in enumerate(zip(graph.inputs, specs, strict=True)):
-        for axis, dim in spec.items():
-            size, named = value.shape[axis], declared_size(dim)
-            if isinstance(dim, int) or not isinstance(size, int):
-                if named is not None and named != size:
-                    notes.append(f"{value.name} axis {axis} ({named}) = {size}")
-                continue
-            if must_be_dynamic(dim):
-                raise CompileError(
-                    f"argument {value.name!r} axis {axis} was declared dynamic, but the model only works for the "
-                    f"size {size} that it was traced with",
-                    code="dynamic-shape",
-                    location=lines.get((i, axis)),
-                    hint="make the axis static in dynamic_shapes, or remove what fixes its size in the model",
-                )
-            notes.append(f"{value.name} axis {axis} = {size}")
-    return tuple(notes)
-
-
-def _untried(spans: Ranges, program: torch.export.ExportedProgram, lowerer: Lowerer) -> tuple[Bounds, tuple[str, ...]]:
-    """What a program that is not compared with its model holds for: ranges, and the guards that are false for some
-    sizes of 2 or more. torch asks whether a size is 1, and is right either way for nearly every model."""
-    names = lowerer.symbols.names
-    example = {str(d): n for s, n in hints(program).items() if (d := names.get(str(s))) is not None and d.is_symbol}
-    guards = [g for g in assumptions(program, {}, lowerer.symbols) if breaks_beyond_one(g, example)]
-    return _bounds(spans, lowerer), limits(guards)[1]
-
-
-def _bounds(spans: Ranges, lowerer: Lowerer) -> Bounds:
-    """Sizes that the trace holds for, by symbol name, where that is not every size ≥ 0."""
-    named = ((lowerer.symbols.names.get(str(symbol)), r) for symbol, r in spans.items())
-    return {str(dim): r for dim, r in named if dim is not None and dim.is_symbol and r != ANY}
-
-
-def _declared_bounds(specs: list[dict[int, Any]]) -> Bounds:
-    """The ranges of the user's own named Dims."""
-    result: Bounds = {}
-    for dim in (d for s in specs for d in s.values()):
-        size = declared_size(dim)
-        if size is not None and size.is_symbol and declared_range(dim) != (0, None):
-            result[str(size)] = declared_range(dim)
-    return result
-
-
-def _narrowed(a: Bounds, b: Bounds) -> Bounds:
-    """Sizes inside both."""
-    return {s: narrowed(a.get(s, ANY), b.get(s, ANY)) for s in sorted(a.keys() | b.keys())}

@@ -136,6 +136,10 @@ class Mesh:
         return sum(self.slots)
 
 
+# what a placement is not given, __post_init__ fills in: afterwards all its fields are arrays
+_FILLED_IN: Any = None
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Which logical expert each physical slot holds; all arrays are read-only NumPy.
@@ -151,11 +155,10 @@ class Placement:
 
     mesh: Mesh
     physical_to_logical: np.ndarray
-    # None stands for the default that __post_init__ fills in; afterwards all four are arrays
-    balance: np.ndarray = None  # type: ignore[assignment]  # see above
-    lower_bound: np.ndarray = None  # type: ignore[assignment]  # see above
-    moves: np.ndarray = None  # type: ignore[assignment]  # see above
-    fractions: np.ndarray = None  # type: ignore[assignment]  # see above
+    balance: np.ndarray = _FILLED_IN
+    lower_bound: np.ndarray = _FILLED_IN
+    moves: np.ndarray = _FILLED_IN
+    fractions: np.ndarray = _FILLED_IN
 
     def __post_init__(self) -> None:
         rows = _array("physical_to_logical", self.physical_to_logical, np.int64)

@@ -20,7 +20,7 @@ from moec.comparing.contenders import ONNX, Compiled, Contender, Eager, Fresh, S
 from moec.comparing.fitting import fit
 from moec.comparing.localise import Localised, blame, bounds_of, divergence_of, localise
 from moec.comparing.matching import corresponding
-from moec.comparing.result import Comparison, Divergence, OutputResult
+from moec.comparing.result import Comparison, Divergence, OutputResult, dtype_note
 from moec.comparing.store import Store, Values, ordered
 from moec.comparing.tuning import examine, tuned_by
 from moec.compiled import CompiledModel
@@ -32,10 +32,11 @@ from moec.passes.pipeline import Pipeline, build_pipeline
 from moec.program import Settings, run_passes
 from moec.progress import progress
 from moec.sources import acquire, describe, is_onnx, positional
-from moec.tolerance import Bound, Tolerance, check_tolerance, given_bound, scale_of
+from moec.tolerance import GIVEN, Bound, Tolerance, check_tolerance, given_bound, scale_of
 
 Step = Callable[[str], None]
 LARGE = 256 << 20  # bytes of weights from which on every backend has a process of its own
+_QUANTISED = 0.25  # of an output's scale
 _TAPPED = 1e-3  # how far reading values inside may move an output, relative
 SAVED = (".safetensors", ".npz")
 
@@ -123,8 +124,8 @@ class _Run:
     def compare(self, backends: Sequence[Any], isolated: bool | None) -> Comparison:
         contenders = _distinct([self._contender(b) for b in backends])
         first, *others = contenders
-        if isolated is None:
-            isolated = _quantises(self.after) or any(_is_coarse(c) for c in contenders)
+        rounded = _quantises(self.after) or any(_is_coarse(c) for c in contenders)
+        isolated = rounded if isolated is None else isolated
         comparison = Comparison(first.name, isolated)
         self._keep_inputs()
         self.step(f"run {first.name}")
@@ -153,7 +154,14 @@ class _Run:
             else:
                 divergence, found = self._propagated(comparison, guide, guided, other, theirs, pairs)
             expected = found.reference.store if found is not None and guide is first else base
-            self._outputs(comparison, expected, other, theirs, outputs)
+            # the nodes of the first say nothing of the graph and weights of a compiled model, or of saved outputs
+            judged = not isolated or not isinstance(other, Fresh)
+            if isinstance(other, Saved) and other.renamed:
+                comparison.notes.append(
+                    f"{other.name}: its only tensor {other.renamed!r} was taken for the only output"
+                )
+            whole = [_end_to_end(b) for b in outputs] if judged and isolated and rounded else outputs
+            self._outputs(comparison, expected, other, theirs, whole, judged)
             comparison.first_divergence = comparison.first_divergence or divergence
             self._finish(comparison, other, theirs, first.legal is not None)
         for c in contenders:
@@ -311,12 +319,20 @@ class _Run:
         return None
 
     def _outputs(
-        self, comparison: Comparison, base: Store, other: Contender, theirs: Store, bounds: Sequence[Bound]
+        self,
+        comparison: Comparison,
+        base: Store,
+        other: Contender,
+        theirs: Store,
+        bounds: Sequence[Bound],
+        judged: bool,
     ) -> None:
         for i, (name, bound) in enumerate(zip(self.after.output_names, bounds, strict=True)):
-            expected = base.get(f"output{i}")
-            d = difference(expected, theirs.get(f"output{i}"), bound, scale_of(expected, None, {}))
-            comparison.outputs.append(OutputResult(other.name, name, d))
+            expected, got = base.get(f"output{i}"), theirs.get(f"output{i}")
+            d = difference(expected, got, bound, scale_of(expected, None, {}))
+            comparison.outputs.append(OutputResult(other.name, name, d, judged))
+            if isinstance(other, Saved) and got.dtype is not expected.dtype:
+                comparison.notes.append(dtype_note(other.name, name, expected, got))
 
     def _finish(self, comparison: Comparison, other: Contender, theirs: Store, guided: bool) -> None:
         """Notes on what the tables do not say."""
@@ -377,6 +393,14 @@ def _of_one_shape(pairs: Mapping[Value, Value], guided: Values, other: Contender
     got = Values(other.legal, theirs)
     known = {a: b for a, b in pairs.items() if a in guided and b in got}
     return {a: b for a, b in known.items() if guided.type(a).shape == got.type(b).shape}
+
+
+def _end_to_end(bound: Bound) -> Bound:
+    """For outputs of graphs that are judged node by node: codes that flip at a midpoint, from layer to layer, show as
+    some hundredths; other weights or another program as more than this."""
+    if not bound.relative or bound.why.startswith(GIVEN):
+        return bound
+    return Bound(max(bound.relative, _QUANTISED), "end to end, rounded to few bits inside")
 
 
 def _quantises(graph: Graph) -> bool:

@@ -288,7 +288,9 @@ class Saved(Contender):
 
     def __init__(self, path: Path, names: Sequence[str]):
         self.name = short_name(path)
-        self._tensors = named_outputs(path, names)
+        found = read_tensors(path)
+        self.renamed = next(iter(found)) if len(found) == len(names) == 1 and found.keys() != set(names) else ""
+        self._tensors = list(found.values()) if self.renamed else in_order(found, path, names)
 
     def run(self, inputs: Sequence[torch.Tensor], taps: Sequence[Value], folder: Path) -> Store:
         store = Store(folder / "values")
@@ -310,14 +312,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         return load_file(path)
     except (OSError, SafetensorError, ValueError, TypeError, EOFError) as e:
-        raise ArgumentValueError(f"cannot read saved outputs from {path}: {e}", code="arguments") from None
+        raise ArgumentValueError(f"cannot read tensors from {path}: {e}", code="arguments") from None
 
 
-def named_outputs(path: Path, names: Sequence[str]) -> list[torch.Tensor]:
+def in_order(found: Mapping[str, torch.Tensor], path: Path, names: Sequence[str]) -> list[torch.Tensor]:
     """The tensors of a file in the order of `names`. Raises ArgumentValueError that lists what is missing."""
-    found = read_tensors(path)
-    if len(names) == 1 and len(found) == 1:
-        return list(found.values())
     missing = [n for n in names if n not in found]
     if missing:
         raise ArgumentValueError(

@@ -12,16 +12,18 @@ import torch
 from moec.comparing.nodes import NodeResult
 from moec.comparing.routing import RoutingFlip
 from moec.difference import Difference
-from moec.ir import CompileError, Graph, Node
+from moec.ir import CompileError, DType, Graph, Node
 
 
 @dataclass(frozen=True)
 class OutputResult:
-    """One output of one backend against the first backend's."""
+    """One output of one backend against the first backend's. `judged`: else it is for information, and the backend's
+    nodes are judged one by one."""
 
     backend: str
     output: str
     difference: Difference
+    judged: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether everything judged is in tolerance: the nodes where isolated, else the outputs and the values inside;
-        and every routing flip is a near tie."""
-        judged: list[Any] = [*self.nodes] if self.isolated else [*self.outputs, *self.values]
+        """Whether everything judged is in tolerance: nodes by themselves, outputs that are not for information, values
+        inside; and every routing flip is a near tie."""
+        judged: list[Any] = [*self.nodes, *self.values, *(o for o in self.outputs if o.judged)]
         return all(_in_tolerance(row) for row in judged) and all(f.near_tie for f in self.routing_flips)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,6 +143,11 @@ class Comparison:
         from moec.comparing.table import render
 
         return render(self)
+
+
+def dtype_note(backend: str, output: str, expected: torch.Tensor, got: torch.Tensor) -> str:
+    """What a comparison says of two tensors that differ in their type, and may agree in their values."""
+    return f"{backend}: output {output!r} is {DType.of(got.dtype)}, the reference's {DType.of(expected.dtype)}"
 
 
 def _in_tolerance(row: OutputResult | NodeResult) -> bool:

@@ -42,13 +42,14 @@ def render(c: Comparison) -> str:
 
 
 def _outputs(c: Comparison) -> Table:
-    judged = "" if not c.isolated else " (for information: judged node by node)"
+    informs = bool(c.outputs) and not any(o.judged for o in c.outputs)
+    judged = " (for information: judged node by node)" if informs else ""
     table = Table(title=f"outputs against {c.reference}{judged}", title_justify="left")
     for column in ("backend", "output", "max error", "mean error", "relative", "1 − cosine", "tolerance", "why", ""):
         table.add_column(column, justify="left" if column in ("backend", "output", "why", "") else "right")
     for row in c.outputs:
         d = row.difference
-        mark = "" if c.isolated else ("ok" if d.ok else "NOT ok")
+        mark = ("ok" if d.ok else "NOT ok") if row.judged else ""
         figures = (d.max_error, d.mean_error, d.relative_error, max(0.0, 1 - d.cosine), d.tolerance)
         table.add_row(row.backend, row.output, *(f"{x:.2g}" for x in figures), d.why, mark)
     return table

@@ -44,6 +44,18 @@ def gather(c: Context, self: Value, dim: int, index: Value) -> Value:
     return c.b.gather_elements(x, c.cast(index, DType.I64), axis=axis)
 
 
+@lowers("take_along_dim")
+def take_along_dim(c: Context, self: Value, indices: Value, dim: int | None) -> Value:
+    """`gather` of tensors that broadcast on every axis but `dim`, or of all their elements."""
+    if dim is None:
+        x, index = (c.reshape(v, (v.type.numel,)) for v in (self, indices))
+        return gather(c, x, 0, index)
+    axis = c.axis(dim, self)
+    common = broadcast(*(v.shape[:axis] + (1,) + v.shape[axis + 1 :] for v in (self, indices)))
+    x, index = (c.expand(v, common[:axis] + v.shape[axis : axis + 1] + common[axis + 1 :]) for v in (self, indices))
+    return gather(c, x, dim, index)
+
+
 @lowers("take")
 def take(c: Context, self: Value, index: Value) -> Value:
     return c.b.gather(c.reshape(self, (self.type.numel,)), _as_index(c, index), axis=0)
@@ -58,6 +70,11 @@ def nonzero(c: Context, self: Value) -> Value:
 def nonzero_numpy(c: Context, self: Value) -> list[Value]:
     x = self if self.type.rank else c.reshape(self, (1,))
     return _columns(c, x, c.out[0].shape[0])
+
+
+@lowers("where")
+def where(c: Context, condition: Value) -> list[Value]:
+    return nonzero_numpy(c, condition)
 
 
 def _columns(c: Context, mask: Value, count: Any) -> list[Value]:

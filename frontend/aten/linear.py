@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moec.frontend.aten.registry import lowers
 from moec.frontend.context import Context, Number
+from moec.frontend.einsum import einsum
 from moec.ir import TensorType, Value
 
 
@@ -66,6 +67,11 @@ def _add_product(c: Context, bias: Value, product: Value, beta: Number, alpha: N
 @lowers("addmm")
 def addmm(c: Context, self: Value, mat1: Value, mat2: Value, beta: Number, alpha: Number) -> Value:
     return c.expand(_add_product(c, self, matmul(c, mat1, mat2), beta, alpha), c.out_type.shape)
+
+
+@lowers("einsum")
+def aten_einsum(c: Context, equation: str, tensors: list[Value], path: list[int] | None) -> Value:
+    return einsum(c, equation, tensors, path or ())
 
 
 @lowers("_trilinear")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moec.frontend.onnx.context import ImportContext, Size
+from moec.frontend.einsum import einsum as contract
+from moec.frontend.onnx.context import ImportContext
 from moec.frontend.onnx.registry import imports
 from moec.ir import Value
-from moec.ir.dims import product
 
 
 @imports("MatMul")
@@ -48,35 +48,4 @@ def gemm(c: ImportContext, a: Value, b: Value, bias: Value | None = None, *, alp
 
 @imports("Einsum", since=12)
 def einsum(c: ImportContext, *operands: Value, equation: str) -> Value:
-    """Products of two operands; letters of each stand once in it, and those of one only in the result."""
-    terms, _, result = equation.replace(" ", "").partition("->")
-    letters = terms.split(",")
-    if len(operands) != 2 or "->" not in equation or "." in equation or len(letters) != 2:
-        raise c.refuse(f"equation {equation!r}")
-    a, b = operands
-    c.floats(a, b)
-    if any(len(set(t)) < len(t) for t in (*letters, result)):
-        raise c.refuse(f"equation {equation!r}")
-    if (len(letters[0]), len(letters[1])) != (a.type.rank, b.type.rank):
-        raise c.refuse(f"equation {equation!r} of {a.type} and {b.type}", code="type")
-    sizes = dict(zip(letters[0], a.shape, strict=True)) | dict(zip(letters[1], b.shape, strict=True))
-    both = [x for x in letters[0] if x in letters[1]]
-    batch, summed = [x for x in both if x in result], [x for x in both if x not in result]
-    free = [[x for x in t if x not in both] for t in letters]
-    if sorted(result) != sorted([*batch, *free[0], *free[1]]) or not summed:
-        raise c.refuse(f"equation {equation!r}")
-    if any(x in batch and a.shape[letters[0].index(x)] != b.shape[letters[1].index(x)] for x in batch):
-        raise c.refuse("operands that broadcast")
-
-    def size(group: list[str]) -> Size:
-        return product([sizes[x] for x in group])
-
-    def arranged(v: Value, term: str, order: list[str], shape: tuple[Size, ...]) -> Value:
-        return c.reshape(c.transpose(v, [term.index(x) for x in order]), shape)
-
-    lead = (size(batch),) if batch else ()
-    left = arranged(a, letters[0], [*batch, *free[0], *summed], (*lead, size(free[0]), size(summed)))
-    right = arranged(b, letters[1], [*batch, *summed, *free[1]], (*lead, size(summed), size(free[1])))
-    order = [*batch, *free[0], *free[1]]
-    y = c.reshape(c.b.matmul(left, right), [sizes[x] for x in order])
-    return c.transpose(y, [order.index(x) for x in result])
+    return contract(c, equation, operands)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +95,14 @@ def rule_error(
     return RuleError(rule, message, code=code, location=location, hint=hint)
 
 
+def _raised(rule: Pass, error: Exception) -> str:
+    """What the author's code raised, and the line of its file that did."""
+    file = inspect.getsourcefile(type(rule))
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" in line {lines[-1]}" if lines else ""
+    return f"{type(error).__name__}{where}: {error}"
+
+
 def compiled_patterns(rule: Rewrite) -> tuple[Pattern, ...]:
     """The rule's pattern, one for each alternative at its root. Raises CompileError naming the rule's
     file:line where it is malformed."""
@@ -110,7 +120,7 @@ def _compile_patterns(rule: Rewrite) -> tuple[Pattern, ...]:
     except CompileError as e:
         raise rule_error(rule, e.message, hint=e.hint) from None
     except Exception as e:  # whatever the author's code raises is reported as the rule's
-        raise rule_error(rule, f"pattern() raised {type(e).__name__}: {e}") from e
+        raise rule_error(rule, f"pattern() raised {_raised(rule, e)}") from e
 
 
 def verdict(rule: Rewrite, m: Match) -> Refused | None:
@@ -120,7 +130,7 @@ def verdict(rule: Rewrite, m: Match) -> Refused | None:
     except CompileError as e:
         raise rule_error(rule, f"when() failed: {e.message}", location=m.location, hint=e.hint) from e
     except Exception as e:  # whatever the author's code raises is reported as the rule's
-        raise rule_error(rule, f"when() raised {type(e).__name__}: {e}", location=m.location) from e
+        raise rule_error(rule, f"when() raised {_raised(rule, e)}", location=m.location) from e
     if said is None and m.refusal is not None:
         text = f"when() called m.no({m.refusal.reason!r}) and went on"
         raise rule_error(rule, text, location=m.location, hint="return m.no(reason)")
@@ -282,7 +292,7 @@ class _Engine:
         except CompileError as e:
             raise rule_error(rule, f"replace() failed: {e.message}", location=m.location, hint=e.hint) from e
         except Exception as e:  # whatever the author's code raises is reported as the rule's
-            raise rule_error(rule, f"replace() raised {type(e).__name__}: {e}", location=m.location) from e
+            raise rule_error(rule, f"replace() raised {_raised(rule, e)}", location=m.location) from e
         if _snapshot(m) != before or len(self.graph) != size + len(builder.created):
             text = "replace() changed the matched graph itself"
             raise rule_error(rule, text, location=m.location, hint="build new nodes with b, and return their values")
@@ -290,7 +300,9 @@ class _Engine:
         if new is None or len(values) != len(m.roots) or not all(isinstance(v, Value) for v in values):
             shown = "nothing" if new is None else f"{len(values)} of {[type(v).__name__ for v in values]}"
             raise rule_error(
-                rule, f"replace() returned {shown}, expected {len(m.roots)} Value(s)", hint="is a return missing?"
+                rule,
+                f"replace() returned {shown}, expected {len(m.roots)} Value(s)",
+                hint="is a return missing?" if new is None else "return the values that b's ops give",
             )
         for v in (*values, *(o for n in builder.created for o in n.operands if o is not None)):
             if not self._owns(v):

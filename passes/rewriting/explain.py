@@ -19,12 +19,19 @@ def explain(rule: Rewrite | RuleSet, graph: Graph, at: str | None = None) -> str
     pattern expected there, what it found, and the source of both. A RuleSet explains each of its rules.
 
     `at` limits the search to nodes of a module path ("layers.3.mlp"). Raises ArgumentTypeError for anything
-    but a rule.
+    but a rule and a graph.
     """
+    if not isinstance(graph, Graph):
+        raise ArgumentTypeError(
+            f"explain takes a Graph, got {type(graph).__name__}",
+            code="arguments",
+            hint="moec.trace(model, args) gives it",
+        )
     if isinstance(rule, RuleSet):
         return "\n\n".join(explain(r, graph, at) for r in rule.rules)
     if not isinstance(rule, Rewrite):
         hint = f"write {rule.__name__}()" if isinstance(rule, type) else None
+        hint = f"moec.passes.parse_pass({rule!r}) gives the rule of that name" if isinstance(rule, str) else hint
         raise ArgumentTypeError(f"{rule!r} is not a Rewrite or RuleSet", code="arguments", hint=hint)
     patterns = compiled_patterns(rule)
     where = f" in {at}" if at else ""

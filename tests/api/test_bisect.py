@@ -194,11 +194,18 @@ def test_the_first_is_found_though_only_the_second_shows_with_the_given_inputs()
         assert culprit.fault.difference.case.binding["T"] > 9
 
 
+def written(text: str) -> int:
+    """The line of the wrong rules that has this text."""
+    lines = Path(wrong.__file__).read_text().splitlines()
+    (line,) = (i for i, line in enumerate(lines, 1) if text in line)
+    return line
+
+
 @pytest.mark.parametrize(
     ("rule", "kind", "says"),
     [
-        (wrong.Raises(), "crash", "replace() raised KeyError: 'missing'"),
-        (wrong.WhenRaises(), "crash", "when() raised ValueError: no idea"),
+        (wrong.Raises(), "crash", f"replace() raised KeyError in line {written('return {}[')}: 'missing'"),
+        (wrong.WhenRaises(), "crash", f"when() raised ValueError in line {written('no idea')}: no idea"),
         (wrong.WrongDType(), "crash", "replace() returned f64[T, 32] for f32[T, 32]"),
         (wrong.OutOfRange(), "execution", "INDICES element is out of DATA bounds, id=99"),
     ],

@@ -48,6 +48,14 @@ def call(*args, code=0):
 RIGHT, WRONG = "nets_to_compare:model", "nets_to_compare:wrong"
 
 
+def test_made_up_inputs_are_said(folder):
+    moec.compile(torch.nn.Linear(4, 3), (torch.randn(5, 4),), backend="reference").save("saved")
+    save_file({"output": torch.zeros(5, 3)}, "zeros.safetensors")
+    assert "saved ran on random numbers; --inputs FILE gives what zeros.safetensors" in call(
+        "saved", "zeros.safetensors", code=1
+    )
+
+
 def test_backends(folder):
     out = call(RIGHT, "--backends", "eager,reference,onnxruntime", "--json", "c.json")
     assert "eager has no values inside" in out
@@ -105,7 +113,7 @@ def test_bad_calls(folder):
     np.savez(folder / "a.npz", x=np.zeros(2))
     for args, said in [
         (("a.npz",), "name what to compare it with"),
-        (("a.npz", "b.npz"), r"cannot read saved outputs from b\.npz"),
+        (("a.npz", "b.npz"), r"cannot read tensors from b\.npz"),
         ((RIGHT, RIGHT, "--backends", "reference,onnxruntime,reference"), "one for both"),
         ((RIGHT, "--backends", "onnx"), "unknown backend 'onnx'"),
         ((RIGHT, "--backends", "nothing.py:mine"), "cannot import backend"),

@@ -37,6 +37,11 @@ def test_sizes(compiled_lm, tiny_lm, batch, length):
     assert out[:, length:].tolist() == rows_alone(tiny_lm, prompt, torch.ones_like(prompt), 4)
 
 
+def test_a_row_without_a_token(compiled_lm):
+    with pytest.raises(ArgumentValueError, match="leaves no token of row 1"):
+        compiled_lm.generate(PROMPT[:2], torch.tensor([[1] * 6, [0] * 6]), max_new_tokens=2)
+
+
 def test_no_rows_and_no_new_tokens(compiled_lm):
     assert torch.equal(compiled_lm.generate(PROMPT, max_new_tokens=0), PROMPT)
     assert compiled_lm.generate(PROMPT[:0], max_new_tokens=3).shape[0] == 0
@@ -129,7 +134,7 @@ def test_positions_of_an_extended_context(config, room):
         ((PROMPT, MASK.bool()), ArgumentTypeError, ["attention_mask", "bool"]),
         ((PROMPT, MASK * 2), ArgumentValueError, ["attention_mask", "0 and 1"]),
         ((PROMPT, MASK.flip(1)), ArgumentValueError, ["left"]),
-        ((PROMPT, MASK * 0), ArgumentValueError, ["left"]),
+        ((PROMPT, MASK * 0), ArgumentValueError, ["row 0"]),
         ((PROMPT, None, -1), ArgumentValueError, ["max_new_tokens", "-1"]),
         ((PROMPT, None, 2.0), ArgumentTypeError, ["max_new_tokens", "float"]),
         ((PROMPT, None, 2, "stop"), ArgumentValueError, ["eos_token_id"]),

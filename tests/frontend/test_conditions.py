@@ -7,13 +7,14 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.frontend.conditions import Condition
+from moec.frontend.conditions import Condition, simplest
 from moec.frontend.signature import Signature, positional
 from moec.ir import ArtifactError, CompileError, parse
 
 N, M = (sympy.Symbol(s, integer=True, nonnegative=True) for s in "nm")
 SIDES = [N, M, N * M, 2 * N - 3, sympy.Mod(N, 5), sympy.floor(N / 4), sympy.ceiling(M / 3), sympy.Min(N, M, 7),
-         sympy.Max(N, 4), N**2, sympy.Integer(12), N / 2]  # fmt: skip
+         sympy.Max(N, 4), N**2, sympy.Integer(12), N / 2,
+         -3 * N, 4 * N * M, 6 - 2 * M]  # fmt: skip
 KINDS = [sympy.Eq, sympy.Ne, sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt]
 relations = st.builds(lambda k, a, b: k(a, b), st.sampled_from(KINDS), st.sampled_from(SIDES), st.sampled_from(SIDES))
 conditions = st.one_of(
@@ -29,6 +30,27 @@ def test_text_means_the_same(expr, n, m):
     condition = Condition.of(expr)
     assert Condition.of(condition.expr).holds({"n": n, "m": m}) == condition.holds({"n": n, "m": m})
     assert condition.holds({"n": n, "m": m}) == bool(expr.subs({N: n, M: m}))
+
+
+@given(relations, st.integers(0, 40), st.integers(0, 40))
+def test_without_common_factors_it_means_the_same(expr, n, m):
+    if expr in (sympy.true, sympy.false):
+        return
+    assert bool(simplest(expr).subs({N: n, M: m})) == bool(expr.subs({N: n, M: m}))
+
+
+@pytest.mark.parametrize(
+    ("expr", "simple"),
+    [
+        (sympy.Le(4, 12 * N * M), "m*n >= 1"),
+        (sympy.Ne(32 * N, 32), "n != 1"),
+        (sympy.Gt(7, 2 * N), "n <= 3"),
+        (sympy.Le(6 * N, 2 * M), "3*n <= m"),
+        (sympy.Ne(3 * N, 4), "3*n != 4"),
+    ],
+)
+def test_a_comparison_without_common_factors(expr, simple):
+    assert str(Condition.of(simplest(expr))) == simple
 
 
 def test_what_it_says_nothing_about_holds():
