@@ -11,9 +11,9 @@ demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# graphs of up to a hundred thousand nodes, memory of large checkpoints
+# graphs of up to a hundred thousand nodes, memory of large checkpoints, more families with recurrent layers
 test-large: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m large
 

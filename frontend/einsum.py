@@ -1,4 +1,4 @@
-"""Einstein summation in the IR's ops: transposes, batched products and sums. torch's and ONNX's `einsum` both end here."""
+"""Einstein summation in the IR's ops: transposes, batched products and sums. torch's and ONNX's operators end here."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ _DROPPED = {
 }  # fmt: skip
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 # ops whose lowerings say how many elements there are, see tensor.nonzero
-_COUNTS = {"aten::argwhere", "aten::nonzero", "aten::nonzero_numpy", "aten::masked_select", "aten::index.Tensor"}
+_COUNTS = {"aten::argwhere", "aten::nonzero", "aten::nonzero_numpy", "aten::where", "aten::masked_select",
+           "aten::index.Tensor"}  # fmt: skip
 _ITEMS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
 

@@ -1,6 +1,7 @@
 """What all tests share: files `texts/*.ir` are tests too, `--accept` rewrites their expectations, and what a test
 declares ends with it."""
 
+import gc
 import sys
 
 import pytest
@@ -9,6 +10,17 @@ from moec.backends import get_backend
 from moec.ir import opdef
 
 pytest_plugins = ["moec.text_tests", "pytester"]  # the second runs the first in tests of itself
+
+
+def pytest_collection_finish():
+    """What imports have made stays to the end: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def _tables():

@@ -51,7 +51,7 @@ def take_along_dim(c: Context, self: Value, indices: Value, dim: int | None) -> 
         x, index = (c.reshape(v, (v.type.numel,)) for v in (self, indices))
         return gather(c, x, 0, index)
     axis = c.axis(dim, self)
-    common = broadcast(*(v.shape[:axis] + (1,) + v.shape[axis + 1 :] for v in (self, indices)))
+    common = broadcast(*((*v.shape[:axis], 1, *v.shape[axis + 1 :]) for v in (self, indices)))
     x, index = (c.expand(v, common[:axis] + v.shape[axis : axis + 1] + common[axis + 1 :]) for v in (self, indices))
     return gather(c, x, dim, index)
 

@@ -24,11 +24,12 @@ def expected(model, ids, mask, count):
     )
 
 
-ONE_PROGRAM = ["qwen3_next", "granitemoehybrid_mamba", "lfm2_moe", "minimax"]
 TWO_PROGRAMS = ["jamba", "mamba", "mamba2"]  # several tokens after others start from a state of zeros
+FAMILIES = ["qwen3_next", "lfm2_moe", "minimax", "jamba", "mamba2"]
+FAMILIES += [pytest.param(family, marks=pytest.mark.large) for family in ("granitemoehybrid_mamba", "mamba")]
 
 
-@pytest.mark.parametrize("family", ONE_PROGRAM + TWO_PROGRAMS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generates_what_the_model_generates(family):
     """Gated delta rule, Mamba, Mamba-2, lightning attention, short convolutions: prompts of one token and of several,
     with padding in front."""

@@ -32,7 +32,13 @@ MEMORY = 2 << 30
 SECONDS = 30  # CPU time, so that other work on the machine does not matter
 WALL = 180  # for what waits instead of computing
 ROOT = Path(__file__).resolve().parents[2]
-PRELOADED = ("moec", "moec.passes", "moec.frontend", "moec.backends.reference", "moec.backends.onnxruntime")
+PRELOADED = (
+    "moec.compiler",
+    "moec.backends.reference",
+    "moec.backends.onnxruntime.executable",
+    "torch._dynamo",  # this and the next are what a first trace would import, for longer than most cases take
+    "torch.export._trace",
+)
 
 Test = TypeVar("Test", bound=Callable[..., None])
 

@@ -46,6 +46,7 @@ NATIVE = {
     "BatchNormalization": ([floats(2, 3, 2), floats(3), floats(3), floats(3), abs(floats(3))], {}),
     "Hardmax": ([floats(3, 4, 2).round()], {"axis": 1}),
     "Einsum": ([floats(3, 4), floats(4, 5)], {"equation": "ij,jk->ki"}),
+    "Einsum of three, with a diagonal": ([floats(3, 3), floats(3, 4), floats(4, 2)], {"equation": "ii,ij...,j...->i"}),
     "Einsum with a batch": ([floats(2, 3, 4), floats(3, 5, 2, 4)], {"equation": "tkd, kftd -> ktf"}),
     "GatherND": ([floats(3, 4, 2), ints(0, -1, 2, 3).reshape(2, 2)], {}),
     "GatherND of rows": ([floats(3, 4), ints(-1, 0).reshape(2, 1)], {}),
@@ -108,7 +109,6 @@ def test_shapes_known_only_at_run_time(name):
 
 EXTERN = {
     "LpPool": ([floats(1, 2, 6, 6)], {"kernel_shape": [2, 2], "strides": [2, 2]}),
-    "Einsum": ([floats(3, 3), floats(3, 4), floats(4, 2)], {"equation": "ij,jk,kl->il"}),
     "Unique": ([ints(3, 1, 3, 2)], {}),
     "Det": ([floats(3, 3)], {}),
     "Div of small integers": ([np.array([7, -7], np.int8), np.array([2, 2], np.int8)], {}),
