@@ -34,6 +34,7 @@ from moec.frontend.checkpoints import is_checkpoint
 from moec.frontend.containers import type_names
 from moec.frontend.limits import Limits
 from moec.generation import Generator, Stops
+from moec.in_place import SLOT
 from moec.ir import (
     ArgumentTypeError,
     ArtifactError,
@@ -250,6 +251,7 @@ def _stops_json(compiled: CompiledModel) -> dict[str, Any] | None:
         "pad": stops.pad,
         "positions": stops.positions,
         "least_prompt": compiled.generator.least,
+        "past": compiled.generator.past,
     }
 
 
@@ -311,10 +313,11 @@ def _load(files: Folder, threads: int | None, cache: Path | None) -> CompiledMod
         signature = _signature(manifest, programs["forward"].graph)
     generator = speculator = None
     if "cached" in programs:
-        stops = _stops(manifest)
-        generator = Generator(programs["cached"], stops, programs.get("prompt"), _least_prompt(manifest))
+        stops, past = _stops(manifest), _past(manifest)
+        generator = Generator(programs["cached"], stops, programs.get("prompt"), _least_prompt(manifest), past)
         speculator = Speculator(programs["speculative"], stops) if "speculative" in programs else None
-        _check_decoders(files.path, {name: program.graph for name, program in programs.items() if name != "forward"})
+        decoders = {name: program.graph for name, program in programs.items() if name != "forward"}
+        _check_decoders(files.path, decoders, past is not None)
     tokenizer = files.read(TOKENIZER, TEXT_LIMIT) if TOKENIZER in manifest.mapping("files") else None
     name, forward = manifest.text("name"), programs.get("forward")
     return CompiledModel(
@@ -460,6 +463,13 @@ def _least_prompt(manifest: Manifest) -> int:
     return least
 
 
+def _past(manifest: Manifest) -> str | None:
+    past = manifest.mapping("stops").get("past")
+    if past is not None and not (isinstance(past, str) and past.isidentifier()):
+        raise manifest.bad("stops.past", "a symbol or null", past)
+    return past
+
+
 def _signature(manifest: Manifest, graph: Graph) -> Signature:
     data = manifest.mapping("signature")
     try:
@@ -491,17 +501,19 @@ def _signature(manifest: Manifest, graph: Graph) -> Signature:
     return signature
 
 
-def _check_decoders(root: Path, graphs: dict[str, Graph]) -> None:
+def _check_decoders(root: Path, graphs: dict[str, Graph], in_place: bool) -> None:
     """That programs have the inputs and outputs that decoding relies on."""
-    lead = {"cached": ("input_ids", "attention_mask"), "speculative": ("input_ids", "attention_mask", "known")}
+    plain = ("input_ids", "attention_mask")
+    lead = {"cached": (*plain, SLOT) if in_place else plain, "speculative": (*plain, "known")}
     for name, graph in graphs.items():
         given, made = [v.name for v in graph.inputs], len(graph.outputs)
         if name == "prompt":
-            past = len(graphs["cached"].inputs) - 2
-            ok = given == list(lead["cached"]) and made == past + 1
+            past = len(graphs["cached"].inputs) - len(lead["cached"])
+            ok = given == list(plain) and made == past + 1
         else:
             own = len(lead[name])
-            ok = given[:own] == list(lead[name]) and len(given) > own and made == len(given) - 1
+            caches = len(given) - own
+            ok = given[:own] == list(lead[name]) and caches > 0 and made == caches + (2 if name == "speculative" else 1)
         if not ok or isinstance(graph.inputs[0].shape[0], int):
             raise ArtifactError(
                 f"{root / name}.ir: inputs {given} and {made} outputs are not those of a {name} program",

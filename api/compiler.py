@@ -27,10 +27,11 @@ from moec.frontend import Signature
 from moec.frontend.errors import translated
 from moec.frontend.limits import Limits
 from moec.generation import Generator, Stops
+from moec.in_place import in_place
 from moec.ir import CompileError, Graph, Placement, Quantization
 from moec.passes.base import Pass
 from moec.passes.pipeline import Pipeline, build_pipeline
-from moec.program import Program, Settings, build, cache_folder
+from moec.program import Program, Settings, Step, build, cache_folder
 from moec.progress import progress
 from moec.sources import acquire, describe, warn_of_training
 from moec.speculation import Speculator
@@ -163,9 +164,22 @@ def _generator(model: Any, settings: Settings, seconds: dict[str, float]) -> Gen
                 check_padding(prompt, least)
                 graph, limits, _ = _decoder_graph(model, decoder, *example(past_of, length=1))
         seconds["trace cached"] = time.perf_counter() - start
-        cached = build(graph, settings.under("cached"), step, limits)
+        cached, past = _cached(graph, settings.under("cached"), step, limits)
         prompted = None if first is None else build(first, settings.under("prompt"), step, before)
-        return Generator(cached, Stops.of(module), prompted, least)
+        return Generator(cached, Stops.of(module), prompted, least, past)
+
+
+def _cached(graph: Graph, settings: Settings, step: Step, limits: Limits) -> tuple[Program, str | None]:
+    """The program of decoding; where its caches are buffers, the symbol that counted their filled rows."""
+    past: list[str] = []
+
+    def adapt(after: Graph) -> Graph:
+        found = in_place(after) if settings.backend.in_place else None
+        past.extend([] if found is None else [found.past])
+        return after if found is None else found.graph
+
+    program = build(graph, settings, step, limits, adapt)
+    return program, past[0] if past else None
 
 
 def _decoder_graph(

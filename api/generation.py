@@ -9,11 +9,11 @@ from typing import Any, Final
 import torch
 
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Dim
-from moec.ir.dims import evaluate
 from moec.ir.interpreter import plain_tensor
 from moec.positions import positions
 from moec.program import Program
 from moec.sampling import Sampling
+from moec.steps import Buffers, Joined, Steps
 
 GREEDY: Final = Sampling(0.0)
 OnToken = Callable[[torch.Tensor], Any]
@@ -107,25 +107,25 @@ class Generator:
     Program inputs: input_ids i64[B, S], attention_mask i64[B, P + S], then the cache's tensors, each with a batch
     axis B, and a time axis P unless it is a state of one size (of a recurrence or a convolution; zeros at first).
     Outputs: the last position's logits [B, V], then the tensors extended to P + S, the states after the S tokens.
+    With `past`, the symbol P, it takes buffers instead, see `moec.in_place.InPlace`.
     """
 
     program: Program
     stops: Stops = field(default_factory=Stops)
     prompt: Program | None = None
     least: int = 1
+    past: str | None = None
 
     @property
     def programs(self) -> dict[str, Program]:
         """By the names they are reported and saved under."""
         return {"cached": self.program} | ({} if self.prompt is None else {"prompt": self.prompt})
 
-    def empty_cache(self, batch: int) -> list[torch.Tensor]:
-        """The cache of no past tokens, states of zeros; its shapes come from the traced program."""
-        ids, _, *past = self.program.legal.inputs
-        b = ids.shape[0]
-        assert isinstance(b, Dim)
-        sizes = dict.fromkeys(self.program.legal.symbols, 0) | {str(b): batch}
-        return [torch.zeros([evaluate(n, sizes) for n in v.shape], dtype=v.dtype.torch) for v in past]
+    def steps(self, batch: int, most: int) -> Steps:
+        """Caches of no past tokens; there will be `most` at the end."""
+        if self.past is None:
+            return Joined(self.program, batch)
+        return Buffers(self.program, self.past, batch, most)
 
     def check_ids(self, input_ids: torch.Tensor) -> None:
         """Raise ArgumentValueError for an id that has no row in the table the ids are looked up in."""
@@ -142,9 +142,9 @@ class Generator:
     def _check_last(self, mask: torch.Tensor, max_new_tokens: int) -> None:
         """Raise ArgumentValueError where the program does not hold for the sizes of the last step."""
         ids, attended = (v.shape for v in self.program.graph.inputs[:2])
-        grown = attended[1] - ids[1]
-        if max_new_tokens > 1 and isinstance(grown, Dim) and grown.is_symbol:
-            sizes = {str(ids[0]): len(mask), str(ids[1]): 1, str(grown): mask.shape[1] + max_new_tokens - 2}
+        past = attended[1] - ids[1] if self.past is None else Dim(self.past)
+        if max_new_tokens > 1 and isinstance(past, Dim) and past.is_symbol:
+            sizes = {str(ids[0]): len(mask), str(ids[1]): 1, str(past): mask.shape[1] + max_new_tokens - 2}
             self.program.limits.check(sizes)
 
     def generate(
@@ -166,20 +166,22 @@ class Generator:
         self.stops.check_room(mask, max_new_tokens)
         self._check_last(mask, max_new_tokens)
         eos, pad = self.stops.resolve(eos_token_id)
-        ids, step = input_ids, input_ids
-        if self.prompt is None:
-            program, past = self.program, self.empty_cache(len(input_ids))
-        else:
-            program, past = self.prompt, []
+        ids, step, first = input_ids, input_ids, self.prompt
+        if first is not None:
             missing = max(self.least - step.shape[1], 0)
             step, mask = (torch.nn.functional.pad(t, (missing, 0)) for t in (step, mask))
+        steps = self.steps(len(ids), mask.shape[1] + max_new_tokens - 1)
         ended = torch.zeros(len(ids), dtype=torch.bool)
         ends, random = torch.tensor(eos, dtype=torch.int64), sampling.generator()
         for _ in range(max_new_tokens):
             if ended.all():
                 break
-            logits, *past = program.run([step, mask, *past])
-            program = self.program
+            if first is None:
+                logits = steps.step(step, mask)
+            else:
+                logits, *caches = first.run([step, mask])
+                steps.start(caches)
+                first = None
             token = torch.where(ended, pad, sampling.choose(logits, random))
             ids = torch.cat((ids, token[:, None]), dim=1)
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)

@@ -118,12 +118,19 @@ def legalise(graph: Graph, settings: Settings) -> tuple[Graph, list[Record], lis
     return graph, records, left
 
 
-def build(graph: Graph, settings: Settings, step: Step = lambda name: None, limits: Limits | None = None) -> Program:
-    """Run the pipeline, legalise and lower. Raises CompileError."""
+def build(
+    graph: Graph,
+    settings: Settings,
+    step: Step = lambda name: None,
+    limits: Limits | None = None,
+    adapt: Callable[[Graph], Graph] = lambda after: after,
+) -> Program:
+    """Run the pipeline, `adapt` what comes of it, legalise and lower. Raises CompileError."""
     start = time.perf_counter()
     graph.verify()
     dump = None if settings.dump is None else Dump(settings.dump, graph)
     after, records = settings.pipeline.run(graph, dump=dump, progress=step)
+    after = adapt(after)
     seconds = {"passes": time.perf_counter() - start}
     program = finish(after, settings, step)
     program.records[:0] = records

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moec.generation import UNSET, Generator, OnToken, check_prompt
+from moec.steps import empty_cache
 
 
 @dataclass
@@ -37,9 +38,6 @@ class Speculator(Generator):
     rows of a batch accept independently.
     """
 
-    def empty_cache(self, batch: int) -> list[torch.Tensor]:
-        return super().empty_cache(batch)[1:]  # after `known`
-
     def speculate(
         self,
         input_ids: torch.Tensor,
@@ -62,7 +60,7 @@ class Speculator(Generator):
         if prompt.shape[1] == 1:  # the program takes two positions at least
             prompt, mask = (torch.nn.functional.pad(t, (1, 0)) for t in (prompt, mask))
         known = torch.ones(len(prompt), 1, dtype=torch.int64)
-        tokens, drafts, *past = self.program.run([prompt, mask, known, *self.empty_cache(len(prompt))])
+        tokens, drafts, *past = self.program.run([prompt, mask, known, *empty_cache(self.program, len(prompt), 3)])
         last, draft = tokens[:, 1], drafts[:, 1]
         rows.add(last)
         while rows.open:

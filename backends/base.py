@@ -35,6 +35,12 @@ class Executable(ABC):
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs for `inputs`. Raises ArgumentTypeError/ArgumentValueError on inputs that do not fit."""
 
+    def run_into(self, inputs: Sequence[torch.Tensor], into: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Outputs as `run` gives them, each in the tensor of `into` where there is one: contiguous, of its dtype and
+        shape. It may be an input that `tensor.write` makes that output of, which then is written where it lies."""
+        found = self.run(inputs)
+        return [v if t is None else t.copy_(v) for v, t in zip(found, into, strict=True)]
+
     @abstractmethod
     def tap(self, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> dict[Value, torch.Tensor]:
         """Intermediate values of the lowered graph (not of a differently fused one) for `inputs`."""
@@ -92,10 +98,11 @@ def known(size: int | Dim, binding: Mapping[str, int]) -> bool:
 @dataclass(eq=False)
 class Backend:
     """A target. `holds_wide`: it multiplies no FP8 and holds such weights in f32, unless `compile` is given the option
-    memory="fp8". `caches`: `compile` and `load` take the option cache= (see moec.backends.cache). `tuning`: passes, as
-    text, that pay on this target whatever the model; they see the graph after `prepare`, and may change weights, which
-    then are its own. `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported`
-    names ops it refuses on purpose, with the reason; an op in neither must have a decomposition."""
+    memory="fp8". `caches`: `compile` and `load` take the option cache= (see moec.backends.cache). `in_place`: caches of
+    decoding are buffers, written where they lie (`Executable.run_into`). `tuning`: passes, as text, that pay on this
+    target whatever the model; they see the graph after `prepare`, and may change weights, which then are its own.
+    `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported` names ops it refuses
+    on purpose, with the reason; an op in neither must have a decomposition."""
 
     name: str
     dtypes: frozenset[DType]
@@ -103,6 +110,7 @@ class Backend:
     dynamic: bool = True
     holds_wide: bool = False
     caches: bool = False
+    in_place: bool = False
     tuning: str = ""
     lowerings: dict[str, Callable[..., Any]] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)

@@ -74,5 +74,6 @@ backend = OnnxRuntimeBackend(
     dtypes=DTYPES,
     holds_wide=True,
     caches=True,
+    in_place=True,
     tuning="deinterleave_rope, merge_linears, sink_transposes, common_subexpressions, dead_code",
 )

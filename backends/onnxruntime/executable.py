@@ -17,6 +17,7 @@ from moec.backends.onnxruntime.lower import Lowered, lower
 from moec.backends.onnxruntime.memory import fitting
 from moec.backends.onnxruntime.options import Options
 from moec.backends.onnxruntime.session import Optimised, Session, open_session, start
+from moec.backends.onnxruntime.types import carrier
 from moec.backends.onnxruntime.warm import cached
 from moec.ir import CompileError, Graph, Value
 from moec.ir.interpreter import bind_inputs
@@ -79,6 +80,14 @@ class OnnxExecutable(Executable):
         binding = bind_inputs(self.graph, inputs)
         session = self.session if self.session.interface.takes(binding) else self.empty_session
         return session.run(self.graph, inputs, self.graph.outputs, binding)
+
+    def run_into(self, inputs: Sequence[torch.Tensor], into: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        binding = bind_inputs(self.graph, inputs)
+        outputs = self.graph.outputs
+        as_stored = all(t is None or carrier(v.dtype) is v.dtype for v, t in zip(outputs, into, strict=True))
+        if not as_stored or not self.session.interface.takes(binding):
+            return super().run_into(inputs, into)
+        return self.session.run_into(self.graph, inputs, outputs, binding, into)
 
     def stream(
         self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET

@@ -59,7 +59,10 @@ def native_range(nodes: Iterable[Any]) -> Range:
     """Opsets for what our own lowerings emit: written for `OPSET`, and versions after it only add to it."""
     low = 1
     for n in nodes:
-        if n.domain or not defs.has(n.op_type, OPSET):
+        if n.domain or not defs.has(n.op_type):
+            continue
+        if not defs.has(n.op_type, OPSET):
+            low = max(low, defs.get_schema(n.op_type).since_version)
             continue
         if any(a.type == onnx.AttributeType.GRAPH for a in n.attributes.values()):
             low = max(low, OPSET)

@@ -17,7 +17,7 @@ from moec.backends.onnxruntime.errors import serialising, wrapped
 from moec.backends.onnxruntime.lower import Interface, Lowered
 from moec.backends.onnxruntime.memory import give_back
 from moec.backends.onnxruntime.options import Options
-from moec.backends.onnxruntime.types import carried, uncarried
+from moec.backends.onnxruntime.types import carried, numpy_type, uncarried
 from moec.ir import CompileError, Dim, Graph, Node, Value
 from moec.ir.arrays import from_numpy
 
@@ -91,6 +91,35 @@ class Session:
         except Exception as error:  # ONNX Runtime's exceptions have no common base but this
             raise wrapped(error, names.sources, "running") from error
         return [uncarried(from_numpy(a), v.dtype) for a, v in zip(arrays, values, strict=True)]
+
+    def run_into(
+        self,
+        graph: Graph,
+        inputs: Sequence[torch.Tensor],
+        values: Sequence[Value],
+        binding: Mapping[str, int],
+        into: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor]:
+        """The same with outputs in the memory of `into` where there is some; their dtypes are their carriers'."""
+        check_derived(values, binding)
+        names, bound = self.interface, self.session.io_binding()
+        held = [carried(t.detach().cpu(), v.dtype).contiguous() for v, t in zip(graph.inputs, inputs, strict=True)]
+        for name, v, t in zip(names.inputs, graph.inputs, held, strict=True):
+            bound.bind_input(name, "cpu", 0, numpy_type(v.dtype), list(t.shape), t.data_ptr())
+        for name, v, out in zip(names.outputs, values, into, strict=True):
+            if out is None:
+                bound.bind_output(name, "cpu")
+            else:
+                bound.bind_output(name, "cpu", 0, numpy_type(v.dtype), list(out.shape), out.data_ptr())
+        try:
+            self.session.run_with_iobinding(bound)
+        except Exception as error:  # as above
+            raise wrapped(error, names.sources, "running") from error
+        found = bound.get_outputs()
+        return [
+            uncarried(from_numpy(found[i].numpy()), v.dtype) if out is None else out
+            for i, (v, out) in enumerate(zip(values, into, strict=True))
+        ]
 
 
 def check_derived(values: Sequence[Value], binding: Mapping[str, int]) -> None:

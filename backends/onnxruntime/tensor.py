@@ -9,6 +9,7 @@ from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.types import NARROW_INTEGERS, numpy_type, onnx_type
 from moec.ir import Dim, DType, Node
+from moec.ir.ops.reduction import normal_axis
 
 
 @backend.lowers("tensor.constant")
@@ -124,6 +125,23 @@ def index_put(e: Emitter, node: Node) -> onnx.Value:
         source = e.op("Expand", source, e.sizes.vector(wanted))
     rows = e.op("Unsqueeze", e.cast(index, iv.dtype, DType.I64), np.array([-1]))
     return e.op("ScatterND", x, rows, source, reduction="add" if node.attrs["accumulate"] else "none")
+
+
+@backend.lowers("tensor.write")
+def write(e: Emitter, node: Node) -> onnx.Value:
+    """In place where the buffer's memory is that of the result, see `OnnxExecutable.run_into`."""
+    x, rows, at = e.operands(node)
+    xv, rv, _ = given(node)
+    axis = normal_axis(node.attrs["axis"], xv.type.rank)
+    if axis and not e.options.portable and e.positive(*xv.shape, *rv.shape):
+        rows_at = e.op("Expand", at, e.sizes.one(xv.shape[0]))
+        return e.op("TensorScatter", x, rows, rows_at, axis=axis)
+    start = e.op("Unsqueeze", at, np.array([0]))
+    end = e.op("Add", start, e.sizes.one(rv.shape[axis]))
+    along = np.array([axis])
+    before = e.op("Slice", x, np.array([0]), start, along)
+    after = e.op("Slice", x, end, e.sizes.one(xv.shape[axis]), along)
+    return e.op("Concat", before, rows, after, axis=axis)
 
 
 @backend.lowers("tensor.nonzero")

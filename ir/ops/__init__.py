@@ -15,9 +15,10 @@ from moec.ir.ops import (
     reduction,
     rope,
     tensor,
+    write,
 )
 
 __all__ = [
     "attention", "call", "convolution", "elementwise", "extern_aten", "linear", "linear_attention", "moe", "norm",
-    "quant", "recurrent", "reduction", "rope", "tensor",
+    "quant", "recurrent", "reduction", "rope", "tensor", "write",
 ]  # fmt: skip

@@ -1,0 +1,221 @@
+"""Caches in buffers: the program means what the one that joins caches means, whatever lies behind the filled rows."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moec
+from moec import steps
+from moec.backends import get_backend
+from moec.in_place import SLOT, in_place
+from moec.ir import ArtifactError, Dim, DType, parse, run
+
+from .. import model_matrix
+from .samples import TinyLM, greedy
+
+
+def family(name):
+    torch.manual_seed(0)
+    known = model_matrix.FAMILIES[name]
+    model = model_matrix.build(
+        model_matrix.Entry(name, known.attention[0], "grouped_mm" if known.experts else None)
+    ).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """Of each model: (the program that joins, the one with buffers)."""
+    made = {}
+    for name in ("own", "deepseek_v3", "mixtral"):
+        model = moec.models.build("deepseek-v3-mini") if name == "own" else family(name)
+        joins = moec.compile(model, backend="reference").generator
+        assert joins.past is None
+        found = in_place(joins.program.graph)
+        assert found is not None, name
+        assert found.past == "P"
+        made[name] = joins.program.graph, found.graph
+    return made
+
+
+def wide(rows, axis, capacity, garbage):
+    """A buffer that starts with rows; what follows has no meaning."""
+    shape = list(rows.shape)
+    shape[axis] = capacity
+    buffer = torch.full(shape, garbage)
+    buffer.narrow(axis, 0, rows.shape[axis]).copy_(rows)
+    return buffer
+
+
+@pytest.mark.parametrize("name", ["own", "deepseek_v3", "mixtral"])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_means_what_joined_caches_mean(graphs, name, data):
+    joins, buffers = graphs[name]
+    batch, new, past, more = (data.draw(st.integers(*r)) for r in ((1, 3), (1, 4), (0, 6), (0, 5)))
+    r = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    end = past + new
+    ids = torch.randint(3, 20, (batch, new), generator=r)
+    mask = torch.ones(batch, end, dtype=torch.int64)
+    mask[0, : min(past, 2)] = 0
+    caches = [
+        torch.randn([{"B": batch, "P": past}.get(str(n), n) for n in v.shape], generator=r) for v in joins.inputs[2:]
+    ]
+    want = run(joins, [ids, mask, *caches])
+    axes = [v.shape.index(Dim("P")) for v in joins.inputs[2:]]
+    filled = [wide(t, a, end + more, data.draw(st.sampled_from([0.0, 1e3]))) for t, a in zip(caches, axes, strict=True)]
+    got = run(buffers, [ids, torch.nn.functional.pad(mask, (0, more)), torch.tensor(past), *filled])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-4)
+    for g, w, a, t in zip(got[1:], want[1:], axes, filled, strict=True):
+        torch.testing.assert_close(g.narrow(a, 0, end), w, rtol=1e-4, atol=1e-4)
+        assert torch.equal(g.narrow(a, end, more), t.narrow(a, end, more))  # nothing else is written
+
+
+STEP = """graph(%input_ids: i64[B, S], %attention_mask: i64[B, P + S], %past: f32[B, 1, P, 4])
+    -> (%logits: f32[B, 1, S, 4], %cache: f32[B, 1, P + S, 4]) {{
+  %q: f32[B, S] = math.cast(%input_ids) {{dtype=f32}}
+  %r: f32[B, 1, S, 1] = tensor.reshape(%q) {{shape=[B, 1, S, 1]}}
+  %new: f32[B, 1, S, 4] = tensor.expand(%r) {{shape=[B, 1, S, 4]}}
+  %all: f32[B, 1, P + S, 4] = tensor.concat(%past, %new) {{axis=2}}
+  %m: bool[B, P + S] = math.cast(%attention_mask) {{dtype=bool}}
+  %mask: bool[B, 1, 1, P + S] = tensor.reshape(%m) {{shape=[B, 1, 1, P + S]}}
+{body}
+  return %out, %all
+}}"""
+ATTENDS = "  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, %mask, _) {scale=1.0, causal=true}"
+REFUSED = {
+    "attention without a mask": "  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, _, _) {scale=1.0}",
+    "a sum over all rows": "  %s: f32[B, 1, 1, 4] = math.sum(%all) {axes=[2], keepdim=true}\n"
+    "  %out: f32[B, 1, S, 4] = math.mul(%new, %s)",
+    "the past rows alone": "  %s: f32[B, 1, P, 4] = tensor.slice(%all) {axis=2, end=P}\n"
+    "  %t: f32[B, 1, 1, 4] = math.amax(%s) {axes=[2], keepdim=true}\n"
+    "  %out: f32[B, 1, S, 4] = math.mul(%new, %t)",
+    "past rows read besides": "  %t: f32[B, 1, P, 4] = math.neg(%past)\n"
+    "  %s: f32[B, 1, 1, 4] = math.sum(%t) {axes=[2], keepdim=true}\n  %out: f32[B, 1, S, 4] = math.mul(%new, %s)",
+    "a product over rows": "  %t: f32[B, 1, 4, P + S] = tensor.transpose(%all) {perm=[0, 1, 3, 2]}\n"
+    "  %g: f32[B, 1, 4, 4] = linear.matmul(%t, %all)\n  %out: f32[B, 1, S, 4] = linear.matmul(%new, %g)",
+}
+
+
+def test_what_can_be_in_buffers():
+    assert in_place(parse(STEP.format(body=ATTENDS))) is not None
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot(name):
+    graph = parse(STEP.format(body=REFUSED[name]))
+    graph.verify()
+    assert in_place(graph) is None
+
+
+def test_one_buffer_serves_all_steps(monkeypatch):
+    """ONNX Runtime writes the new rows into the tensors that it is given, and copies nothing else."""
+    model = family("mixtral")
+    compiled = moec.compile(model, backend="onnxruntime", threads=1)
+    executable = compiled.generator.program.executable
+    seen = []
+    original = executable.run_into
+
+    def watched(inputs, into):
+        given = [t for t in into if t is not None]
+        before = [t.clone() for t in given]
+        found = original(inputs, into)
+        slot, new = int(inputs[2]), inputs[0].shape[1]
+        for t, was, out in zip(given, before, found[1:], strict=True):
+            assert out is t
+            changed = (t != was).nonzero()[:, 2].unique().tolist()
+            assert changed == list(range(slot, slot + new))
+        seen.append([t.data_ptr() for t in given])
+        return found
+
+    monkeypatch.setattr(executable, "run_into", watched)
+    ids = torch.tensor([[3, 9, 27, 1]])
+    out = compiled.generate(ids, max_new_tokens=12, eos_token_id=None)
+    assert out[0, 4:].tolist() == greedy(model, ids[0], 12)
+    assert len({tuple(p) for p in seen[1:]}) == 1  # one set of buffers after the prompt
+
+
+def test_buffers_grow(monkeypatch):
+    """More tokens than the first room holds, with padding, against the program that joins."""
+    monkeypatch.setattr(steps, "LEAST_ROOM", 5)
+    model = family("mixtral")
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    count = 40
+    fast = moec.compile(model, backend="onnxruntime", threads=1)
+    assert fast.generator.past is not None
+    got = fast.generate(ids, mask, max_new_tokens=count, eos_token_id=None)
+    want = moec.compile(model, backend="reference").generate(ids, mask, max_new_tokens=count, eos_token_id=None)
+    assert got.tolist() == want.tolist()
+
+
+def test_generations_do_not_share_buffers():
+    model = family("mixtral")
+    compiled = moec.compile(model, backend="onnxruntime", threads=1)
+    compiled.generator  # noqa: B018  (compiled once)
+    prompts = [torch.randint(3, 29, (1, n), generator=torch.Generator().manual_seed(n)) for n in range(1, 9)]
+    found = {}
+
+    def one(i):
+        found[i] = compiled.generate(prompts[i], max_new_tokens=20, eos_token_id=None)[
+            0, prompts[i].shape[1] :
+        ].tolist()
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(prompts))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, prompt in enumerate(prompts):
+        assert found[i] == greedy(model, prompt[0], 20)
+
+
+def test_half_precision_keeps_its_dtype():
+    model = family("mixtral").to(torch.bfloat16)
+    compiled = moec.compile(model, backend="onnxruntime", threads=1)
+    assert {v.dtype for v in compiled.generator.program.graph.inputs[3:]} == {DType.BF16}
+    ids = torch.tensor([[3, 9, 27, 1]])
+    joins = moec.compile(model, backend="reference")
+    assert torch.equal(
+        compiled.generate(ids, max_new_tokens=6, eos_token_id=None),
+        joins.generate(ids, max_new_tokens=6, eos_token_id=None),
+    )
+
+
+def test_saved_programs_know_their_buffers(tmp_path):
+    model = family("mixtral")
+    compiled = moec.compile(model, backend="onnxruntime", threads=1)
+    ids = torch.tensor([[3, 9, 27, 1]])
+    want = compiled.generate(ids, max_new_tokens=9)
+    compiled.save(tmp_path / "m")
+    loaded = moec.load(tmp_path / "m")
+    assert loaded.generator.past == compiled.generator.past
+    assert [v.name for v in loaded.generator.program.graph.inputs][2] == SLOT
+    assert torch.equal(loaded.generate(ids, max_new_tokens=9), want)
+    path = tmp_path / "m" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for wrong in (None, 3, "no symbol"):
+        manifest["stops"]["past"] = wrong
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ArtifactError):
+            moec.load(tmp_path / "m")
+
+
+def test_other_backends_join():
+    assert not get_backend("reference").in_place
+    assert not get_backend("triton").in_place
+
+
+def test_attention_that_is_no_operator_joins():
+    """A model whose softmax stays one: the buffers' free rows could count."""
+    compiled = moec.compile(TinyLM().eval(), backend="onnxruntime", threads=1)
+    assert compiled.generator.past is None
