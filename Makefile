@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+PEERS := build/peers
+PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test test-large lint graphs matrix matrix-passes bench-passes bench-load bench-large bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
+.PHONY: demo test test-large lint graphs matrix matrix-passes bench-passes bench-cpu bench-generate bench-load bench-large bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -20,6 +22,14 @@ test-large: $(STAMP)
 # how the rewriting passes scale with the graph
 bench-passes: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/passes.py
+
+# the CPU figures against the peers, which have an environment of their own; two idle cores, most of an hour
+bench-cpu: $(PEERS_STAMP)
+	OMP_NUM_THREADS=2 $(PEERS)/bin/python bench/cpu.py --plot
+
+# tokens a second on a cache of 512 tokens against transformers
+bench-generate: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python bench/cpu_generate.py
 
 # passes, lowering and loading of 8 to 61 layers with 256 experts each
 bench-load: $(STAMP)
@@ -105,6 +115,11 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hf,checkpoints,test]"
 	touch $(STAMP)
+
+$(PEERS_STAMP): pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[hf,checkpoints,peers]"
+	touch $(PEERS_STAMP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

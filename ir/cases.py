@@ -55,7 +55,7 @@ def candidate_bindings(symbols: Sequence[str]) -> Iterator[dict[str, int]]:
 
 
 def fits(graph: Graph, binding: Mapping[str, int]) -> bool:
-    """Whether every size in the graph is a size, and every slice lies within its operand."""
+    """Whether every size in the graph is a size, every slice lies within its operand, and what is written fits."""
     for v in (*graph.inputs, *(r for n in graph.nodes for r in n.results)):
         if any(evaluate(s, binding) < 0 for s in v.shape if symbols_of(s) <= binding.keys()):
             return False
@@ -68,7 +68,20 @@ def fits(graph: Graph, binding: Mapping[str, int]) -> bool:
             extent, start, end = (evaluate(s, binding) for s in sizes)
             if not 0 <= start <= end <= extent:
                 return False
+        if node.op == "tensor.write" and x is not None:
+            room = _places(node)
+            if symbols_of(room) <= binding.keys() and evaluate(room, binding) < 1:
+                return False
     return True
+
+
+def _places(node: Node) -> int | Dim:
+    """How many places `tensor.write` may write its rows at."""
+    x, rows, _ = node.operands
+    assert x is not None
+    assert rows is not None
+    axis = node.attrs["axis"]
+    return x.shape[axis] - rows.shape[axis] + 1
 
 
 # -- weights --------------------------------------------------------------------------------------
@@ -260,6 +273,8 @@ def _indexed(v: Value) -> list[int | Dim]:
         elif role == "index" and node.op == "tensor.index_put":
             assert x is not None
             sizes.append(x.shape[0])
+        elif role == "at" and node.op == "tensor.write":
+            sizes.append(_places(node))
         elif node.op == "tensor.one_hot":
             sizes.append(node.attrs["depth"])
         elif role == "experts" and node.op in ("moe.experts", "quant.scaled_experts"):

@@ -47,7 +47,7 @@ class Write:
         return not 0 <= int(self.at) <= self.x.shape[self.axis] - self.rows.shape[self.axis]
 
     def decompose(self, b: Any) -> Any:
-        rank = self.x.rank
+        rank = self.x.type.rank
         axis = normal_axis(self.axis, rank)
         index = b.add(b.arange(end=self.rows.shape[axis]), self.at)
         perm = (axis, *(i for i in range(rank) if i != axis))
