@@ -65,6 +65,10 @@ def both(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     return model, model
 
 
+def ours(compiled: moec.CompiledModel, prompt: torch.Tensor) -> Generate:
+    return lambda count: compiled.generate(prompt, max_new_tokens=count, eos_token_id=None)
+
+
 def theirs(model: Any, prompt: torch.Tensor) -> dict[str, Generate]:
     """transformers' `generate` with each of its implementations of experts."""
 
@@ -108,10 +112,7 @@ def main() -> int:
             q or "f32": moec.compile(mine, backend="onnxruntime", threads=THREADS, quantize=q)
             for q in (None, "int8", "int4")
         }
-        runs: dict[str, Generate] = {
-            f"moec {q}": lambda n, c=c: c.generate(prompt, max_new_tokens=n, eos_token_id=None)  # type: ignore[misc]
-            for q, c in compiled.items()
-        }
+        runs = {f"moec {q}": ours(c, prompt) for q, c in compiled.items()}
         peers = theirs(other, prompt)
         same = torch.equal(runs["moec f32"](args.tokens), peers["eager"](args.tokens))
         best = min(peers, key=lambda kind: min(step(peers[kind], args.tokens) for _ in range(2)))
