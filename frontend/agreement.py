@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moec.frontend.signature import Signature
+from moec.frontend.ties import LowestFirst
 from moec.ir import CompileError, Graph, run
 from moec.ir.dims import evaluate
 
@@ -41,7 +42,8 @@ def eager(model: torch.nn.Module, signature: Signature, inputs: Sequence[torch.T
         signature.constants[i] if i in signature.constants else next(rest) for i in range(signature.in_spec.num_leaves)
     ]
     args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
-    return pytree.tree_leaves(model(*args, **kwargs))
+    with LowestFirst():
+        return pytree.tree_leaves(model(*args, **kwargs))
 
 
 def disagreement(graph: Graph, signature: Signature, inputs: Sequence[torch.Tensor], want: Sequence[Any]) -> str | None:

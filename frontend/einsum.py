@@ -22,11 +22,14 @@ class _Term(NamedTuple):
         return self.value.shape[self.axes.index(axis)]
 
 
-def einsum(c: Context, equation: str, operands: Sequence[Value], path: Sequence[int] = ()) -> Value:
-    """numpy.einsum of operands of one dtype: products of any number of them, ellipses, axes of size 1 that broadcast,
-    diagonals of repeated letters, a result that is left out. Two operands at a time are contracted, from left to right
-    or in the order of `path` (pairs of places, each product goes to the end). Raises CompileError for equations that do
-    not fit the operands."""
+def einsum(
+    c: Context, equation: str, operands: Sequence[Value], path: Sequence[int] = (), *, wide_sums: bool = False
+) -> Value:
+    """numpy.einsum: products of any number of operands, ellipses, axes of size 1 that broadcast, diagonals of repeated
+    letters, a result that is left out. Two operands at a time are contracted, from left to right or in the order of
+    `path` (pairs of places, each product goes to the end); where that is no matrix product, they may be of two dtypes.
+    `wide_sums`: integers and bools are added up in i64 where nothing is multiplied, as torch does. Raises CompileError
+    for equations that do not fit the operands."""
     inputs, result = _parsed(c, equation, operands)
     terms = [_diagonal(c, _Term(v, axes)) for v, axes in zip(operands, inputs, strict=True)]
     at = 0
@@ -35,8 +38,8 @@ def einsum(c: Context, equation: str, operands: Sequence[Value], path: Sequence[
         at += 2
         right, left = terms.pop(j), terms.pop(i)
         kept = {a for t in terms for a in t.axes}.union(result)
-        terms.insert(len(terms) if path else 0, _contract(c, left, right, kept))
-    last = _summed(c, terms[0], set(result))
+        terms.insert(len(terms) if path else 0, _contract(c, left, right, kept, wide_sums))
+    last = _summed(c, terms[0], set(result), wide_sums)
     return c.transpose(last.value, [last.axes.index(a) for a in result])
 
 
@@ -84,12 +87,13 @@ def _diagonal(c: Context, term: _Term) -> _Term:
     return _Term(value, axes)
 
 
-def _summed(c: Context, term: _Term, kept: set[Axis]) -> _Term:
+def _summed(c: Context, term: _Term, kept: set[Axis], wide: bool) -> _Term:
     """Without the axes that are not kept."""
     gone = tuple(i for i, a in enumerate(term.axes) if a not in kept)
     if not gone:
         return term
-    return _Term(c.b.sum(term.value, axes=gone, keepdim=False), tuple(a for a in term.axes if a in kept))
+    x = c.cast(term.value, DType.I64) if wide and not term.value.dtype.is_float else term.value
+    return _Term(c.b.sum(x, axes=gone, keepdim=False), tuple(a for a in term.axes if a in kept))
 
 
 def _narrowed(c: Context, term: _Term, other: _Term) -> _Term:
@@ -99,10 +103,10 @@ def _narrowed(c: Context, term: _Term, other: _Term) -> _Term:
     return _Term(c.reshape(term.value, [term.size(a) for a in axes]), axes)
 
 
-def _contract(c: Context, left: _Term, right: _Term, kept: set[Axis]) -> _Term:
+def _contract(c: Context, left: _Term, right: _Term, kept: set[Axis], wide: bool) -> _Term:
     """Σ of the product over every axis that is not kept: a batched matrix product over those that both have."""
     left, right = _narrowed(c, left, right), _narrowed(c, right, left)
-    left, right = _summed(c, left, kept.union(right.axes)), _summed(c, right, kept.union(left.axes))
+    left, right = _summed(c, left, kept.union(right.axes), wide), _summed(c, right, kept.union(left.axes), wide)
     both = [a for a in left.axes if a in right.axes]
     for a in both:
         if left.size(a) != right.size(a):
@@ -112,9 +116,10 @@ def _contract(c: Context, left: _Term, right: _Term, kept: set[Axis]) -> _Term:
     sizes = {a: t.size(a) for t in (left, right) for a in t.axes}
     axes = (*batch, *rows, *columns)
     if not contracted or not left.value.dtype.is_float:
-        wide = (*axes, *contracted)
-        factors = [_placed(c, t, wide) for t in (left, right)]
-        return _summed(c, _Term(c.b.mul(*factors), wide), kept)
+        every = (*axes, *contracted)
+        x, y = (_placed(c, t, every) for t in (left, right))
+        both_bool = c.promote(x, y) is DType.BOOL
+        return _summed(c, _Term(c.b.and_(x, y) if both_bool else c.binary("mul", x, y), every), kept, False)
 
     def arranged(term: _Term, *groups: list[Axis]) -> Value:
         x = c.transpose(term.value, [term.axes.index(a) for g in groups for a in g])

@@ -71,7 +71,7 @@ def addmm(c: Context, self: Value, mat1: Value, mat2: Value, beta: Number, alpha
 
 @lowers("einsum")
 def aten_einsum(c: Context, equation: str, tensors: list[Value], path: list[int] | None) -> Value:
-    return einsum(c, equation, tensors, path or ())
+    return einsum(c, equation, tensors, path or (), wide_sums=True)
 
 
 @lowers("_trilinear")

@@ -92,6 +92,34 @@ def test_equations_that_do_not_fit(equation, shapes):
     assert "einsum: " in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("equation", "dtypes", "shapes"),
+    [
+        ("ij,ik->ijk", (torch.float32, torch.int64), [(2, 3), (2, 4)]),
+        ("ij,ij->ij", (torch.float32, torch.bool), [(2, 3), (2, 3)]),
+        ("ij,ij->ij", (torch.bfloat16, torch.float32), [(2, 3), (2, 3)]),
+        ("i,j->ij", (torch.float32, torch.float64), [(2,), (3,)]),
+        ("ij,ij->ij", (torch.bool, torch.bool), [(2, 3), (2, 3)]),
+        ("ij->i", (torch.bool,), [(2, 3)]),
+        ("ij->i", (torch.int32,), [(2, 3)]),
+        ("ij->", (torch.int8,), [(2, 3)]),
+        ("ij,k->ik", (torch.int32, torch.int32), [(2, 3), (4,)]),
+        ("ij,jk->ik", (torch.int32, torch.int32), [(2, 3), (3, 4)]),
+        ("ij,jk->ik", (torch.float16, torch.float16), [(2, 3), (3, 4)]),
+        ("ij->i", (torch.bfloat16,), [(2, 3)]),
+    ],
+)
+def test_dtypes_of_torch(equation, dtypes, shapes):
+    class Model(torch.nn.Module):
+        def forward(self, *xs):
+            return torch.einsum(equation, *xs)
+
+    xs = tuple((torch.rand(s) * 5).to(d) for s, d in zip(shapes, dtypes, strict=True))
+    (got,), want = run(moec.trace(Model(), xs), list(xs)), Model()(*xs)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+
+
 def test_traced_as_it_is_written():
     """One product, with no second trace that takes torch's einsum apart; sizes stay open."""
 

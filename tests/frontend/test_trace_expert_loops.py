@@ -162,3 +162,19 @@ def test_parameters_of_other_names_are_no_structure():
 
     assert not expert_loops.CountingGate.fits(Scores())
     assert not expert_loops.ParallelLinear.fits(Rows())
+
+
+def test_tokens_that_any_expert_may_take():
+    """The embedding of a padding id is zero, and so are the scores of its row: topk of torch breaks ties by no rule,
+    ours by the index."""
+    torch.manual_seed(0)
+    model = build("jetmoe")
+    assert model.get_input_embeddings().padding_idx == 0
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    x = torch.tensor([[0, 5, 6], [7, 0, 0]])
+    found = trace(model, (), {"input_ids": x, "use_cache": False}, dynamic_shapes={"input_ids": {0: "B", 1: "S"}})
+    others = ids(3, 8)
+    with torch.no_grad():
+        want = model(others, use_cache=False).logits
+    assert error(run(found.graph, [others])[0], want) < 1e-4
