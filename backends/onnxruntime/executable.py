@@ -84,7 +84,10 @@ class OnnxExecutable(Executable):
     def run_into(self, inputs: Sequence[torch.Tensor], into: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         binding = bind_inputs(self.graph, inputs)
         outputs = self.graph.outputs
-        as_stored = all(t is None or carrier(v.dtype) is v.dtype for v, t in zip(outputs, into, strict=True))
+        as_stored = all(
+            t is None or (carrier(v.dtype) is v.dtype and t.dtype is v.dtype.torch and t.is_contiguous())
+            for v, t in zip(outputs, into, strict=True)
+        )
         if not as_stored or not self.session.interface.takes(binding):
             return super().run_into(inputs, into)
         return self.session.run_into(self.graph, inputs, outputs, binding, into)

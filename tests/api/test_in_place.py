@@ -91,23 +91,140 @@ STEP = """graph(%input_ids: i64[B, S], %attention_mask: i64[B, P + S], %past: f3
 {body}
   return %out, %all
 }}"""
-ATTENDS = "  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, %mask, _) {scale=1.0, causal=true}"
-REFUSED = {
-    "attention without a mask": "  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, _, _) {scale=1.0}",
-    "a sum over all rows": "  %s: f32[B, 1, 1, 4] = math.sum(%all) {axes=[2], keepdim=true}\n"
-    "  %out: f32[B, 1, S, 4] = math.mul(%new, %s)",
-    "the past rows alone": "  %s: f32[B, 1, P, 4] = tensor.slice(%all) {axis=2, end=P}\n"
-    "  %t: f32[B, 1, 1, 4] = math.amax(%s) {axes=[2], keepdim=true}\n"
-    "  %out: f32[B, 1, S, 4] = math.mul(%new, %t)",
-    "past rows read besides": "  %t: f32[B, 1, P, 4] = math.neg(%past)\n"
-    "  %s: f32[B, 1, 1, 4] = math.sum(%t) {axes=[2], keepdim=true}\n  %out: f32[B, 1, S, 4] = math.mul(%new, %s)",
-    "a product over rows": "  %t: f32[B, 1, 4, P + S] = tensor.transpose(%all) {perm=[0, 1, 3, 2]}\n"
-    "  %g: f32[B, 1, 4, 4] = linear.matmul(%t, %all)\n  %out: f32[B, 1, S, 4] = linear.matmul(%new, %g)",
-}
 
 
-def test_what_can_be_in_buffers():
-    assert in_place(parse(STEP.format(body=ATTENDS))) is not None
+def bodies(text: str) -> dict[str, str]:
+    """name → nodes, of texts under `== name`."""
+    return dict(part.split("\n", 1) for part in text.split("== ")[1:])
+
+
+ACCEPTED = bodies("""
+== causal
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, %mask, _) {scale=1.0, causal=true}
+== no mask
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, _, _) {scale=1.0}
+== no mask, causal
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, _, _) {scale=1.0, causal=true}
+== a mask of queries
+  %n: i64[B, S] = tensor.slice(%attention_mask) {axis=1, start=P, end=P + S}
+  %w: bool[B, S] = math.cast(%n) {dtype=bool}
+  %x: bool[B, 1, S, 1] = tensor.reshape(%w) {shape=[B, 1, S, 1]}
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, %x, _) {scale=1.0}
+== the mask turned around
+  %w: bool[B, 1, 1, P + S] = math.not(%mask)
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, %w, _) {scale=1.0}
+== a mask that is added
+  %w: f32[B, P + S] = math.cast(%attention_mask) {dtype=f32}
+  %x: f32[B, 1, 1, P + S] = tensor.reshape(%w) {shape=[B, 1, 1, P + S]}
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, %x, _) {scale=1.0, causal=true}
+== a window
+  %j: i64[P + S] = tensor.arange() {end=P + S}
+  %i: i64[S] = tensor.arange() {start=P, end=P + S}
+  %k: i64[S, 1] = tensor.reshape(%i) {shape=[S, 1]}
+  %two: i64[] = tensor.constant() {value=[2], type=i64[]}
+  %l: i64[S, 1] = math.sub(%k, %two)
+  %w: bool[S, P + S] = math.gt(%j, %l)
+  %both: bool[B, 1, S, P + S] = math.and(%mask, %w)
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %all, %all, %both, _) {scale=1.0}
+== positions
+  %c: i64[B, P + S] = math.cumsum(%attention_mask) {axis=1}
+  %n: i64[B, S] = tensor.slice(%c) {axis=1, start=P, end=P + S}
+  %f: f32[B, S] = math.cast(%n) {dtype=f32}
+  %g: f32[B, 1, S, 1] = tensor.reshape(%f) {shape=[B, 1, S, 1]}
+  %h: f32[B, 1, S, 4] = math.mul(%new, %g)
+  %out: f32[B, 1, S, 4] = attention.sdpa(%h, %all, %all, %mask, _) {scale=0.1, causal=true}
+== how many there are
+  %c: i64[B] = math.sum(%attention_mask) {axes=[1]}
+  %f: f32[B] = math.cast(%c) {dtype=f32}
+  %g: f32[B, 1, 1, 1] = tensor.reshape(%f) {shape=[B, 1, 1, 1]}
+  %d: i64[] = tensor.dim() {value=P + S}
+  %e: f32[] = math.cast(%d) {dtype=f32}
+  %h: f32[B, 1, 1, 1] = math.mul(%g, %e)
+  %o: f32[B, 1, S, 4] = math.mul(%new, %h)
+  %out: f32[B, 1, S, 4] = attention.sdpa(%o, %all, %all, %mask, _) {scale=0.01}
+== keys that are the same
+  %k: f32[B, 1, P + S, 4] = tensor.full() {shape=[B, 1, P + S, 4], value=1.0, dtype=f32}
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %k, %all, _, _) {scale=1.0}
+== rows changed one by one
+  %t: f32[B, 1, P + S, 4] = norm.rms(%all, _)
+  %u: f32[B, 1, P + S, 4] = math.silu(%t)
+  %v: f32[B, 1, 4, P + S] = tensor.transpose(%u) {perm=[0, 1, 3, 2]}
+  %w: f32[B, 1, P + S, 4] = tensor.transpose(%v) {perm=[0, 1, 3, 2]}
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %w, %all, %mask, _) {scale=1.0}
+""")
+REFUSED = bodies("""
+== a sum over all rows
+  %s: f32[B, 1, 1, 4] = math.sum(%all) {axes=[2], keepdim=true}
+  %out: f32[B, 1, S, 4] = math.mul(%new, %s)
+== the past rows alone
+  %a: f32[B, 1, P, 4] = tensor.slice(%all) {axis=2, end=P}
+  %s: f32[B, 1, 1, 4] = math.amax(%a) {axes=[2], keepdim=true}
+  %out: f32[B, 1, S, 4] = math.mul(%new, %s)
+== past rows read besides
+  %a: f32[B, 1, P, 4] = math.neg(%past)
+  %s: f32[B, 1, 1, 4] = math.sum(%a) {axes=[2], keepdim=true}
+  %out: f32[B, 1, S, 4] = math.mul(%new, %s)
+== a product over rows
+  %t: f32[B, 1, 4, P + S] = tensor.transpose(%all) {perm=[0, 1, 3, 2]}
+  %g: f32[B, 1, 4, 4] = linear.matmul(%t, %all)
+  %out: f32[B, 1, S, 4] = linear.matmul(%new, %g)
+== how many are masked
+  %o: bool[B, P + S] = math.not(%m)
+  %c: i64[B, P + S] = math.cast(%o) {dtype=i64}
+  %d: i64[B] = math.sum(%c) {axes=[1]}
+  %f: f32[B] = math.cast(%d) {dtype=f32}
+  %s: f32[B, 1, 1, 1] = tensor.reshape(%f) {shape=[B, 1, 1, 1]}
+  %out: f32[B, 1, S, 4] = math.mul(%new, %s)
+== the mean of the mask
+  %f: f32[B, P + S] = math.cast(%attention_mask) {dtype=f32}
+  %g: f32[B] = math.mean(%f) {axes=[1]}
+  %s: f32[B, 1, 1, 1] = tensor.reshape(%g) {shape=[B, 1, 1, 1]}
+  %out: f32[B, 1, S, 4] = math.mul(%new, %s)
+== the last row
+  %j: i64[P + S] = tensor.arange() {end=P + S}
+  %l: i64[1] = tensor.constant() {value=[-1], type=i64[1]}
+  %n: i64[1] = tensor.gather(%j, %l)
+  %s: f32[1] = math.cast(%n) {dtype=f32}
+  %out: f32[B, 1, S, 4] = math.mul(%new, %s)
+== keys in front of the cache
+  %p: f32[B, 1, 2, 4] = tensor.full() {shape=[B, 1, 2, 4], value=1.0, dtype=f32}
+  %k: f32[B, 1, P + S + 2, 4] = tensor.concat(%p, %all) {axis=2}
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %k, %k, _, _) {scale=1.0, causal=true}
+== queries of the cache
+  %a: f32[B, 1, P + S, 4] = attention.sdpa(%all, %all, %all, %mask, _) {scale=1.0}
+  %out: f32[B, 1, S, 4] = tensor.slice(%a) {axis=2, start=P, end=P + S}
+== softmax over rows
+  %k: f32[B, 1, P + S, 4] = math.softmax(%all) {axis=2}
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %k, %all, %mask, _) {scale=1.0}
+== rows taken for columns
+  %t: f32[B, 1, 4, P + S] = tensor.reshape(%all) {shape=[B, 1, 4, P + S]}
+  %k: f32[B, 1, P + S, 4] = tensor.transpose(%t) {perm=[0, 1, 3, 2]}
+  %out: f32[B, 1, S, 4] = attention.sdpa(%new, %k, %all, %mask, _) {scale=1.0}
+== rows side by side
+  %t: f32[B, 4*P + 4*S] = tensor.reshape(%all) {shape=[B, 4*P + 4*S]}
+  %g: f32[B] = math.amax(%t) {axes=[1]}
+  %s: f32[B, 1, 1, 1] = tensor.reshape(%g) {shape=[B, 1, 1, 1]}
+  %out: f32[B, 1, S, 4] = math.mul(%new, %s)
+""")
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_can_be_in_buffers(name):
+    joins = parse(STEP.format(body=ACCEPTED[name]))
+    joins.verify()
+    found = in_place(joins)
+    assert found is not None
+    r = torch.Generator().manual_seed(0)
+    for batch, new, past, more in ((2, 1, 4, 3), (2, 3, 2, 0), (1, 2, 0, 4), (2, 4, 5, 1)):
+        ids = torch.randint(0, 9, (batch, new), generator=r)
+        mask = torch.ones(batch, past + new, dtype=torch.int64)
+        mask[0, : min(past, 2)] = 0
+        rows = torch.randn(batch, 1, past, 4, generator=r)
+        out, cache = run(joins, [ids, mask, rows])
+        slot, padded = torch.tensor(past), torch.nn.functional.pad(mask, (0, more))
+        got, buffer = run(found.graph, [ids, padded, slot, wide(rows, 2, past + new + more, 7.0)])
+        torch.testing.assert_close(got, out)
+        torch.testing.assert_close(buffer[:, :, : past + new], cache)
 
 
 @pytest.mark.parametrize("name", REFUSED)
