@@ -22,7 +22,7 @@ class LowestFirst(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _TOPK or "out" in kwargs:
             return func(*args, **kwargs)
-        found = func(*args, **kwargs)
+        found = func(*args, **kwargs)  # the arguments are torch's to check
         x = args[0] if args else kwargs["input"]
         k, dim, largest = _arguments(*args[1:], **{n: v for n, v in kwargs.items() if n not in ("input", "self")})
         if x.dim() == 0:
@@ -31,5 +31,6 @@ class LowestFirst(TorchFunctionMode):
         return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
 
+# names and defaults are those of torch.topk
 def _arguments(k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[int, int, bool]:
     return k, dim, largest
