@@ -46,6 +46,8 @@ def reduction_length(node: Node, binding: Mapping[str, int]) -> int:
             return max(1, shape(0)[-1])
         case "attention.sdpa":
             return max(1, shape(0)[3] + shape(1)[2])
+        case "attention.latent":
+            return max(1, shape(0)[3] + 2 * shape(2)[3] + shape(3)[3] + shape(2)[2])
         case "attention.linear_attention":
             return max(1, shape(0)[3] + shape(0)[1])
         case "recurrent.lstm" | "recurrent.gru" | "recurrent.rnn":

@@ -64,6 +64,7 @@ class Report:
                     ", ".join(f"{why} ×{n}" for why, n in p["refused"].items()),
                 )
             found.append(table)
+            found += [_experts(f"{name}: {title}", rows) for title, rows in chosen_forms(program["backend"])]
         return found
 
     def notes(self) -> list[str]:
@@ -90,6 +91,42 @@ class Report:
         for note in self.notes():
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         return out.getvalue()
+
+
+def chosen_forms(stats: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+    """Of each kind of layers of experts: what they are, and of each form its name, predicted time by token count, nodes
+    and seconds to load, or why it is not possible. The chosen one comes first."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for key, layers in stats.items():
+        for layer in layers if key.endswith("experts") and isinstance(layers, list) else []:
+            kinds.setdefault(json.dumps({**layer, "module": ""}, sort_keys=True, default=str), []).append(layer)
+    found = []
+    for layers in kinds.values():
+        first = layers[0]
+        num, k, width, hidden = first["experts"]
+        what = f"{len(layers)} layer{'s' if len(layers) > 1 else ''} of {num} experts ({width} × {hidden}, {k} a token)"
+        rows = []
+        for form, cost in sorted(first["costs"].items(), key=lambda item: item[0] != first["form"]):
+            taken = (", asked for" if first["asked"] else ", chosen") if form == first["form"] else ""
+            times = ", ".join(f"{ms:.3g} ({tokens})" for tokens, ms in cost["ms"].items())
+            rows.append((form + taken, times, str(cost["nodes"]), f"{cost['load_seconds']:.1f}"))
+        rows += [(form, f"not possible: {why}", "", "") for form, why in first["refused"].items()]
+        found.append((what, rows))
+    return found
+
+
+def _experts(title: str, rows: list[tuple[str, str, str, str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("form", PREDICTED, "nodes", "load s"):
+        table.add_column(column, justify="right" if column in ("nodes", "load s") else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+PREDICTED = "predicted ms on one core (tokens)"
 
 
 def _loading(stats: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from moec.report import PREDICTED, chosen_forms
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1b1f24 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem; margin-top: 1.5rem }
@@ -56,8 +58,12 @@ def _program(p: Mapping[str, Any]) -> Iterable[str]:
         yield _table(["op", "location", "reason"], [[f["op"], f["location"], f["reason"]] for f in p["fallbacks"]])
     yield "<h3>Figures</h3>"
     yield _pairs(p["figures"])
+    for title, forms in chosen_forms(p["backend"]):
+        yield f"<h3>{escape(title)}</h3>"
+        yield _table(["form", PREDICTED, "nodes", "load s"], forms, {2, 3})
+    plain = {k: v for k, v in p["backend"].items() if not k.endswith("experts")}
     yield "<h3>Backend</h3>"
-    yield _pairs({**p["backend"], **{f"{k} (s)": f"{v:.2f}" for k, v in p["seconds"].items()}})
+    yield _pairs({**plain, **{f"{k} (s)": f"{v:.2f}" for k, v in p["seconds"].items()}})
     yield "<h3>Weights</h3>"
     yield _pairs(
         {"tensors": p["weights"]["count"], **{f"bytes {k}": f"{v:,}" for k, v in p["weights"]["bytes"].items()}}

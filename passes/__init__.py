@@ -14,6 +14,7 @@ from moec.passes.coverage import Coverage, quantized_coverage
 from moec.passes.fuse.absorb_mla import AbsorbMLA
 from moec.passes.fuse.deinterleave_rope import DeinterleaveRoPE
 from moec.passes.fuse.fuse_attention import FuseAttention
+from moec.passes.fuse.fuse_latent_attention import FuseLatentAttention
 from moec.passes.fuse.fuse_mlp import FuseMLP, FuseSwiGLU
 from moec.passes.fuse.fuse_norm import FuseNorm
 from moec.passes.fuse.fuse_rope import FuseRoPE
@@ -47,6 +48,7 @@ __all__ = [
     "FoldScale",
     "FoldScales",
     "FuseAttention",
+    "FuseLatentAttention",
     "FuseMLP",
     "FuseNorm",
     "FuseRoPE",

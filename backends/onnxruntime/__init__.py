@@ -16,6 +16,7 @@ from moec.backends.onnxruntime import (  # noqa: F401  (each registers its lower
     experts,
     extern,
     extern_aten,
+    latent_attention,
     linear,
     linear_attention,
     norm,

@@ -140,13 +140,13 @@ def _any(e: Emitter, x: onnx.Value) -> onnx.Value:
     return e.op("Greater", count, e.scalar(0, DType.I32))
 
 
-def _allowed(e: Emitter, node: Node) -> tuple[onnx.Value | None, onnx.Value | None]:
+def allowed_by(
+    e: Emitter, s: int | Dim, t: int | Dim, mask: Value | None, causal: bool
+) -> tuple[onnx.Value | None, onnx.Value | None]:
     """Where to attend by `causal` and a bool mask, and the rows that may attend to nothing; None: no limit.
     Both are shared by the layers of a model."""
-    q, k, _, mask, _ = given(node)
-    s, t = e.sizes.resolve(q.shape[2]), e.sizes.resolve(k.shape[2])
-    causal, masked = node.attrs["causal"], mask is not None and mask.dtype is DType.BOOL
-    permitted = e.value(mask) if masked else None
+    s, t, masked = e.sizes.resolve(s), e.sizes.resolve(t), mask is not None and mask.dtype is DType.BOOL
+    permitted = e.value(mask) if mask is not None and masked else None
     memo = ("allowed", causal and (s, t), permitted)
     if memo not in e.memo:
         allowed = _causal(e, s, t) if causal else None
@@ -154,7 +154,13 @@ def _allowed(e: Emitter, node: Node) -> tuple[onnx.Value | None, onnx.Value | No
             allowed = permitted if allowed is None else e.op("And", allowed, permitted)
         closed = allowed if masked or not at_least(t, s) else None
         e.memo[memo] = allowed, None if closed is None else e.op("Not", _any(e, closed))
-    return e.memo[memo]
+    found: tuple[onnx.Value | None, onnx.Value | None] = e.memo[memo]
+    return found
+
+
+def _allowed(e: Emitter, node: Node) -> tuple[onnx.Value | None, onnx.Value | None]:
+    q, k, _, mask, _ = given(node)
+    return allowed_by(e, q.shape[2], k.shape[2], mask, node.attrs["causal"])
 
 
 def _causal(e: Emitter, s: int | Dim, t: int | Dim) -> onnx.Value:

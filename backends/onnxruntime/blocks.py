@@ -69,9 +69,12 @@ class Blocks:
     def join(self, e: Emitter, x: onnx.Value) -> onnx.Value:
         """The inverse of `split`."""
         x = e.reshape(x, self.view, self.padded)
-        if self.padded == self.shape:
+        cut = [i for i in (-2, -1) if self.padded[i] != self.shape[i]]
+        if not cut:
             return x
-        return e.op("Slice", x, np.array([0, 0]), e.sizes.vector(self.shape[-2:]), np.array([-2, -1]))
+        return e.op(
+            "Slice", x, np.zeros(len(cut), np.int64), e.sizes.vector([self.shape[i] for i in cut]), np.array(cut)
+        )
 
     def scales(self, e: Emitter, scale: onnx.Value) -> onnx.Value:
         """Scales of the view as [..., R blocks, C blocks]."""

@@ -26,7 +26,6 @@ from moec.ir.literals import literal
 MICROSOFT = "com.microsoft"
 COMPACT = 1 << 14  # elements; smaller weights are not worth a cast in every run
 PIECE = 1 << 21  # elements that are widened at once
-_WIDENED = ("cast", "dequantized")  # entries of `memo` that are nodes over weights
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Scale = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -41,6 +40,13 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _computed(x: Any) -> bool:
+    """Whether there is a value that a node gives in it."""
+    if isinstance(x, tuple):
+        return any(_computed(part) for part in x)
+    return isinstance(x, onnx.Value) and x.producer() is not None
 
 
 def given(node: Node) -> tuple[Any, ...]:
@@ -66,6 +72,7 @@ class Emitter:
         self.sources: dict[str, Node] = {}  # ONNX node name prefix → IR node
         self.memo: dict[Hashable, Any] = {}
         self.choices: dict[str, int] = {}  # which form of a lowering was taken, how often
+        self.experts: list[dict[str, Any]] = []  # of each layer of experts: the form, its cost, the alternatives
         self.opset = opset  # what the model will be written in, where that is known already
         self.foreign: list[Requirement] = []  # operators that are what a user's ONNX model had
         self._foreign_nodes: set[onnx.Node] = set()
@@ -187,18 +194,18 @@ class Emitter:
 
     @contextmanager
     def body(self) -> Iterator[list[onnx.Node]]:
-        """Within: nodes go to the yielded list (the body of a Loop or a branch), and widened weights with them. Sizes
-        must have been made before."""
+        """Within: nodes go to the yielded list (the body of a Loop or a branch). What is shared of it is forgotten
+        afterwards, as nobody outside can read it: sizes that others use too are better made before."""
         before, self.nodes = self.nodes, []
-        outside = len(self.memo)
+        outside = [(memo, len(memo)) for memo in (self.memo, self.sizes.cache)]
         try:
             yield self.nodes
         finally:
             self.nodes = before
-            inside = list(islice(reversed(self.memo), len(self.memo) - outside))  # there are thousands of bodies
-            for key in inside:
-                if isinstance(key, tuple) and key[0] in _WIDENED:
-                    del self.memo[key]
+            for memo, count in outside:  # there are thousands of bodies: only the new entries are looked at
+                for key in list(islice(reversed(memo), len(memo) - count)):
+                    if any(_computed(x) for x in (key, memo[key])):
+                        del memo[key]
 
     def constant(self, array: np.ndarray | np.generic) -> onnx.Value:
         """An initialiser; equal constants are shared."""

@@ -167,5 +167,6 @@ def _figures(lowered: Lowered, options: Options, why: str | None, cache: dict[st
         "weight_bytes": lowered.weight_bytes,
         "memory": memory | ({} if why is None else {"why": why}),
         "forms": dict(lowered.choices),
+        "experts": lowered.experts,
         **({} if cache is None else {"cache": cache}),
     }

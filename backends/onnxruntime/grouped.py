@@ -1,8 +1,10 @@
-"""One product per expert: the weights of experts, unrolled or in a Loop."""
+"""One thing per expert: the weights of experts, and ways to go through them: all, those that have rows, in a Loop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as onnx
@@ -14,6 +16,9 @@ from moec.backends.onnxruntime.emit import Emitter, given
 from moec.backends.onnxruntime.quant import dequantized, stored_blocks
 from moec.backends.onnxruntime.types import numpy_type, onnx_type
 from moec.ir import DType, Node, Value
+
+# of the rows of a group and its index
+PerExpert = Callable[[onnx.Value, Any], onnx.Value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +43,15 @@ class ExpertWeights:
     def dtype(self) -> DType:
         return DType.F32 if self.scale is not None else self.value.dtype
 
-    def product(self, x: onnx.Value, index: int) -> onnx.Value:
-        """x [R, K] times matrix `index`."""
+    def ready(self) -> None:
+        """Make what a product in a body reads from outside of it."""
+        if not self.stored:
+            self.stack(transpose=self.transposed)
+
+    def product(self, x: onnx.Value, index: int | onnx.Value) -> onnx.Value:
+        """x [R, K] times matrix `index`, which may be a value i64[]."""
+        if isinstance(index, onnx.Value):
+            return self.e.op("MatMul", x, self.e.op("Gather", self.stack(transpose=self.transposed), index, axis=0))
         if self.nbits:
             assert self.scale is not None
             key = f".{index}" + ("" if self.rows is None else ".reordered")
@@ -96,72 +108,86 @@ class ExpertWeights:
         return self.e.weight(self.value, key, shape, pick, index=index)
 
 
-def grouped_product(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: ExpertWeights, unroll: bool) -> onnx.Value:
-    """Rows x [R, K], counts i64[E] that add up to R → each group of rows times its expert's [K, N]."""
-    num = int(weights.value.shape[0])
-    if not unroll:
-        return _loop(e, x, counts, weights, num)
+def by_split(e: Emitter, x: onnx.Value, counts: onnx.Value, num: int, one: PerExpert) -> onnx.Value:
+    """`one` of every group of rows of x [R, …], counts i64[num] of which add up to R; empty groups too."""
+    parts = e.op("Split", x, counts, outputs=num, axis=0) if num > 1 else (x,)
+    return _joined(e, [one(part, i) for i, part in enumerate(parts)])
+
+
+def by_if(
+    e: Emitter, x: onnx.Value, counts: onnx.Value, num: int, one: PerExpert, width: int, dtype: DType
+) -> onnx.Value:
+    """As `by_split`, but nothing runs of groups without rows. `one` gives [rows, width] of `dtype`."""
+    if num == 1:
+        return one(x, 0)
     parts = e.op("Split", x, counts, outputs=num, axis=0)
-    parts = parts if num > 1 else (parts,)
-    if e.options.compact and weights.stored and not weights.nbits:
-        outputs = [
-            _where_used(e, part, e.op("Gather", counts, np.int64(i)), weights, i) for i, part in enumerate(parts)
-        ]
-    else:
-        outputs = [weights.product(part, i) for i, part in enumerate(parts)]
-    return e.op("Concat", *outputs, axis=0) if num > 1 else outputs[0]
+    flags = e.op("Split", e.op("Greater", counts, np.int64(0)), outputs=num, axis=0, num_outputs=num)
+    return _joined(e, [_where(e, flags[i], part, i, one, width, dtype) for i, part in enumerate(parts)])
 
 
-def _where_used(e: Emitter, part: onnx.Value, count: onnx.Value, weights: ExpertWeights, index: int) -> onnx.Value:
-    """The product of an expert that has rows; another's weights are not widened in vain."""
-    with e.body() as used:
-        product = weights.product(part, index)
-    _, n, k = weights.value.shape
-    width = n if weights.transposed else k
+def _joined(e: Emitter, parts: list[onnx.Value]) -> onnx.Value:
+    return e.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
+
+
+def _where(
+    e: Emitter, used: onnx.Value, part: onnx.Value, index: int, one: PerExpert, width: int, dtype: DType
+) -> onnx.Value:
+    with e.body() as busy:
+        result = one(part, index)
     with e.body() as idle:
-        zero = onnx.tensor(np.zeros(1, numpy_type(weights.dtype)))
+        zero = onnx.tensor(np.zeros(1, numpy_type(dtype)))
         nothing = e.op("ConstantOfShape", np.array([0, width], np.int64), value=zero)
-    for out in (product, nothing):
-        out.type = onnx.TensorType(onnx_type(weights.dtype))
+    for out in (result, nothing):
+        out.type = onnx.TensorType(onnx_type(dtype))
     return e.op(
         "If",
-        e.op("Greater", count, np.int64(0)),
-        then_branch=onnx.Graph([], [product], nodes=used, name=e.unique("used")),
+        used,
+        then_branch=onnx.Graph([], [result], nodes=busy, name=e.unique("used")),
         else_branch=onnx.Graph([], [nothing], nodes=idle, name=e.unique("idle")),
     )
 
 
-def _loop(e: Emitter, x: onnx.Value, counts: onnx.Value, weights: ExpertWeights, num: int) -> onnx.Value:
-    matrices = weights.stack(transpose=weights.transposed)
+def by_loop(e: Emitter, x: onnx.Value, counts: onnx.Value, one: PerExpert, dtype: DType) -> onnx.Value:
+    """As `by_split`, in a Loop over the groups that have rows; `one` gets the index as i64[]. What it reads beside its
+    arguments has to be there before."""
     ends = e.op("CumSum", counts, np.int64(0))
     starts = e.op("Sub", ends, counts)
-    dtype, first = onnx_type(weights.dtype), e.constant(np.array([0]))
-    sequence = onnx.SequenceType(onnx.TensorType(dtype))
+    # where there are no rows at all the first group stands for the result, which a sequence without entries has not
+    used = e.op("Concat", e.op("Reshape", e.op("NonZero", counts), np.array([-1])), np.array([0]), axis=0)
+    trips = e.op("Max", e.op("Sub", e.op("Size", used), np.int64(1)), np.int64(1))
+    first = e.constant(np.array([0]))
+    sequence = onnx.SequenceType(onnx.TensorType(onnx_type(dtype)))
     step = onnx.Value(name=e.unique("step"), type=onnx.TensorType(onnx.DataType.INT64), shape=onnx.Shape([]))
     going = onnx.Value(name=e.unique("going"), type=onnx.TensorType(onnx.DataType.BOOL), shape=onnx.Shape([]))
     done = onnx.Value(name=e.unique("done"), type=sequence)
     with e.body() as nodes:
-        start, end = (e.op("Unsqueeze", e.op("Gather", bounds, step), first) for bounds in (starts, ends))
-        part = e.op("MatMul", e.op("Slice", x, start, end, first), e.op("Gather", matrices, step))
-        more = e.op("SequenceInsert", done, part)
+        index = e.op("Gather", used, step)
+        start, end = (e.op("Unsqueeze", e.op("Gather", bounds, index), first) for bounds in (starts, ends))
+        more = e.op("SequenceInsert", done, one(e.op("Slice", x, start, end, first), index))
         still = e.op("Identity", going)
     more.type, still.type, still.shape = sequence, onnx.TensorType(onnx.DataType.BOOL), onnx.Shape([])
     body = onnx.Graph([step, going, done], [still, more], nodes=nodes, name=e.unique("each_expert"))
-    empty = e.op("SequenceEmpty", dtype=dtype.value)
-    results = e.op("Loop", np.int64(num), None, empty, body=body)
-    return e.op("ConcatFromSequence", results, axis=0)
+    empty = e.op("SequenceEmpty", dtype=onnx_type(dtype).value)
+    return e.op("ConcatFromSequence", e.op("Loop", trips, None, empty, body=body), axis=0)
 
 
 @backend.lowers("linear.grouped_matmul")
 def grouped_matmul(e: Emitter, node: Node) -> onnx.Value:
     x, w, offsets = given(node)
-    num, _, width = w.shape
+    num, _, width = (int(s) for s in w.shape)
     rows, ends = e.value(x), e.cast(e.value(offsets), offsets.dtype, DType.I64)
     last = e.op("Slice", ends, np.array([num - 1]), np.array([num]))
     starts = e.op("Concat", np.array([0]), e.op("Slice", ends, np.array([0]), np.array([num - 1])), axis=0)
     counts = e.op("Sub", ends, starts)
     used = e.op("Slice", rows, np.array([0]), last)
     weights = ExpertWeights(e, w, None, (1, 1), None, transposed=False)
-    y = grouped_product(e, used, counts, weights, unroll=e.options.experts != "loop")
+    weights.ready()
+    if e.options.experts == "loop":
+        weights.stack(transpose=False)
+        y = by_loop(e, used, counts, weights.product, w.dtype)
+    elif e.options.compact and weights.stored:  # weights of groups without rows are not widened in vain
+        y = by_if(e, used, counts, num, weights.product, width, w.dtype)
+    else:
+        y = by_split(e, used, counts, num, weights.product)
     beyond = e.op("Concat", e.op("Sub", e.sizes.one(x.shape[0]), last), e.sizes.one(width), axis=0)
     return e.op("Concat", y, e.op("Expand", e.scalar(0, x.dtype), beyond), axis=0)

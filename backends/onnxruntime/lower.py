@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as onnx
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -37,13 +38,15 @@ class Interface:
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """An ONNX model of a graph. `choices` counts the forms of lowerings; `resident` says how many bytes the weights
+    """An ONNX model of a graph. `choices` counts the forms of lowerings; `experts` says of layers
+    of experts which form they took, what it costs and what the others would; `resident` says how many bytes the weights
     take in each `Options.memory`. `stored` leads from initialisers to the weights that they are made of and says how;
     `foreign`: some lowering is not ours."""
 
     model: onnx.Model
     interface: Interface
     choices: dict[str, int]
+    experts: list[dict[str, Any]]
     weight_bytes: int
     resident: dict[str, int]
     reader: WeightReader
@@ -111,7 +114,7 @@ def _lower(
     named = [str(v.name) for v in inputs]
     stored = {name: e.read_from[name] for name in body.initializers if name in e.read_from}
     interface = Interface(named, names, e.sources, frozenset(e.needed))
-    return Lowered(model, interface, e.choices, total, resident, e.reader, stored, e.others), exact
+    return Lowered(model, interface, e.choices, e.experts, total, resident, e.reader, stored, e.others), exact
 
 
 def interface_shape(v: Value) -> onnx.Shape:

@@ -8,14 +8,14 @@ from typing import Any
 
 from moec.ir import ArgumentValueError
 
-EXPERTS = ("auto", "unrolled", "moe", "loop")
+EXPERTS = ("auto", "unrolled", "if", "moe", "loop", "dense")
 MEMORY = ("fast", "fp8", "mapped")
 
 
 @dataclass(frozen=True)
 class Options:
-    """`portable`: standard ONNX operators only. `experts`: the form of `moe.experts`; "auto" chooses by the
-    number of experts (see experts.choose). `memory`: "fast" folds weights to f32 once, at load, and holds them in the
+    """`portable`: standard ONNX operators only. `experts`: the form of `moe.experts`; "auto" takes the
+    cheapest (see expert_forms.choose). `memory`: "fast" folds weights to f32 once, at load, and holds them in the
     layouts that its kernels multiply fastest; "fp8" keeps them as they are stored, in 8 or 16 bits, and widens each
     where it is used, in every run; "mapped" reads them in f32 from a memory-mapped file and copies none."""
 
@@ -34,11 +34,11 @@ class Options:
             raise ArgumentValueError(
                 f"option memory={self.memory!r}", code="options", hint=f"one of {', '.join(MEMORY)}"
             )
-        if self.memory == "fp8" and self.experts not in ("auto", "unrolled"):
+        if self.memory == "fp8" and self.experts not in ("auto", "if"):
             raise ArgumentValueError(
                 f"experts={self.experts!r} needs all experts in f32 at once, memory='fp8' keeps them in 8 bits",
                 code="options",
-                hint="experts='unrolled'",
+                hint="experts='if'",
             )
         if self.portable and self.experts == "moe":
             raise ArgumentValueError("experts='moe' is not a standard operator", code="options", hint="portable=False")

@@ -32,7 +32,7 @@ class Sizes:
         self.emitter = emitter
         self._scopes: list[dict[str, int | Dim]] = []
         self._shown: dict[str, tuple[onnx.Value, int]] = {}  # run-time sizes, and where they are read
-        self._cache: dict[Any, onnx.Value] = {}
+        self.cache: dict[Any, onnx.Value] = {}
         self._solving: set[sympy.Symbol] = set()
 
     @contextmanager
@@ -70,33 +70,33 @@ class Sizes:
         if isinstance(size, int):
             return self.emitter.constant(np.int64(size))
         key = ("scalar", size)
-        if key not in self._cache:
-            self._cache[key] = self.emitter.op("Squeeze", self.one(size), np.array([0]))
-        return self._cache[key]
+        if key not in self.cache:
+            self.cache[key] = self.emitter.op("Squeeze", self.one(size), np.array([0]))
+        return self.cache[key]
 
     def range(self, size: int | Dim) -> onnx.Value:
         """i64[size] of 0, 1, …"""
         key = ("range", self.resolve(size))
-        if key not in self._cache:
-            self._cache[key] = self.emitter.op("Range", np.int64(0), self.scalar(size), np.int64(1))
-        return self._cache[key]
+        if key not in self.cache:
+            self.cache[key] = self.emitter.op("Range", np.int64(0), self.scalar(size), np.int64(1))
+        return self.cache[key]
 
     def vector(self, sizes: Sequence[int | Dim]) -> onnx.Value:
         """A shape as i64[rank]."""
         resolved = tuple(self.resolve(s) for s in sizes)
         if all(isinstance(s, int) for s in resolved):
             return self.emitter.constant(np.array(resolved, np.int64))
-        if resolved not in self._cache:
+        if resolved not in self.cache:
             parts = [self.one(s) for s in resolved]
-            self._cache[resolved] = parts[0] if len(parts) == 1 else self.emitter.op("Concat", *parts, axis=0)
-        return self._cache[resolved]
+            self.cache[resolved] = parts[0] if len(parts) == 1 else self.emitter.op("Concat", *parts, axis=0)
+        return self.cache[resolved]
 
     def _expression(self, expr: sympy.Expr) -> onnx.Value:
         if expr.is_Integer:
             return self.emitter.constant(np.array([int(expr)]))
-        if expr not in self._cache:
-            self._cache[expr] = self._emit(expr)
-        return self._cache[expr]
+        if expr not in self.cache:
+            self.cache[expr] = self._emit(expr)
+        return self.cache[expr]
 
     def _emit(self, expr: sympy.Expr) -> onnx.Value:
         op, get = self.emitter.op, self._expression

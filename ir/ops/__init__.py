@@ -6,6 +6,7 @@ from moec.ir.ops import (
     convolution,
     elementwise,
     extern_aten,
+    latent_attention,
     linear,
     linear_attention,
     moe,
@@ -19,6 +20,6 @@ from moec.ir.ops import (
 )
 
 __all__ = [
-    "attention", "call", "convolution", "elementwise", "extern_aten", "linear", "linear_attention", "moe", "norm",
-    "quant", "recurrent", "reduction", "rope", "tensor", "write",
+    "attention", "call", "convolution", "elementwise", "extern_aten", "latent_attention", "linear", "linear_attention",
+    "moe", "norm", "quant", "recurrent", "reduction", "rope", "tensor", "write",
 ]  # fmt: skip

@@ -103,10 +103,22 @@ class SinkBesideShared(Rewrite):
 
 
 @dataclass(frozen=True)
+class MeetTransposes(Rewrite):
+    """transpose(transpose(x)) → x"""
+
+    def pattern(self, p: Any, x: Any) -> Any:
+        return _transposed(p, _transposed(p, x))
+
+    def replace(self, b: Any, m: Match) -> Any:
+        return m.x
+
+
+@dataclass(frozen=True)
 class SinkTransposes(RuleSet):
     """Transposes of heads and sequence, down to attention. Not part of the default pipeline: elsewhere they are as
     good above."""
 
     rules: tuple[Rewrite, ...] = (
         SinkBelowSplit(2), SinkBelowSplit(3), SinkBelowNorm(), SinkBelowRoPE(), SinkBelowConcat(), SinkBesideShared(),
+        MeetTransposes(),
     )  # fmt: skip

@@ -46,13 +46,23 @@ class AbsorbMLA(Rewrite):
     def when(self, m: Match) -> Refused | None:
         if m.w.weight is None:
             return m.no("the projection out of the latents is not a plain weight", at=m.w)
-        b, h, s, dn = m.q_nope.shape
+        return self._unlike(m) or self._too_many(m)
+
+    def _unlike(self, m: Match) -> Refused | None:
+        """Refuses what is no latent attention."""
+        b, h, _, dn = m.q_nope.shape
         t, r = m.latent.shape[-2:]
         dv = m.root.shape[3]
         if m.heads != (b, t, h, dn + dv) or m.sizes != (dn, dv) or m.w.shape != (h * (dn + dv), r):
             return m.no(f"{list(m.heads)} split into {m.sizes} are not keys and values of {h} heads", at=m.latent)
         if m.k_rope.shape != (b, 1, t, m.q_rope.shape[3]):
             return m.no(f"the rotated part {m.k_rope.type} of the keys is not one for all heads", at=m.k_rope)
+        return None
+
+    def _too_many(self, m: Match) -> Refused | None:
+        """Refuses what attends to more queries than it pays for."""
+        _, _, s, dn = m.q_nope.shape
+        r, dv = m.latent.shape[-1], m.root.shape[3]
         if not isinstance(s, int):
             return None if self.dynamic else m.no(f"the number of queries, {s}, is symbolic", at=m.q_nope)
         limit = self.max_queries

@@ -238,8 +238,10 @@ def test_attention_to_scores_of_minus_infinity_only_is_undefined_and_a_masked_ro
     assert undefined("attention.sdpa", [q, k[:, :, :1], k[:, :, :1], None, None], attrs)
     for mask in (torch.tensor([[[[True, False]]]]), torch.tensor([[[[0.0, -torch.inf]]]])):
         assert undefined("attention.sdpa", [q, k, k, mask, None], attrs)
-    for mask in (torch.tensor([[[[False, False]]]]), torch.full((1, 1, 1, 2), -torch.inf)):
-        assert not undefined("attention.sdpa", [q, k, k, mask, None], attrs)
+    closed = torch.tensor([[[[False, False]]]])
+    assert undefined("attention.sdpa", [q, k, k, closed, None], attrs)  # it hides a score that is not finite
+    assert not undefined("attention.sdpa", [q, k.clamp(-1), k, closed, None], attrs)
+    assert not undefined("attention.sdpa", [q, k, k, torch.full((1, 1, 1, 2), -torch.inf), None], attrs)
     assert not undefined("attention.sdpa", [q, k[:, :, :1], k[:, :, :1], None, torch.zeros(1)], attrs)
 
 

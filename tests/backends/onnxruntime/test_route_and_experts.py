@@ -112,7 +112,7 @@ OTHERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("form", "attrs"),
-    [(form, a) for form in ("unrolled", "loop") for a in SWIGLU + OTHERS] + [("moe", a) for a in SWIGLU],
+    [(form, a) for form in ("unrolled", "if", "loop", "dense") for a in SWIGLU + OTHERS] + [("moe", a) for a in SWIGLU],
     ids=str,
 )
 def test_forms_agree(form: str, attrs: dict[str, Any], rng: torch.Generator):
@@ -122,7 +122,7 @@ def test_forms_agree(form: str, attrs: dict[str, Any], rng: torch.Generator):
         agrees(exe, [torch.randn(t, D, generator=rng), torch.randn(t, E, generator=rng)])
 
 
-@pytest.mark.parametrize("form", ["unrolled", "loop"])
+@pytest.mark.parametrize("form", ["unrolled", "if", "loop", "dense"])
 def test_all_tokens_to_one_expert_or_twice_to_the_same(form: str, rng: torch.Generator):
     exe = compiled(experts_graph(rng, routed=False), experts=form)
     x, w = torch.randn(9, D, generator=rng), torch.randn(9, K, generator=rng)
@@ -208,7 +208,7 @@ def test_remap_then_experts(rng: torch.Generator):
         torch.testing.assert_close(once, replicated)
 
 
-@pytest.mark.parametrize("form", ["unrolled", "loop"])
+@pytest.mark.parametrize("form", ["unrolled", "if", "loop", "dense"])
 def test_one_bias_for_both_products(form: str, rng: torch.Generator):
     """Interleaved, so that it is reordered for the first and left for the second."""
     f, d, e = 3, 6, 4

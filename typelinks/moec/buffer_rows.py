@@ -1,0 +1,1 @@
+../../api/buffer_rows.py
