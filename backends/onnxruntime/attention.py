@@ -51,7 +51,10 @@ def _operator(e: Emitter, node: Node) -> onnx.Value:
         values = [e.value(x) for x in (q, k, v)]
     if node.attrs["causal"] and s != 1:
         closed = None if given_mask is None else _allowed(e, node)[0]
-        blocks = Causal(values[0], values[1], values[2], closed, s, t, 1 if flat else 2, attrs)
+        sizes = [(int(x.shape[1]), int(x.shape[3] * (x.shape[1] if flat else 1))) for x in (q, k, v)]
+        blocks = Causal(
+            values[0], values[1], values[2], closed, s, t, 1 if flat else 2, (sizes[0], sizes[1], sizes[2]), attrs
+        )
         y = blocks.emit(e, lambda: e.op("Attention", *values, mask, is_causal=int(causal), **attrs))
     else:
         y = e.op("Attention", *values, mask, **attrs)

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as onnx
+import sympy
 
 from moec.backends.onnxruntime.emit import Emitter
+from moec.backends.onnxruntime.sizes import at_least
 from moec.backends.onnxruntime.types import onnx_type
 from moec.ir import Dim, DType
+from moec.ir.dims import ceil_div, size
 
 SHORTEST = 64  # queries; fewer are one block
 BLOCKS = 4
@@ -20,7 +23,8 @@ BLOCKS = 4
 @dataclass(frozen=True, eq=False)
 class Causal:
     """Attention of q [B, H, S, D] to k, v [B, Hkv, T, …], or of q [B, S, H·D] to k, v [B, T, …], query i to keys up to
-    i + T − S. `mask`: bool [..., S, T], causal already, or None; `axis`: the sequence's; `attrs`: of Attention."""
+    i + T − S. `mask`: bool [..., S, T], causal already, or None; `axis`: the sequence's; `sizes`: of q, k, v the
+    heads and the width of the last axis; `attrs`: of Attention."""
 
     q: onnx.Value
     k: onnx.Value
@@ -29,59 +33,59 @@ class Causal:
     s: int | Dim
     t: int | Dim
     axis: int
+    sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     attrs: dict[str, Any]
 
     def emit(self, e: Emitter, whole: Any) -> onnx.Value:
         """`whole()` emits it as one operator."""
         if isinstance(self.s, int) and self.s <= SHORTEST:
             return whole()
-        key = ("blocks", self.s, self.t)
-        if key not in e.memo:
-            e.memo[key] = self._bounds(e)
+        bounds = self._bounds()
+        for n in {n for block in bounds for n in block}:  # outside of the branches
+            e.sizes.one(n)
         if isinstance(self.s, int):
-            return self._blocks(e, *e.memo[key])
+            return self._blocks(e, bounds)
         long = ("long", self.s)
         if long not in e.memo:
             e.memo[long] = e.op("Greater", e.sizes.one(self.s), np.array([SHORTEST]))
-        with e.body() as several:
-            blocks = self._blocks(e, *e.memo[key])
-        with e.body() as single:
-            one = whole()
-        for out in (blocks, one):
-            out.type = onnx.TensorType(onnx_type(DType.F32))
-        return e.op(
-            "If",
-            e.memo[long],
-            then_branch=onnx.Graph([], [blocks], nodes=several, name=e.unique("blocks")),
-            else_branch=onnx.Graph([], [one], nodes=single, name=e.unique("whole")),
-        )
+        return e.either(e.memo[long], lambda: self._blocks(e, bounds), whole, DType.F32)
 
-    def _bounds(self, e: Emitter) -> tuple[onnx.Value, tuple[onnx.Value, ...], tuple[onnx.Value, ...]]:
-        """How many queries the blocks have, i64[BLOCKS]; where each begins, and how many keys it sees, i64[1] each."""
-        length, shift = e.sizes.one(self.s), e.sizes.one(self.t - self.s)
-        rows = e.op("Div", e.op("Add", length, np.array([BLOCKS - 1])), np.array([BLOCKS]))
-        ends = e.op("Min", e.op("Mul", rows, np.arange(1, BLOCKS + 1)), length)
-        starts = e.op("Min", e.op("Mul", rows, np.arange(BLOCKS)), length)
-        seen = e.op("Max", e.op("Add", ends, shift), np.array([1]))  # none may be seen: all are masked
-        each = (e.op("Split", bounds, outputs=BLOCKS, axis=0, num_outputs=BLOCKS) for bounds in (starts, seen))
-        return e.op("Sub", ends, starts), *each
+    def _bounds(self) -> list[tuple[int | Dim, int | Dim, int | Dim]]:
+        """Of each block its first query, the one after its last, and how many keys it sees; none is empty where there
+        are more than SHORTEST queries."""
+        rows, more = ceil_div(self.s, BLOCKS), self.t - self.s
+        ends = [*(rows * i for i in range(1, BLOCKS)), self.s]
+        starts = [0, *ends[:-1]]
+        seen = [end + more if at_least(self.t, self.s) else _positive(end + more) for end in ends[:-1]]
+        return list(zip(starts, ends, [*seen, self.t], strict=True))
 
-    def _blocks(
-        self, e: Emitter, counts: onnx.Value, starts: tuple[onnx.Value, ...], seen: tuple[onnx.Value, ...]
-    ) -> onnx.Value:
+    def _blocks(self, e: Emitter, bounds: list[tuple[int | Dim, int | Dim, int | Dim]]) -> onnx.Value:
         parts = []
-        axis, first, shift = np.array([self.axis]), np.array([0]), e.sizes.one(self.t - self.s)
-        for i, q in enumerate(e.op("Split", self.q, counts, outputs=BLOCKS, axis=self.axis)):
-            k, v = (x if i == BLOCKS - 1 else e.op("Slice", x, first, seen[i], axis) for x in (self.k, self.v))
+        for start, end, seen in bounds:
+            q = self._part(e, self.q, start, end, self.sizes[0])
+            k, v = (
+                x if seen == self.t else self._part(e, x, 0, seen, sizes)
+                for x, sizes in zip((self.k, self.v), self.sizes[1:], strict=True)
+            )
             if self.mask is not None:
-                end = e.op("Add", starts[i], e.op("Slice", counts, np.array([i]), np.array([i + 1])))
-                begin, until = (e.op("Concat", *pair, axis=0) for pair in ((starts[i], first), (end, seen[i])))
+                begin, until = e.sizes.vector((start, 0)), e.sizes.vector((end, seen))
                 mask = e.op("Slice", self.mask, begin, until, np.array([-2, -1]))
             else:
-                at = e.op("Squeeze", e.op("Add", starts[i], shift), first)
-                end = e.op("Add", at, e.op("Squeeze", e.op("Slice", counts, np.array([i]), np.array([i + 1])), first))
-                queries = e.op("Unsqueeze", e.op("Range", at, end, np.int64(1)), np.array([1]))
-                keys = e.op("Range", np.int64(0), e.op("Squeeze", seen[i], first), np.int64(1))
-                mask = e.op("LessOrEqual", keys, queries)
+                more = self.t - self.s
+                queries = e.op("Range", e.sizes.scalar(start + more), e.sizes.scalar(end + more), np.int64(1))
+                mask = e.op("LessOrEqual", e.sizes.range(seen), e.op("Unsqueeze", queries, np.array([1])))
             parts.append(e.op("Attention", q, k, v, mask, **self.attrs))
         return e.op("Concat", *parts, axis=self.axis)
+
+    def _part(self, e: Emitter, x: onnx.Value, start: int | Dim, end: int | Dim, sizes: tuple[int, int]) -> onnx.Value:
+        part = e.op("Slice", x, e.sizes.one(start), e.sizes.one(end), np.array([self.axis]))
+        # shape inference takes what it does not know of them for 0
+        heads, width = sizes
+        part.type = onnx.TensorType(onnx_type(DType.F32))
+        part.shape = onnx.Shape([None, *([heads] if self.axis == 2 else []), None, width])
+        return part
+
+
+def _positive(n: int | Dim) -> int | Dim:
+    """At least 1: where no key may be seen, all are masked."""
+    return max(n, 1) if isinstance(n, int) else size(sympy.Max(n.expr, 1))

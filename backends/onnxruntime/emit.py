@@ -24,6 +24,7 @@ from moec.ir.fp8 import E5M2
 from moec.ir.literals import literal
 
 MICROSOFT = "com.microsoft"
+SAME = "moec.same"  # metadata of an If whose branches mean the same: the plain one
 COMPACT = 1 << 14  # elements; smaller weights are not worth a cast in every run
 PIECE = 1 << 21  # elements that are widened at once
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -206,6 +207,29 @@ class Emitter:
                 for key in list(islice(reversed(memo), len(memo) - count)):
                     if any(_computed(x) for x in (key, memo[key])):
                         del memo[key]
+
+    def either(
+        self,
+        condition: onnx.Value,
+        then: Callable[[], onnx.Value],
+        otherwise: Callable[[], onnx.Value],
+        dtype: DType,
+        *,
+        plain: str = "else_branch",
+    ) -> onnx.Value:
+        """One of two ways to compute a value of `dtype`, chosen at run time. `plain` is the branch that the other
+        is faster than; the node says so, so that a reader of the model need not know both."""
+        branches = []
+        for make in (then, otherwise):
+            with self.body() as nodes:
+                result = make()
+            result.type = onnx.TensorType(onnx_type(dtype))
+            branches.append(onnx.Graph([], [result], nodes=nodes, name=self.unique(f"{self._scope}:branch")))
+        value: onnx.Value = self.op("If", condition, then_branch=branches[0], else_branch=branches[1])
+        node = value.producer()
+        assert node is not None
+        node.metadata_props[SAME] = plain
+        return value
 
     def constant(self, array: np.ndarray | np.generic) -> onnx.Value:
         """An initialiser; equal constants are shared."""

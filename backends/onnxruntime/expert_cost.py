@@ -1,10 +1,10 @@
 """What the forms of grouped experts cost on a CPU: time by token count, ONNX nodes, time to load a session.
 
-The model is linear. A product reads its weights once and then computes (the two barely overlap in ONNX Runtime's
-kernels: bytes / BANDWIDTH + FLOPs / PEAK), each node is dispatched, and each form adds what it does beside: packing
-weights, copying them out of a stack, multiplying what nobody asked for. Tokens choose experts evenly. Times are those
-of one core; the constants are fitted to `make bench-experts`, which prints predictions beside measurements. Choices
-depend on ratios only, which differ less between machines.
+The model is linear. A product reads its weights and then computes (the two barely overlap in ONNX Runtime's kernels:
+bytes / bandwidth + FLOPs / peak), each node is dispatched, and each form adds what it does beside: packing weights,
+copying them out of a stack, multiplying what nobody asked for. Tokens choose experts evenly. Times are those of one
+core; the constants are fitted to `make bench-experts`, which prints predictions beside measurements (most within 30%).
+Choices depend on ratios only, which differ less between machines.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# of one core; f32
-BANDWIDTH = 17e9  # bytes/s of weights that are not in a cache
-PEAK = 110e9  # FLOP/s
-PACK = 11e9  # bytes/s that com.microsoft.MoE packs, of experts with two rows at least
-COPY = 8e9  # bytes/s that a Gather takes a matrix out of the stack with
-NODE = 1.7e-6  # s to dispatch a node
-PART = 1.3e-6  # s of a product without rows, its share of Split and Concat with it
-BRANCH = 3.5e-6  # s of an If
-STEP = 14e-6  # s of a step of a Loop, its nodes with it
-# com.microsoft.QMoE by bits: bytes/s of codes and scales, FLOP/s
-QMOE = {8: (7.0e9, 45e9), 4: (7.0e9, 60e9)}
-# com.microsoft.MatMulNBits
-NBITS = {8: (11e9, 45e9), 4: (8e9, 60e9)}
-# s to load a graph of n nodes: n · LOAD + n² · LOAD_SQUARED
-LOAD = 60e-6
-LOAD_SQUARED = 3e-9
+# of one core, in f32
+READ_ROW = 24e9  # bytes/s of weights that one row is multiplied with
+READ_ROWS = 13e9  # bytes/s of those that several are
+PEAK = 160e9  # FLOP/s
+READ_ALL, PEAK_ALL = 14e9, 99e9  # of products of all experts at once
+NODE = 0.8e-6  # s to dispatch a node
+PART = 1.25e-6  # s of a product without rows, its share of Split and Concat with it
+BRANCH = 4.8e-6  # s of an If
+STEP = 8.6e-6  # s of a step of a Loop, its nodes with it
+MOVE = 0.7e-9  # s for each number that is gathered, activated or added up
+PACK = 21e9  # bytes/s that com.microsoft.MoE packs, of experts that several rows go to
+SWIGLU = 25e-9  # s for each number that it activates
+COPY = 11e9  # bytes/s that a matrix is taken out of the stack with
+# with stored integers, by bits: bytes/s of codes, FLOP/s, s for each number that is activated, rounded or moved
+QMOE = {8: (20e9, 170e9, 9.5e-9), 4: (19e9, 124e9, 10e-9)}
+NBITS = {8: (21e9, 175e9, 1.5e-9), 4: (22e9, 117e9, 1.6e-9)}  # com.microsoft.MatMulNBits
+QMOE_CALL, MOE_CALL = 17e-6, 25e-6  # s
+
+LOAD, LOAD_SQUARED = 0.18e-3, 4.4e-9  # s to load a graph of n nodes: n · LOAD + n² · LOAD_SQUARED
 LOAD_WORTH = 10.0  # s of loading that weigh as much as being slower by the time of the fastest form
 
 TOKENS = (1, 8, 64, 512)
@@ -98,25 +101,29 @@ def nodes(form: str, layer: Layer) -> int:
 
 def seconds(form: str, layer: Layer, tokens: int) -> float:
     """A layer's time for so many tokens."""
-    size, flops = layer.weights * layer.itemsize, 2 * layer.weights * tokens * layer.k
-    used = layer.used(tokens)
-    read = used * size / BANDWIDTH + flops / PEAK
+    size, rows = layer.weights * layer.itemsize, tokens * layer.k
+    used, several, flops = layer.used(tokens), layer.used_twice(tokens), 2 * layer.weights * rows
+    moved = rows * (5 * layer.width + 3 * layer.hidden)
     if layer.bits is not None and form in ("moe", "unrolled", "if"):
         rates = (QMOE if form == "moe" else NBITS)[layer.bits]
-        read = used * size * layer.bits / 32 / rates[0] + flops / rates[1]
+        read = used * layer.weights * layer.bits / 8 / rates[0] + flops / rates[1]
+        if form == "moe":
+            return read + QMOE_CALL + rates[2] * rows * (layer.width + layer.hidden)
+        move = rates[2]
+    else:
+        read, move = (used - several) * size / READ_ROW + several * size / READ_ROWS + flops / PEAK, MOVE
     match form:
         case "unrolled":
-            return read + NODE * 24 + 2 * PART * layer.num
+            return read + move * moved + NODE * 24 + 2 * PART * layer.num
         case "if":
-            return read + NODE * (18 + 6 * used) + BRANCH * layer.num
+            return read + move * moved + NODE * (18 + 6 * used) + BRANCH * layer.num
         case "moe":
-            packed = 0.0 if layer.bits else layer.used_twice(tokens) * size / PACK
-            return read + packed + NODE * 9
+            return read + several * size / PACK + SWIGLU * rows * layer.hidden + MOE_CALL
         case "loop":
-            return read + used * size / COPY + NODE * 24 + STEP * used
+            return read + move * moved + used * size / COPY + NODE * 24 + STEP * used
         case "dense":
-            every = layer.num * (size / BANDWIDTH + 2 * layer.weights * tokens / PEAK)
-            return every + NODE * 20
+            products = size / READ_ALL + 2 * layer.weights * tokens / PEAK_ALL
+            return layer.num * (products + MOVE * tokens * (layer.width + 3 * layer.hidden)) + NODE * 20
     raise ValueError(form)
 
 

@@ -57,10 +57,11 @@ _ONNX_NODES = 2  # of an IR node
 
 def _refused(e: Emitter, spec: Spec, form: str) -> str | None:
     """Why a form is not possible; None where it is."""
+    as_stored = spec.nbits and not e.options.portable  # products take integers as they are
+    if e.options.compact and form != "if" and not (as_stored and form in ("unrolled", "moe")):
+        return "all experts would be in f32 at once, memory='fp8' keeps them in 8 bits"
     if form == "moe":
         return unsuitable(e, spec)
-    if e.options.compact and form != "if" and not (spec.nbits and form == "unrolled"):
-        return "all experts would be in f32 at once, memory='fp8' keeps them in 8 bits"
-    if spec.nbits and not e.options.portable and form != "unrolled" and e.options.experts == "auto":
+    if as_stored and form != "unrolled" and e.options.experts == "auto":
         return "it takes weights in f32, these are stored integers"
     return None

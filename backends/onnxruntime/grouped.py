@@ -132,19 +132,11 @@ def _joined(e: Emitter, parts: list[onnx.Value]) -> onnx.Value:
 def _where(
     e: Emitter, used: onnx.Value, part: onnx.Value, index: int, one: PerExpert, width: int, dtype: DType
 ) -> onnx.Value:
-    with e.body() as busy:
-        result = one(part, index)
-    with e.body() as idle:
+    def nothing() -> onnx.Value:
         zero = onnx.tensor(np.zeros(1, numpy_type(dtype)))
-        nothing = e.op("ConstantOfShape", np.array([0, width], np.int64), value=zero)
-    for out in (result, nothing):
-        out.type = onnx.TensorType(onnx_type(dtype))
-    return e.op(
-        "If",
-        used,
-        then_branch=onnx.Graph([], [result], nodes=busy, name=e.unique("used")),
-        else_branch=onnx.Graph([], [nothing], nodes=idle, name=e.unique("idle")),
-    )
+        return e.op("ConstantOfShape", np.array([0, width], np.int64), value=zero)
+
+    return e.either(used, lambda: one(part, index), nothing, dtype, plain="then_branch")
 
 
 def by_loop(e: Emitter, x: onnx.Value, counts: onnx.Value, one: PerExpert, dtype: DType) -> onnx.Value:

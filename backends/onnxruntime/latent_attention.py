@@ -9,7 +9,7 @@ import onnx_ir as onnx
 from moec.backends.onnxruntime.attention import allowed_by
 from moec.backends.onnxruntime.backend import backend
 from moec.backends.onnxruntime.emit import MICROSOFT, Emitter, given
-from moec.backends.onnxruntime.types import carrier, onnx_type
+from moec.backends.onnxruntime.types import carrier
 from moec.ir import Builder, DType, Graph, Node, Value
 
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -32,18 +32,7 @@ def latent(e: Emitter, node: Node) -> onnx.Value:
         length, keys = e.sizes.one(s), e.sizes.one(t)
         each = e.op("Add", e.op("Mul", keys, np.array([more])), np.array([project]))
         e.memo[key] = e.op("Less", e.op("Mul", length, each), e.op("Mul", keys, np.array([project])))
-    with e.body() as few:
-        absorbed = _absorbed(e, node, before)
-    with e.body() as many:
-        expanded = _expanded(e, node)
-    for out in (absorbed, expanded):
-        out.type = onnx.TensorType(onnx_type(node.result.dtype))
-    return e.op(
-        "If",
-        e.memo[key],
-        then_branch=onnx.Graph([], [absorbed], nodes=few, name=e.unique("latents")),
-        else_branch=onnx.Graph([], [expanded], nodes=many, name=e.unique("keys")),
-    )
+    return e.either(e.memo[key], lambda: _absorbed(e, node, before), lambda: _expanded(e, node), node.result.dtype)
 
 
 class _Ready:

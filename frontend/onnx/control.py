@@ -14,6 +14,7 @@ from moec.ir import CompileError, Dim, DType, TensorType, Value
 if TYPE_CHECKING:
     from moec.frontend.onnx.importer import Importer
 
+SAME = "moec.same"  # of an If that we wrote: its branches mean the same, and this is the plain one
 MOST_ITERATIONS = 64  # unrolled; longer loops stay loops
 MOST_NODES = 20_000  # of a model whose loops are unrolled
 
@@ -22,6 +23,8 @@ def inlined(importer: Importer, node: onnx_ir.Node, operands: list[Value | None]
     """The results of a branch that is always taken, or of a loop unrolled; None where that is not known."""
     c = importer.context
     if node.op_type == "If":
+        if node.metadata_props.get(SAME) in ("then_branch", "else_branch"):
+            return list(_body(importer, node.attributes[node.metadata_props[SAME]].as_graph(), []))
         condition = c.array(operands[0])
         if condition is None or condition.size != 1:
             return None

@@ -150,6 +150,18 @@ def combine_rows(factors: Value) -> Routing | None:
     return combine_matrix(flipped.operands[0])
 
 
+def chosen_rows(mask: Value, experts: Value) -> bool:
+    """Whether a mask [E, T, 1] holds where a token chose an expert: where ones scattered to `experts` are more than 0."""
+    flipped = producer(through(mask, "tensor.reshape"), "tensor.transpose")
+    if flipped is None or flipped.attrs["perm"] != (1, 0) or mask.shape != (*flipped.results[0].shape, 1):
+        return False
+    above = producer(flipped.operands[0], "math.gt")
+    if above is None or not is_filled(above.operands[1], 0):
+        return False
+    routing = combine_matrix(above.operands[0])
+    return routing is not None and is_filled(routing[0], 1) and routing[1] is experts
+
+
 def same_rows(v: Value, tokens: Any) -> Value | None:
     """The rows [tokens, d], perhaps as [1, tokens, d], which v repeats for every expert: v is [tokens, d],
     [E, tokens, d], or [E·tokens, d] with the experts outermost; axes of size 1 may stand between. None where v is

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.passes.moe import expert_weights
-from moec.passes.moe.combine import Routing, combine_rows, distinct, expert_ids, flat, same_rows
-from moec.passes.moe.structure import narrowed, reshaped
+from moec.passes.moe.combine import Routing, chosen_rows, combine_rows, distinct, expert_ids, flat, same_rows
+from moec.passes.moe.structure import is_filled, narrowed, reshaped
 from moec.passes.moe.units import gated_unit, unit_attrs, why_not_halves
 from moec.passes.rewrite import Match, Refused, Rewrite
 
@@ -41,16 +41,19 @@ def _tokens(routing: Routing) -> Any:
 
 @dataclass(frozen=True)
 class DenseExperts(Rewrite):
-    """Σ_e combine[:, e] · mlp_e(x) with stacked weights, biased or not → moe.experts"""
+    """Σ_e combine[:, e] · mlp_e(x) with stacked weights, biased or not, perhaps 0 where e is not chosen → moe.experts"""
 
     def pattern(self, p: Any, rows: Any, factors: Any) -> Any:
         y = p.maybe(lambda v: p.reshape(v, shape=p.attr()), _batched_mlp(p, rows, biased=True))
-        return p.sum(p.mul(y, factors), axes=(-3,))
+        chosen = p.maybe(lambda v: p.where(p.any("chosen"), v, p.any("zero")), p.mul(y, factors))
+        return p.sum(chosen, axes=(-3,))
 
     def when(self, m: Match) -> Refused | None:
         routing = combine_rows(m.factors)
         if routing is None:
             return m.no("the factors are not a routing's combine matrix", at=m.factors)
+        if m.get("chosen") is not None and not (is_filled(m.zero, 0) and chosen_rows(m.chosen, routing[1])):
+            return m.no("it leaves out others than those that were not chosen", at=m.chosen)
         x = same_rows(m.rows, _tokens(routing))
         if x is None or x.type.with_shape(m.root.shape) != m.root.type:
             return m.no(f"{m.rows.type} are not the same rows for every expert", at=m.rows)

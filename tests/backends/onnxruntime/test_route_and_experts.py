@@ -1,4 +1,4 @@
-"""Routing rules, ties and NaN; the three forms of grouped experts."""
+"""Routing rules, ties and NaN; the forms of grouped experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from moec.backends.onnxruntime import experts as experts_lowering
 from moec.ir import ArgumentValueError, CompileError, Weight
 
 from .conftest import agrees, compiled, graph_of, typed, weight
@@ -147,15 +146,6 @@ def test_experts_in_other_dtypes(dtype: str, rtol: float, memory: str, rng: torc
     x, w = torch.randn(5, D, generator=rng), torch.randn(5, K, generator=rng)
     like = {"bf16": torch.bfloat16, "f64": torch.float64}[dtype]
     agrees(exe, [x.to(like), w.to(like), torch.randint(0, E, (5, K), generator=rng)], rtol=rtol)
-
-
-def test_form_is_chosen_by_the_number_of_experts(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch):
-    assert compiled(experts_graph(rng)).stats["forms"] == {"experts.unrolled": 1}
-    monkeypatch.setattr(experts_lowering, "UNROLL_LIMIT", E - 1)
-    assert compiled(experts_graph(rng)).stats["forms"] == {"experts.moe": 1}
-    assert compiled(experts_graph(rng), portable=True).stats["forms"] == {"experts.loop": 1}
-    assert compiled(experts_graph(rng, routed=False)).stats["forms"] == {"experts.loop": 1}
-    assert compiled(experts_graph(rng, activation="relu")).stats["forms"] == {"experts.loop": 1}
 
 
 def test_moe_operator_is_refused_where_it_computes_something_else(rng: torch.Generator):
