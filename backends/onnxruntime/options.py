@@ -17,15 +17,18 @@ class Options:
     """`portable`: standard ONNX operators only. `experts`: the form of `moe.experts`; "auto" takes the
     cheapest (see expert_forms.choose). `memory`: "fast" folds weights to f32 once, at load, and holds them in the
     layouts that its kernels multiply fastest; "fp8" keeps them as they are stored, in 8 or 16 bits, and widens each
-    where it is used, in every run; "mapped" reads them in f32 from a memory-mapped file and copies none."""
+    where it is used, in every run; "mapped" reads them in f32 from a memory-mapped file and copies none. `huge_pages`:
+    ask Linux for huge pages for what the session holds (see huge_pages.py)."""
 
     portable: bool = False
     experts: str = "auto"
     memory: str = "fast"
+    huge_pages: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.portable, bool):
-            raise ArgumentValueError(f"option portable={self.portable!r} is not True or False", code="options")
+        for name in ("portable", "huge_pages"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ArgumentValueError(f"option {name}={value!r} is not True or False", code="options")
         if self.experts not in EXPERTS:
             raise ArgumentValueError(
                 f"option experts={self.experts!r}", code="options", hint=f"one of {', '.join(EXPERTS)}"
@@ -34,7 +37,7 @@ class Options:
             raise ArgumentValueError(
                 f"option memory={self.memory!r}", code="options", hint=f"one of {', '.join(MEMORY)}"
             )
-        if self.memory == "fp8" and self.experts not in ("auto", "if"):
+        if self.memory == "fp8" and self.experts not in ("auto", "unrolled", "if"):
             raise ArgumentValueError(
                 f"experts={self.experts!r} needs all experts in f32 at once, memory='fp8' keeps them in 8 bits",
                 code="options",

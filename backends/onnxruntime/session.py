@@ -14,6 +14,7 @@ import torch
 
 from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.errors import serialising, wrapped
+from moec.backends.onnxruntime.huge_pages import huge_pages
 from moec.backends.onnxruntime.lower import Interface, Lowered
 from moec.backends.onnxruntime.memory import give_back
 from moec.backends.onnxruntime.options import Options
@@ -159,11 +160,12 @@ def open_session(
     """Raises CompileError naming the IR op that ONNX Runtime refuses."""
     model = source if isinstance(source, bytes) else str(source)
     try:
-        return onnxruntime.InferenceSession(
-            model,
-            session_options(threads, options, optimised),
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=[*_BROKEN, *(["ConstantFolding"] if options.compact else [])],
-        )
+        with huge_pages(options.huge_pages):
+            return onnxruntime.InferenceSession(
+                model,
+                session_options(threads, options, optimised),
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[*_BROKEN, *(["ConstantFolding"] if options.compact else [])],
+            )
     except Exception as error:  # as above
         raise wrapped(error, sources, "loading") from error

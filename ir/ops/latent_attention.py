@@ -57,7 +57,8 @@ class LatentAttention:
         wide = torch.float64 if self.q_nope.dtype == torch.float64 else torch.float32
         b, _, h, dn = self.q_nope.shape
         t = self.latent.shape[2]
-        kv = (self.latent.to(wide) @ self.weight.to(wide).T).to(self.latent.dtype).reshape(b, t, h, -1).transpose(1, 2)
+        kv = (self.latent.to(wide) @ self.weight.to(wide).T).to(self.latent.dtype)
+        kv = kv.reshape(b, t, h, self.weight.shape[0] // h).transpose(1, 2)
         found: Any = object.__new__(ScaledDotProductAttention)
         found.q = torch.cat((self.q_nope, self.q_rope), -1).transpose(1, 2)
         found.k = torch.cat((kv[..., :dn], self.k_rope.expand(b, h, t, -1)), -1)

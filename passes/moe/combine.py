@@ -151,7 +151,7 @@ def combine_rows(factors: Value) -> Routing | None:
 
 
 def chosen_rows(mask: Value, experts: Value) -> bool:
-    """Whether a mask [E, T, 1] holds where a token chose an expert: where ones scattered to `experts` are more than 0."""
+    """Whether a mask [E, T, 1] holds where tokens chose an expert: where ones scattered to `experts` are above 0."""
     flipped = producer(through(mask, "tensor.reshape"), "tensor.transpose")
     if flipped is None or flipped.attrs["perm"] != (1, 0) or mask.shape != (*flipped.results[0].shape, 1):
         return False

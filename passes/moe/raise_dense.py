@@ -41,7 +41,7 @@ def _tokens(routing: Routing) -> Any:
 
 @dataclass(frozen=True)
 class DenseExperts(Rewrite):
-    """Σ_e combine[:, e] · mlp_e(x) with stacked weights, biased or not, perhaps 0 where e is not chosen → moe.experts"""
+    """Σ_e combine[:, e] · mlp_e(x) with stacked weights, perhaps 0 where e is not chosen → moe.experts"""
 
     def pattern(self, p: Any, rows: Any, factors: Any) -> Any:
         y = p.maybe(lambda v: p.reshape(v, shape=p.attr()), _batched_mlp(p, rows, biased=True))
