@@ -67,15 +67,16 @@ class Causal:
                 x if seen == self.t else self._part(e, x, 0, seen, sizes)
                 for x, sizes in zip((self.k, self.v), self.sizes[1:], strict=True)
             )
-            if self.mask is not None:
-                begin, until = e.sizes.vector((start, 0)), e.sizes.vector((end, seen))
-                mask = e.op("Slice", self.mask, begin, until, np.array([-2, -1]))
-            else:
-                more = self.t - self.s
-                queries = e.op("Range", e.sizes.scalar(start + more), e.sizes.scalar(end + more), np.int64(1))
-                mask = e.op("LessOrEqual", e.sizes.range(seen), e.op("Unsqueeze", queries, np.array([1])))
-            parts.append(e.op("Attention", q, k, v, mask, **self.attrs))
+            parts.append(e.op("Attention", q, k, v, self._mask(e, start, end, seen), **self.attrs))
         return e.op("Concat", *parts, axis=self.axis)
+
+    def _mask(self, e: Emitter, start: int | Dim, end: int | Dim, seen: int | Dim) -> onnx.Value:
+        if self.mask is not None:
+            begin, until = e.sizes.vector((start, 0)), e.sizes.vector((end, seen))
+            return e.op("Slice", self.mask, begin, until, np.array([-2, -1]))
+        more = self.t - self.s
+        queries = e.op("Range", e.sizes.scalar(start + more), e.sizes.scalar(end + more), np.int64(1))
+        return e.op("LessOrEqual", e.sizes.range(seen), e.op("Unsqueeze", queries, np.array([1])))
 
     def _part(self, e: Emitter, x: onnx.Value, start: int | Dim, end: int | Dim, sizes: tuple[int, int]) -> onnx.Value:
         part = e.op("Slice", x, e.sizes.one(start), e.sizes.one(end), np.array([self.axis]))

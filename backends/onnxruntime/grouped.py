@@ -110,7 +110,7 @@ class ExpertWeights:
 
 def by_split(e: Emitter, x: onnx.Value, counts: onnx.Value, num: int, one: PerExpert) -> onnx.Value:
     """`one` of every group of rows of x [R, …], counts i64[num] of which add up to R; empty groups too."""
-    parts = e.op("Split", x, counts, outputs=num, axis=0) if num > 1 else (x,)
+    parts = _parts(e, x, counts, num)
     return _joined(e, [one(part, i) for i, part in enumerate(parts)])
 
 
@@ -118,11 +118,17 @@ def by_if(
     e: Emitter, x: onnx.Value, counts: onnx.Value, num: int, one: PerExpert, width: int, dtype: DType
 ) -> onnx.Value:
     """As `by_split`, but nothing runs of groups without rows. `one` gives [rows, width] of `dtype`."""
+    parts = _parts(e, x, counts, num)
     if num == 1:
-        return one(x, 0)
-    parts = e.op("Split", x, counts, outputs=num, axis=0)
+        return one(parts[0], 0)
     flags = e.op("Split", e.op("Greater", counts, np.int64(0)), outputs=num, axis=0, num_outputs=num)
     return _joined(e, [_where(e, flags[i], part, i, one, width, dtype) for i, part in enumerate(parts)])
+
+
+def _parts(e: Emitter, x: onnx.Value, counts: onnx.Value, num: int) -> tuple[onnx.Value, ...]:
+    """The groups; of one too, so that counts which are wrong are an error."""
+    parts: Any = e.op("Split", x, counts, outputs=num, axis=0)
+    return parts if num > 1 else (parts,)
 
 
 def _joined(e: Emitter, parts: list[onnx.Value]) -> onnx.Value:

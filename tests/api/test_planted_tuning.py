@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -96,8 +95,8 @@ def test_attention_of_heads_side_by_side_is_named(model, mode, monkeypatch):
     """The blocks of queries, as they are where the transposes have gone into the attention."""
     right = attention_blocks.Causal._blocks
 
-    def wrong(self: Any, e: Any) -> Any:
-        y = right(self, e)
+    def wrong(self: Any, e: Any, bounds: Any) -> Any:
+        y = right(self, e, bounds)
         return scaled(1.02)(e, y) if self.axis == 1 else y
 
     monkeypatch.setattr(attention_blocks.Causal, "_blocks", wrong)
@@ -116,8 +115,8 @@ def test_attention_in_blocks_is_named(model, mode, monkeypatch):
     """With a bug in both forms it is the model's own node, and not one that tuning made."""
     right = attention_blocks.Causal._mask
 
-    def wrong(self: Any, e: Any, start: Any, *others: Any) -> Any:
-        return right(self, e, e.op("Add", start, np.array([1])), e.op("Add", others[0], np.array([1])), *others[1:])
+    def wrong(self: Any, e: Any, start: Any, end: Any, seen: Any) -> Any:
+        return right(self, e, start + 1, end + 1, seen)
 
     monkeypatch.setattr(attention_blocks.Causal, "_mask", wrong)
     monkeypatch.setattr(attention_blocks, "SHORTEST", 8)

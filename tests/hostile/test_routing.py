@@ -188,7 +188,8 @@ def narrow_routes(setup: str, dtype: str, attrs: dict[str, Any]) -> None:
 # E, d, f, k
 SIZES = [(1, 8, 4, 1), (5, 20, 12, 2), (4, 8, 8, 4), (512, 8, 4, 3)]
 # per setup the forms of the lowering
-FORMS = [(s, f) for s in SETUPS for f in (("unrolled", "loop") if SETUPS[s][0] == "onnxruntime" else ("",))]
+_FORMS = {"onnxruntime": ("unrolled", "if", "loop", "dense"), "portable": ("unrolled", "loop")}
+FORMS = [(s, f) for s in SETUPS for f in _FORMS.get(s, ("",))]
 KINDS = ("plain", "w8a8", "weight-only")
 
 

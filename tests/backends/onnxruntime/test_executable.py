@@ -208,8 +208,8 @@ def test_what_has_no_f64_kernel_is_refused():
 def test_unknown_option_is_an_error(rng: torch.Generator):
     with pytest.raises(ArgumentValueError, match="no option 'portabel'"):
         compiled(mlp(rng), portabel=True)
-    with pytest.raises(ArgumentValueError, match="experts='dense'"):
-        compiled(mlp(rng), experts="dense")
+    with pytest.raises(ArgumentValueError, match="experts='best'"):
+        compiled(mlp(rng), experts="best")
 
 
 def test_portable_has_standard_operators_only(tmp_path: Path, rng: torch.Generator):
@@ -341,7 +341,7 @@ def test_corrupt_model(saved: tuple[Graph, Path], content: bytes):
         load(saved)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"experts": "dense"}', '{"bogus": 1}', '{"portable": "yes"}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"experts": "best"}', '{"bogus": 1}', '{"portable": "yes"}'])
 def test_corrupt_options(saved: tuple[Graph, Path], text: str):
     (saved[1] / "onnxruntime.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"onnxruntime\.json"):
@@ -369,5 +369,5 @@ def test_failed_save_leaves_nothing(tmp_path: Path, rng: torch.Generator):
 
 
 def test_options_are_json(saved: tuple[Graph, Path]):
-    expected = {"portable": True, "experts": "auto", "memory": "fast"}
+    expected = {"portable": True, "experts": "auto", "memory": "fast", "huge_pages": True}
     assert json.loads((saved[1] / "onnxruntime.json").read_text()) == expected
