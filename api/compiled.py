@@ -12,7 +12,7 @@ import torch
 from moec.frontend import Signature
 from moec.generation import UNSET, Generator, no_generation
 from moec.ir import ArgumentTypeError, ArgumentValueError, CompileError, Graph
-from moec.ir.interpreter import bind_inputs
+from moec.ir.interpreter import MOST_KEYS, bind_inputs, call_key
 from moec.program import Program, Settings
 from moec.report import Report
 from moec.sampling import Sampling
@@ -48,6 +48,7 @@ class CompiledModel:
         self._speculator = speculator
         self._make_speculator = make_speculator
         self._lock = threading.Lock()
+        self._accepted: set[Any] = set()  # kinds of calls that were found to be right
         self._seconds = seconds or {}
         self.tokenizer_json = tokenizer
 
@@ -65,7 +66,12 @@ class CompiledModel:
                 hint="moec.compile(model, args=(example, …)) makes it callable",
             )
         inputs = self._signature.flatten(args, kwargs)
-        self._signature.check_bounds(bind_inputs(self._program.graph, inputs))
+        key = call_key(inputs)
+        if key not in self._accepted:
+            self._signature.check_bounds(bind_inputs(self._program.graph, inputs))
+            if len(self._accepted) >= MOST_KEYS:
+                self._accepted.clear()
+            self._accepted.add(key)
         with torch.no_grad():
             return self._signature.unflatten(self._program.executable.run(inputs))
 

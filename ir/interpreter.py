@@ -42,6 +42,14 @@ def bind_inputs(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
     return bind([(str(v.name), v.shape, tuple(t.shape)) for v, t in zip(graph.inputs, inputs, strict=True)])
 
 
+MOST_KEYS = 256  # calls of other shapes that are remembered
+
+
+def call_key(inputs: Sequence[Any]) -> Any:
+    """What `bind_inputs` goes by, to remember what it found."""
+    return tuple([(t.shape, t.dtype, t.layout, t.is_meta) if isinstance(t, torch.Tensor) else type(t) for t in inputs])
+
+
 def plain_tensor(name: str | None, tensor: torch.Tensor) -> torch.Tensor:
     """An argument without its subclass and its gradient. Raises ArgumentTypeError where it has no dense data."""
     kind = None

@@ -16,11 +16,11 @@ from moec.backends.onnxruntime import artifact
 from moec.backends.onnxruntime.lower import Lowered, lower
 from moec.backends.onnxruntime.memory import fitting
 from moec.backends.onnxruntime.options import Options
-from moec.backends.onnxruntime.session import Optimised, Session, open_session, start
+from moec.backends.onnxruntime.session import Optimised, Session, check_derived, open_session, start
 from moec.backends.onnxruntime.types import carrier
 from moec.backends.onnxruntime.warm import cached
 from moec.ir import CompileError, Graph, Value
-from moec.ir.interpreter import bind_inputs
+from moec.ir.interpreter import MOST_KEYS, bind_inputs, call_key
 
 
 @dataclass(eq=False)
@@ -37,6 +37,7 @@ class OnnxExecutable(Executable):
     cache: Cache | None = None
     _tapped: tuple[tuple[Value, ...], Session] | None = field(default=None, repr=False)
     _empty: Session | None = field(default=None, repr=False)
+    _known: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def compile(
@@ -77,20 +78,32 @@ class OnnxExecutable(Executable):
         return OnnxExecutable(graph, options, threads, backend, session, figures, cache)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        binding = bind_inputs(self.graph, inputs)
-        session = self.session if self.session.interface.takes(binding) else self.empty_session
-        return session.run(self.graph, inputs, self.graph.outputs, binding)
+        session = self.session if self._fits(inputs) else self.empty_session
+        return session.run(self.graph, inputs, self.graph.outputs)
 
     def run_into(self, inputs: Sequence[torch.Tensor], into: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        binding = bind_inputs(self.graph, inputs)
         outputs = self.graph.outputs
         as_stored = all(
             t is None or (carrier(v.dtype) is v.dtype and t.dtype is v.dtype.torch and t.is_contiguous())
             for v, t in zip(outputs, into, strict=True)
         )
-        if not as_stored or not self.session.interface.takes(binding):
+        if not as_stored or not self._fits(inputs):
             return super().run_into(inputs, into)
-        return self.session.run_into(self.graph, inputs, outputs, binding, into)
+        return self.session.run_into(self.graph, inputs, outputs, into)
+
+    def _fits(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether the session takes these sizes (see `empty_session`). Raises as `run` does. What has been found for
+        shapes and dtypes is kept: a step of decoding takes a millisecond or two."""
+        key = call_key(inputs)
+        found = self._known.get(key)
+        if found is None:
+            binding = bind_inputs(self.graph, inputs)
+            check_derived(self.graph.outputs, binding)
+            found = self.session.interface.takes(binding)
+            if len(self._known) >= MOST_KEYS:
+                self._known.clear()
+            self._known[key] = found
+        return found
 
     def stream(
         self, inputs: Sequence[torch.Tensor], values: Sequence[Value], keep: Keep, budget: int = TAP_BUDGET
@@ -138,7 +151,8 @@ class OnnxExecutable(Executable):
             if not lowered.interface.takes(binding):
                 lowered = lower(self.graph, self.options, self.backend, list(inner), empty=True)
             self._tapped = inner, start(lowered, self.options, self.threads)
-        given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner], binding)
+        check_derived([*self.graph.outputs, *inner], binding)
+        given = self._tapped[1].run(self.graph, inputs, [*self.graph.outputs, *inner])
         found = dict(zip(inner, given[len(self.graph.outputs) :], strict=True))
         return {v: v.weight.load() if v.weight is not None else found[v] for v in wanted}
 

@@ -75,11 +75,8 @@ class Session:
     session: onnxruntime.InferenceSession
     interface: Interface
 
-    def run(
-        self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value], binding: Mapping[str, int]
-    ) -> list[torch.Tensor]:
-        """Outputs in the dtypes of `values`. binding: the sizes of symbols in the inputs, which the interface takes."""
-        check_derived(values, binding)
+    def run(self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
+        """Outputs in the dtypes of `values`, of inputs whose sizes the interface takes."""
         names = self.interface
         if not names.outputs:
             return []
@@ -98,11 +95,9 @@ class Session:
         graph: Graph,
         inputs: Sequence[torch.Tensor],
         values: Sequence[Value],
-        binding: Mapping[str, int],
         into: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor]:
         """The same with outputs in the memory of `into` where there is some; their dtypes are their carriers'."""
-        check_derived(values, binding)
         names, bound = self.interface, self.session.io_binding()
         held = [carried(t.detach().cpu(), v.dtype).contiguous() for v, t in zip(graph.inputs, inputs, strict=True)]
         for name, v, t in zip(names.inputs, graph.inputs, held, strict=True):
