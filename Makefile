@@ -7,7 +7,7 @@ WORKERS ?= 2
 PEERS := build/peers
 PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test test-large lint graphs matrix matrix-passes bench-passes bench-cpu bench-generate bench-load bench-large bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
+.PHONY: demo test test-large lint graphs matrix matrix-passes bench-passes bench-cpu bench-generate bench-experts bench-load bench-large bench-attention bench-memory bench-checkpoints bench-quality bench-integers bench-speculation check-gpu judges judges-full onnx-models fuzz fuzz-mutants tolerances clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -30,6 +30,10 @@ bench-cpu: $(PEERS_STAMP)
 # tokens a second on a cache of 512 tokens against transformers
 bench-generate: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python bench/cpu_generate.py
+
+# the forms of experts against each other and against the cost model
+bench-experts: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/experts.py
 
 # passes, lowering and loading of 8 to 61 layers with 256 experts each
 bench-load: $(STAMP)

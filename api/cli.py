@@ -13,7 +13,21 @@ from rich.console import Console
 from rich.table import Table
 
 from moec.cli_compare import compare
-from moec.cli_options import BackendName, Batch, Cache, Memory, Passes, Quantize, Seq, Source, Spec, Threads, passes_of
+from moec.cli_options import (
+    BackendName,
+    BackendOptions,
+    Batch,
+    Cache,
+    Memory,
+    Passes,
+    Quantize,
+    Seq,
+    Source,
+    Spec,
+    Threads,
+    options_of,
+    passes_of,
+)  # fmt: skip
 from moec.cli_passes import bisect, explain
 from moec.files import MANIFEST_LIMIT, read_regular, written_whole
 from moec.ir import ArgumentValueError, CompileError
@@ -55,6 +69,7 @@ def compile_(
     threads: Threads = None,
     memory: Memory = "fast",
     cache: Cache = None,
+    option: BackendOptions = None,
     fallback: Annotated[str, typer.Option(help="error, or reference for nodes the backend lacks")] = "error",
     dump: Annotated[Path | None, typer.Option(help="folder for the IR after every pass")] = None,
     report: Annotated[Path | None, typer.Option(help="write the report, .html or .json")] = None,
@@ -75,6 +90,7 @@ def compile_(
         threads=threads,
         memory=memory,
         cache=cache,
+        options=options_of(option),
         dump=dump,
     )
     compiled.save(out)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moec.ir import ArgumentValueError
+
 if TYPE_CHECKING:
     from moec.passes import Pass
 
@@ -34,6 +36,14 @@ Cache = Annotated[
         help="onnxruntime: a folder for optimised models, from which the same model starts sooner the next time",
     ),
 ]
+BackendOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="for onnxruntime: portable=true, experts=moe, huge_pages=false; repeatable",
+    ),
+]
 Quantize = Annotated[str | None, typer.Option(help="fp8, fp8-weight-only, int8 or int4")]
 Batch = Annotated[int, typer.Option(min=1, help="example batch size")]
 Seq = Annotated[int, typer.Option(min=1, help="example sequence length")]
@@ -54,3 +64,15 @@ def passes_of(texts: list[str] | None) -> list[Pass]:
     from moec.passes import parse_passes
 
     return [p for text in texts or () for p in parse_passes(text)]
+
+
+def options_of(texts: list[str] | None) -> dict[str, object] | None:
+    """The options of repeated --option NAME=VALUE; true and false are no texts. Raises ArgumentValueError."""
+    found: dict[str, object] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals) or name in found:
+            what = "is there twice" if name in found else "is no NAME=VALUE"
+            raise ArgumentValueError(f"--option {text!r} {what}", code="options")
+        found[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return found or None

@@ -52,6 +52,7 @@ def compile(
     threads: int | None = None,
     memory: str = "fast",
     cache: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> CompiledModel:
     """Compile a model for a backend.
 
@@ -78,6 +79,8 @@ def compile(
         each of them, and other backends hold FP8 weights in 8 bits.
     cache: for onnxruntime, a folder for optimised models, shared by processes; None keeps none. Compiling the same
         model again, or loading it, then starts from there (docs/starting.md); the report says whether it did.
+    options: what else the backend can be told, for onnxruntime: "portable" (standard ONNX operators only), "experts"
+        (the form of experts) and "huge_pages"; see docs/speed-on-cpu.md.
 
     A module is compiled as it is in evaluation, with a warning where it is in training mode and has dropout or batch
     norms. Weights are shared with the model, not copied; they must not change once the compiled model has run. Raises
@@ -95,6 +98,7 @@ def compile(
         dump=Path(dump) if dump is not None else None,
         memory=memory,
         cache=cache_folder(cache),
+        more=dict(options) if isinstance(options, Mapping) else options or {},
     )
     warn_of_training(model)
     name = describe(model)

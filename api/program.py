@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Settings:
     memory: str = "fast"
     cache: Path | None = None
     tuning: int | None = None  # how many of the backend's tuning passes run, None: all
+    more: Mapping[str, Any] = field(default_factory=dict)  # options of the backend
 
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
@@ -51,12 +52,22 @@ class Settings:
             raise ArgumentValueError(
                 f"threads={self.threads!r} must be None or a positive integer up to {MOST_THREADS}", code="threads"
             )
+        if not isinstance(self.more, Mapping) or not all(isinstance(name, str) for name in self.more):
+            raise ArgumentTypeError(f"options={self.more!r} must map names to values", code="options")
+        if self.more and not self.backend.has_options:
+            raise ArgumentValueError(
+                f"backend {self.backend.name!r} has no options, got {', '.join(self.more)}", code="options"
+            )
+        if twice := {"memory", "cache"} & self.more.keys():
+            raise ArgumentValueError(
+                f"{', '.join(sorted(twice))} among the options: they are arguments of their own", code="options"
+            )
 
     @property
     def options(self) -> dict[str, Any] | None:
-        """What the backend is told about memory (most hold FP8 weights in 8 bits anyway) and the cache (most have
-        nothing to keep there)."""
-        found: dict[str, Any] = {}
+        """What the backend is told: its own options, about memory (most hold FP8 weights in 8 bits anyway) and the
+        cache (most have nothing to keep there)."""
+        found: dict[str, Any] = dict(self.more)
         if self.backend.holds_wide and self.memory != "fast":
             found["memory"] = self.memory
         if self.backend.caches and self.cache is not None:

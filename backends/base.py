@@ -101,8 +101,9 @@ class Backend:
     memory="fp8". `caches`: `compile` and `load` take the option cache= (see moec.backends.cache). `in_place`: caches of
     decoding are buffers, written where they lie (`Executable.run_into`). `tuning`: passes, as text, that pay on this
     target whatever the model; they see the graph after `prepare`, and may change weights, which then are its own.
-    `lowerings` is filled by `@backend.lowers("math.add")`, also from outside of moec; `unsupported` names ops that it
-    refuses on purpose, with the reason; an op in neither must have a decomposition."""
+    `has_options`: `compile` takes more options. `lowerings` is filled by `@backend.lowers("math.add")`, also from
+    outside of moec; `unsupported` names ops that it refuses on purpose, with the reason; an op in neither must have a
+    decomposition."""
 
     name: str
     dtypes: frozenset[DType]
@@ -112,6 +113,7 @@ class Backend:
     caches: bool = False
     in_place: bool = False
     tuning: str = ""
+    has_options: bool = False
     lowerings: dict[str, Callable[..., Any]] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)

@@ -75,5 +75,6 @@ backend = OnnxRuntimeBackend(
     holds_wide=True,
     caches=True,
     in_place=True,
+    has_options=True,
     tuning="deinterleave_rope, merge_linears, fuse_latent_attention, sink_transposes, common_subexpressions, dead_code",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 
@@ -18,6 +19,8 @@ from moec.ir import ArtifactError, Dim, DType, parse, run
 
 from .. import model_matrix
 from .samples import TinyLM, greedy
+
+OWN = dataclasses.replace(moec.models.config("deepseek-v3-mini"), num_layers=2, vocab_size=64)
 
 
 def family(name):
@@ -37,7 +40,7 @@ def graphs():
     """Of each model: (the program that joins, the one with buffers)."""
     made = {}
     for name in ("own", "deepseek_v3", "mixtral"):
-        model = moec.models.build("deepseek-v3-mini") if name == "own" else family(name)
+        model = moec.models.build(OWN) if name == "own" else family(name)
         joins = moec.compile(model, backend="reference").generator
         assert joins.past is None
         found = in_place(joins.program.graph)
