@@ -40,6 +40,16 @@ def unsuitable(e: Emitter, spec: Spec) -> str | None:
     return None
 
 
+def _swiglu(spec: Spec) -> dict[str, Any]:
+    """What both operators are told about k and the activation."""
+    known = {"k": int(spec.experts.shape[1]), "activation_type": "swiglu", "swiglu_fusion": 1}
+    if spec.limit is None:
+        return known | {"activation_alpha": 1.0, "activation_beta": 0.0}
+    attrs = spec.node.attrs
+    limited = {"activation_alpha": attrs["alpha"], "activation_beta": attrs["up_offset"], "swiglu_limit": spec.limit}
+    return known | limited
+
+
 def moe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
     """com.microsoft.MoE takes logits: the log of each chosen weight makes its softmax give weight / sum,
     and the result is scaled by the sum."""
@@ -50,20 +60,13 @@ def moe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
     logs = e.op("Log", e.op("Max", weights, floor))
     none = e.op("Expand", e.scalar(NOT_CHOSEN, DType.F32), e.sizes.vector((tokens, spec.num)))
     logits = e.op("ScatterElements", none, e.value(spec.experts), logs, axis=1)
-    limit = spec.limit
     biases = [bias_of(e, spec, which, interleave=True) for which in (0, 1)]
-    extra: dict[str, Any] = {} if limit is None else {"swiglu_limit": limit}
     y = e.op(
         "MoE",
         *(x, logits, gate_up.stack(transpose=False), biases[0], down.stack(transpose=False), biases[1]),
         domain=MICROSOFT,
-        k=int(spec.experts.shape[1]),
-        activation_type="swiglu",
-        swiglu_fusion=1,
         normalize_routing_weights=1,
-        activation_alpha=1.0 if limit is None else spec.node.attrs["alpha"],
-        activation_beta=0.0 if limit is None else spec.node.attrs["up_offset"],
-        **extra,
+        **_swiglu(spec),
     )
     return e.op("Mul", y, reduce(e, "ReduceSum", weights, (-1,), True))
 
@@ -83,23 +86,16 @@ def qmoe_operator(e: Emitter, spec: Spec, x: onnx.Value) -> onnx.Value:
         packed, scales = nbits.operands(e, codes, scale, spec.block, size, rows=matrix.rows, key=key, flat=True)
         stored += packed, scales
     biases = [bias_of(e, spec, which, interleave=True) for which in (0, 1)]
-    limit = spec.limit
-    extra: dict[str, Any] = {} if limit is None else {"swiglu_limit": limit}
     nothing = (None,) * 6  # a third matrix, zero points
     y = e.op(
         "QMoE",
         *(x, routing, stored[0], stored[1], biases[0], stored[2], stored[3], biases[1], *nothing, routing),
         domain=MICROSOFT,
-        k=int(spec.experts.shape[1]),
-        activation_type="swiglu",
-        swiglu_fusion=1,
         normalize_routing_weights=0,
-        activation_alpha=1.0 if limit is None else spec.node.attrs["alpha"],
-        activation_beta=0.0 if limit is None else spec.node.attrs["up_offset"],
         expert_weight_bits=spec.gate_up.dtype.bits,
         block_size=size,
         weights_prepacked=0,
         accuracy_level=nbits.LEVEL,
-        **extra,
+        **_swiglu(spec),
     )
     return nbits.carrying(e, y, weights, int(spec.weights.shape[1]))
