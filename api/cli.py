@@ -29,9 +29,10 @@ from moec.cli_options import (
     passes_of,
 )  # fmt: skip
 from moec.cli_passes import bisect, explain
-from moec.files import MANIFEST_LIMIT, read_regular, written_whole
+from moec.files import read_regular, written_whole
 from moec.ir import ArgumentValueError, CompileError
 from moec.ir.strict_json import strict_json
+from moec.manifest import MANIFEST_LIMIT
 
 app = typer.Typer(
     no_args_is_help=True,

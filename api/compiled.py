@@ -216,7 +216,7 @@ class CompiledModel:
         A language model's programs for `generate` are compiled for it and saved along. An existing folder is replaced
         if it is empty or was written by `save`. Raises ArtifactError otherwise, CompileError for what cannot be saved.
         """
-        from moec.artifact import save
+        from moec.saving import save
 
         save(self, Path(folder))
 

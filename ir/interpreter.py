@@ -190,4 +190,5 @@ def sizes_of(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
 
 
 def _tensor(v: Value, env: Mapping[Value, torch.Tensor]) -> torch.Tensor:
-    return v.weight.load() if v.weight is not None else env[v]
+    # kernels round otherwise on a view's strides, which a saved weight does not have
+    return v.weight.load().contiguous() if v.weight is not None else env[v]

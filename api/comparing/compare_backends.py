@@ -374,7 +374,8 @@ class _Run:
 
 def _held(model: Any) -> CompiledModel | None:
     """A compiled model, or the one that a folder holds."""
-    from moec.artifact import MANIFEST, load
+    from moec.artifact import load
+    from moec.manifest import MANIFEST
 
     if isinstance(model, CompiledModel):
         return model

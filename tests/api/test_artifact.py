@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moec
-from moec import artifact
-from moec.files import digest_file, manifest_digest
+from moec import saving
+from moec.files import digest_file
 from moec.ir import ArtifactError, CompileError
+from moec.manifest import manifest_digest
 
 PROMPT = torch.tensor([[3, 9, 27, 1]])
 
@@ -308,10 +309,10 @@ def test_a_failing_save_leaves_what_was_there(mlp, mlp_args, tmp_path, monkeypat
             return real(*args)
 
         real = os.replace
-        monkeypatch.setattr(artifact, "exchange", lambda a, b: False)  # as on other systems
-        monkeypatch.setattr(artifact.os, "replace", second)
+        monkeypatch.setattr(saving, "exchange", lambda a, b: False)  # as on other systems
+        monkeypatch.setattr(saving.os, "replace", second)
     else:
-        monkeypatch.setattr(artifact, point, fail)
+        monkeypatch.setattr(saving, point, fail)
     with pytest.raises(ArtifactError if isinstance(error, OSError) else type(error)):
         compiled.save(tmp_path / "old")
     if point not in ("os.replace", "exchange"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import moec
-from moec.files import manifest_digest
 from moec.ir import ArgumentValueError, ArtifactError
+from moec.manifest import manifest_digest
 
 from .samples import TinyLM, greedy
 

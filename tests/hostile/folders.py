@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import moec
-from moec.files import digest_file, manifest_digest
+from moec.files import digest_file
+from moec.manifest import manifest_digest
 
 MLP = """graph(%x: f32[T, 8], %n: i64[T]) -> (%y: f32[T, 8], %m: i64[T]) {
   weight @up: f32[16, 8]

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import moec
-from moec import files
-from moec.files import manifest_digest
 from moec.ir import ArtifactError, CompileError
+from moec.manifest import MANIFEST_LIMIT, manifest_digest
 
 from .effects import harmless, refused
 from .folders import saved, write
@@ -63,8 +62,8 @@ def test_files_that_are_huge(name, tmp_path):
 @limited()
 def test_a_manifest_as_long_as_it_may_be_stays_within_memory(tmp_path):
     saved(tmp_path / "saved", "reference")
-    for filler in (b"[" + b"[]," * ((files.MANIFEST_LIMIT - 8) // 3) + b"[]]", b'"' + b"a" * (15 << 20) + b'"'):
-        (tmp_path / "saved" / "manifest.json").write_bytes(filler[: files.MANIFEST_LIMIT])
+    for filler in (b"[" + b"[]," * ((MANIFEST_LIMIT - 8) // 3) + b"[]]", b'"' + b"a" * (15 << 20) + b'"'):
+        (tmp_path / "saved" / "manifest.json").write_bytes(filler[:MANIFEST_LIMIT])
         with refused("kind|no JSON", ArtifactError):
             moec.load(tmp_path / "saved")
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moec
-from moec import artifact
+from moec import artifact, saving
 from moec.graph_file import save_graph
 from moec.ir import ArtifactError, CompileError
 
@@ -95,7 +95,7 @@ def test_the_model_there_is_replaced_while_it_is_looked_at(tmp_path):
     folder = tmp_path / "saved"
     want = saved(folder, "reference")
     compiled = moec.compile(model(), backend="reference")
-    read, calls = artifact.read_manifest, []
+    read, calls = saving.read_manifest, []
 
     def late(*args):
         calls.append(args)
@@ -103,14 +103,39 @@ def test_the_model_there_is_replaced_while_it_is_looked_at(tmp_path):
             compiled.save(folder)
         return read(*args)
 
-    artifact.read_manifest = late
+    saving.read_manifest = late
     try:
         compiled.save(folder)
     finally:
-        artifact.read_manifest = read
+        saving.read_manifest = read
     assert len(calls) > 2
     assert torch.equal(moec.load(folder)(*INPUTS)[0], want)
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+@limited()
+def test_a_model_is_replaced_whenever_it_is_read(tmp_path):
+    """Reading starts over as often as another model has come meanwhile; one that goes away is an error."""
+    folder = tmp_path / "saved"
+    want = saved(folder, "reference")
+    compiled = moec.compile(model(), backend="reference")
+    check, calls = artifact._check_files, []
+
+    def late(files, manifest):
+        calls.append(files)
+        if len(calls) <= 12:
+            compiled.save(folder)
+        check(files, manifest)
+
+    artifact._check_files = late
+    try:
+        assert torch.equal(moec.load(folder)(*INPUTS)[0], want)
+        assert len(calls) == 13
+        artifact._check_files = lambda files, manifest: (folder.rename(tmp_path / "away"), check(files, manifest))
+        with pytest.raises(ArtifactError, match="saved is not a folder"):
+            moec.load(folder)
+    finally:
+        artifact._check_files = check
 
 
 @limited()
@@ -118,19 +143,19 @@ def test_a_stranger_in_the_way_is_put_back(tmp_path):
     """What comes to the target while a model is written, and is no model, stays."""
     compiled = moec.compile(model(), backend="reference")
     folder = tmp_path / "saved"
-    write_all = artifact._write
+    write_all = saving._write
 
     def late(*args):
         write_all(*args)
         folder.mkdir()
         (folder / "thesis.txt").write_text("years of work")
 
-    artifact._write = late
+    saving._write = late
     try:
         with pytest.raises(ArtifactError, match="saved is not empty and holds no saved model"):
             compiled.save(folder)
     finally:
-        artifact._write = write_all
+        saving._write = write_all
     assert tree(tmp_path) == {"saved": "", "saved/thesis.txt": b"years of work"}
 
 

@@ -1,0 +1,1 @@
+../../api/manifest.py
