@@ -118,7 +118,7 @@ class Cache:
     def _sweep(self) -> None:
         """Remove what processes that died have left."""
         for path in self.folder.glob(".*.partial"):
-            if time.time() - max((p.lstat().st_mtime for p in _inside(path)), default=time.time()) > _ABANDONED:
+            if time.time() - max((info.st_mtime for info in _stats(path)), default=time.time()) > _ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _evict(self, kept: str) -> None:
@@ -126,7 +126,7 @@ class Cache:
         for path in self.folder.iterdir():
             if _KEY.match(path.name):
                 with suppress(OSError):
-                    size = sum(p.lstat().st_size for p in _inside(path) if not p.is_dir())
+                    size = sum(info.st_size for info in _stats(path) if not stat.S_ISDIR(info.st_mode))
                     entries.append((path.lstat().st_mtime, size, path.name))
         total = sum(size for _, size, _ in entries)
         for _, size, key in sorted(entries):
@@ -144,11 +144,15 @@ def cache_of(options: Mapping[str, Any] | None) -> tuple[Cache | None, dict[str,
     return (cache if cache is None or isinstance(cache, Cache) else Cache(Path(cache))), others
 
 
-def _inside(folder: Path) -> list[Path]:
-    """A folder and what is in it; nothing where it has gone."""
+def _stats(folder: Path) -> list[os.stat_result]:
+    """Of a folder and what is in it; nothing of what goes meanwhile."""
+    found, paths = [], [folder]
     with suppress(OSError):
-        return [p for p in (folder, *folder.iterdir()) if os.path.lexists(p)]
-    return []
+        paths += folder.iterdir()
+    for path in paths:
+        with suppress(OSError):
+            found.append(path.lstat())
+    return found
 
 
 @contextmanager

@@ -176,6 +176,26 @@ def test_several_processes_write_at_once(cache: Cache):
     assert [p.name for p in cache.folder.iterdir()] == [KEY]
 
 
+def test_files_go_while_entries_are_looked_through(cache: Cache, monkeypatch: pytest.MonkeyPatch):
+    """Another process finishes, or removes, what this one has just listed."""
+    put(cache)
+    partial = cache.folder / f".{OTHER}.x.partial"
+    partial.mkdir()
+    for path in (partial, cache.folder / KEY):
+        (path / "large").write_bytes(b"x")
+    real = Path.lstat
+
+    def late(path: Path):
+        if path.name == "large" and path.parent in (partial, cache.folder / KEY):
+            path.unlink()
+        return real(path)
+
+    monkeypatch.setattr(Path, "lstat", late)
+    put(cache, OTHER)
+    monkeypatch.undo()
+    assert {p.name for p in cache.folder.iterdir()} == {KEY, OTHER, partial.name}
+
+
 def test_killed_while_writing(cache: Cache):
     process = writer(cache, "hang")
     assert process.stdout is not None
