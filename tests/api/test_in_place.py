@@ -21,6 +21,7 @@ from moec.passes.pipeline import default_pipeline
 from .. import model_matrix
 from .samples import TinyLM, greedy
 
+
 def family(name):
     torch.manual_seed(0)
     known = model_matrix.FAMILIES[name]

@@ -35,8 +35,16 @@ def model() -> torch.nn.Module:
     return build(small)
 
 
-def compiled(**options: Any) -> moec.CompiledModel:
-    return moec.compile(model(), (IDS,), backend="onnxruntime", dynamic_shapes="auto", threads=1, **options)
+@functools.cache
+def graph() -> Graph:
+    return moec.trace(model(), (IDS,), dynamic_shapes="auto")
+
+
+def compiled(what: Any = None, **options: Any) -> moec.CompiledModel:
+    """The graph, or a model with what it generates with."""
+    if what is None:
+        return moec.compile(graph(), backend="onnxruntime", threads=1, **options)
+    return moec.compile(what, (IDS,), backend="onnxruntime", dynamic_shapes="auto", threads=1, **options)
 
 
 def computed(graph: Graph) -> dict[str, ComputedSource]:
@@ -49,8 +57,8 @@ def computed(graph: Graph) -> dict[str, ComputedSource]:
 def test_a_saved_model_is_found_without_reading_its_weights(
     tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
 ):
-    cache = tmp_path / "cache"
-    first = compiled(memory=memory, cache=cache)
+    cache, generates = tmp_path / "cache", memory == "fast"
+    first = compiled(model() if generates else None, memory=memory, cache=cache)
     made = computed(first.program.legal)
     assert any("+" in n for n in made), "something was merged"
     assert any(n.endswith(".deinterleaved") for n in made), "something was reordered"
@@ -67,12 +75,12 @@ def test_a_saved_model_is_found_without_reading_its_weights(
     monkeypatch.setattr(Weight, "load", load)
     loaded = moec.load(tmp_path / "saved", cache=cache)
     programs = loaded.report.to_dict()["programs"]
-    assert {"forward", "cached"} <= programs.keys()
+    assert ("cached" in programs) == generates
     assert {p["backend"]["cache"]["result"] for p in programs.values()} == {"hit"}
     assert {n.rpartition(".")[2] for n in read} <= {"e_score_correction_bias"}, "a router looks at its biases"
     assert set(cache.iterdir()) == kept
-    assert torch.equal(loaded(IDS), first(IDS))
-    assert torch.equal(moec.load(tmp_path / "saved")(IDS), first(IDS))
+    assert all(map(torch.equal, loaded(IDS), first(IDS)))
+    assert all(map(torch.equal, moec.load(tmp_path / "saved")(IDS), first(IDS)))
     held = programs["forward"]["backend"]["memory"]
     assert held["mode"] == memory
     assert held["weight_bytes_resident"]["mapped"] == 0
@@ -80,7 +88,7 @@ def test_a_saved_model_is_found_without_reading_its_weights(
 
 def test_with_and_without_tuning_share_no_entry(tmp_path: Path):
     settings = Settings(get_backend("onnxruntime"), default_pipeline())
-    after, _ = settings.pipeline.run(moec.trace(model(), (IDS,), dynamic_shapes="auto"))
+    after, _ = settings.pipeline.run(graph())
     keys = set()
     for count in (0, 1, None):
         legal, records, _ = legalise(after, dataclasses.replace(settings, tuning=count))
@@ -182,7 +190,7 @@ def test_integers_stay_as_they_are_stored(quantize: str, memory: str):
     assert codes
     assert codes <= set(tuned.program.legal.weights)
     (want,) = plain.run([IDS])
-    torch.testing.assert_close(tuned(IDS), want, rtol=2e-3, atol=2e-3 * float(want.std()))
+    torch.testing.assert_close(tuned(IDS)[0], want, rtol=2e-3, atol=2e-3 * float(want.std()))
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
