@@ -120,9 +120,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[hf,checkpoints,test]"
 	touch $(STAMP)
 
+# llama.cpp is built from source, which takes minutes; where that fails it is left out
 $(PEERS_STAMP): pyproject.toml constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[hf,checkpoints,peers]"
+	-$(PEERS)/bin/python -m pip install --quiet "llama-cpp-python>=0.3.36"
 	touch $(PEERS_STAMP)
 
 clean:

@@ -25,12 +25,13 @@ from rich.table import Table
 HERE = Path(__file__).parent
 RESULT = FOLDER.with_suffix(".json")
 PLOT = HERE.parent / "docs" / "bench-cpu.png"
-# (peer, quantize) and what is asked of each row
+# (peer, quantize) and what is asked of each row, where something is
 TARGETS: dict[tuple[str, str | None], tuple[float, ...]] = {
     ("onnx-export", None): (1.45, 1.35, 1.4, 1.3),
     ("eager", None): (4.5, 3.8, 2.0, 1.5),
     ("torch.compile", None): (4, 3.2, 1.9, 1.4),
     ("openvino", None): (1.8, 1.6, 1.4, 1.3),
+    ("llama.cpp", None): (0, 0, 0, 0),
     ("onnx-export", "int8"): (2.0, 1.8, 1.2, 1.0),
     ("onnx-export", "int4"): (2.8, 2.4, 1.4, 1.0),
 }
@@ -90,7 +91,7 @@ def _cell(row: dict[str, Any] | None, asked: float) -> str:
         return "not run"
     mark = "" if row["ratio"] >= asked else "[red]"
     spread = f"; {row['lowest']:.2f} to {row['highest']:.2f}" if "lowest" in row else ""
-    return f"{mark}{row['ratio']:.2f} ({asked}{spread})\n{row['ours_ms']:.2f} ms"
+    return f"{mark}{row['ratio']:.2f} ({asked or 'none'}{spread})\n{row['ours_ms']:.2f} ms"
 
 
 def plot(results: list[dict[str, Any]]) -> None:

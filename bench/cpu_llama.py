@@ -1,6 +1,6 @@
 """llama.cpp as a peer of the CPU figures: the models as GGUF files in f32, run through llama-cpp-python's C functions.
 
-Each row of a batch is a sequence of its own; the cache, which llama.cpp always has, is emptied before each call.
+Each row of a batch is a sequence of its own; the cache, which it always has, is emptied before each call.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _stored(name: str, t: torch.Tensor, c: Any) -> list[tuple[str, torch.Tensor]
     return [(name, t)]
 
 
-def runner(path: Path, threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Logits f32[B, S, vocabulary] of ids i64[B, S]."""
+def runner(path: Path, threads: int, flash: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits f32[B, S, vocabulary] of ids i64[B, S]; with `flash`, its flash attention, which rounds to f16."""
     import llama_cpp as c
 
     c.llama_backend_init()
@@ -104,7 +104,7 @@ def runner(path: Path, threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
     wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = CONTEXT, CONTEXT, CONTEXT
     wanted.n_seq_max, wanted.kv_unified = SEQUENCES, True
     wanted.n_threads = wanted.n_threads_batch = threads
-    wanted.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    wanted.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else c.LLAMA_FLASH_ATTN_TYPE_DISABLED
     wanted.type_k = wanted.type_v = c.GGML_TYPE_F32
     context = c.llama_init_from_model(model, wanted)
     if not context:

@@ -120,11 +120,23 @@ def openvino(name: str) -> dict[str, Run]:
     return runs
 
 
+def llama_cpp(name: str) -> dict[str, Run]:
+    """llama.cpp on the model as a GGUF file in f32, where llama-cpp-python is installed."""
+    from cpu_llama import runner, write
+
+    path = FOLDER / f"{name}.gguf"
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        write(path, MODELS[name]())
+    return {"plain attention": runner(path, THREADS), "flash attention": runner(path, THREADS, flash=True)}
+
+
 CONTENDERS = {
     "onnx-export": Contender("transformers' ONNX export on ONNX Runtime", onnx_export),
     "eager": Contender("torch eager", eager),
     "torch.compile": Contender("torch.compile", compiled_torch),
     "openvino": Contender("OpenVINO", openvino),
+    "llama.cpp": Contender("llama.cpp", llama_cpp),
 }
 
 

@@ -39,8 +39,9 @@ def test_floor():
 
     import moec
 
-    compiled = moec.compile(moec.models.build("mixtral-8x7b-mini"), (torch.zeros(2, 8, dtype=torch.int64),),
-                            dynamic_shapes={"input_ids": {0: "B", 1: "S"}}, backend="onnxruntime", threads=1)  # fmt: skip
+    model, shapes = moec.models.build("mixtral-8x7b-mini"), {"input_ids": {0: "B", 1: "S"}}
+    given = (torch.zeros(2, 8, dtype=torch.int64),)
+    compiled = moec.compile(model, given, dynamic_shapes=shapes, backend="onnxruntime", threads=1)
     one, two = (products(compiled, torch.zeros(1, n, dtype=torch.int64)) for n in (1, 2))
     assert sum(p.flops for p in two) > 1.9 * sum(p.flops for p in one) > 0
     assert sum(p.bytes for p in one) < 4 * sum(w.weight.load().numel() for w in compiled.graph.weights.values())
