@@ -24,7 +24,7 @@ NO_F64 = frozenset({"math.erf"})
 
 
 ROUNDED_ROWS = 2.0**-9  # how far the rows of products with integer weights are rounded, relative to a block's amax
-PEAK = 9  # (amax / root mean square)² of a block
+PEAK = 25  # (amax / root mean square)² of a spiky block, as a gate times an up projection makes them
 
 
 class OnnxRuntimeBackend(Backend):
@@ -47,8 +47,8 @@ class OnnxRuntimeBackend(Backend):
 
     def coarse_sums(self, node: Node) -> tuple[float, int] | None:
         """Products with stored integer weights round activations to i8 per block: by amax / (127·√12) in the root mean
-        square, 2⁻⁹ · amax with room to spare, where amax is about 3 times the root mean square of a block, and 5 where
-        that is spiky."""
+        square, 2⁻⁹ · amax with room to spare, where amax is about 3 times the root mean square of a block, and up to 5
+        where that is spiky."""
         rounds = rounded_products(node)
         return (ROUNDED_ROWS, PEAK * rounds) if rounds else None
 
