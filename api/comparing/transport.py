@@ -73,14 +73,13 @@ def unpack(folder: Path) -> Graph:
 
 def describe(settings: Settings) -> dict[str, Any]:
     """Settings for another process."""
-    backend, fallback, threads, tuning = settings.backend.name, settings.fallback, settings.threads, settings.tuning
-    return {"backend": backend, "fallback": fallback, "threads": threads, "tuning": tuning}
+    kept = {name: getattr(settings, name) for name in ("fallback", "threads", "memory", "tuning")}
+    return {"backend": settings.backend.name, **kept, "more": dict(settings.more)}
 
 
 def settings_of(data: Mapping[str, Any]) -> Settings:
     """Settings from `describe`."""
-    backend = get_backend(data["backend"])
-    return Settings(backend, Pipeline(()), data["fallback"], data["threads"], tuning=data["tuning"])
+    return Settings(get_backend(data["backend"]), Pipeline(()), **{k: v for k, v in data.items() if k != "backend"})
 
 
 def call(kind: str, packed: Path, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:

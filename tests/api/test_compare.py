@@ -14,8 +14,11 @@ from torch import nn
 
 import moec
 from moec.backends import get_backend
+from moec.comparing import transport
 from moec.graph_file import load_graph
 from moec.ir import ArgumentValueError, Builder, Dim, Graph, TensorType, Weight
+from moec.passes.pipeline import Pipeline
+from moec.program import Settings
 from moec.testing import assert_backends_agree
 
 from .faulty import FaultyBackend, scaled
@@ -385,3 +388,9 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(mlp, mlp_args, monkeypatch, 
         moec.compare(mlp, mlp_args)
     assert "TMPDIR" in str(e.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_reach_another_process():
+    backend = get_backend("onnxruntime")
+    settings = Settings(backend, Pipeline(()), "reference", 2, memory="fp8", tuning=1, more={"experts": "if"})
+    assert transport.settings_of(json.loads(json.dumps(transport.describe(settings)))) == settings
