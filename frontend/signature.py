@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class Signature:
         missing, unknown or differently nested arguments and ArgumentValueError where a constant has another value
         than at tracing.
         """
+        if not kwargs and len(args) == self._tensors and all(type(a) is torch.Tensor for a in args):
+            return [plain_tensor(name, a) for name, a in zip(self.input_names, args, strict=True)]
         args, kwargs = self._arrange(tuple(args), dict(kwargs or {}))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
@@ -97,6 +100,13 @@ class Signature:
             else:
                 tensors.append(plain_tensor(name, leaf))
         return tensors
+
+    @cached_property
+    def _tensors(self) -> int | None:
+        """How many tensors by position are a call, where one is no more than that: such calls are told at a glance."""
+        args, kwargs = self.in_spec.child(0), self.in_spec.child(1)
+        flat = args.type is tuple and all(c.is_leaf() for c in args.children()) and not kwargs.num_children
+        return args.num_children if flat and not self.constants else None
 
     def check_bounds(self, binding: Mapping[str, int]) -> None:
         """Raise ArgumentValueError if dimensions are not of the sizes that the traced program holds for."""

@@ -25,6 +25,7 @@ NUMPY = {
 }  # fmt: skip
 _FROM_NUMPY = {np.dtype(v): k for k, v in NUMPY.items()}
 _FLOAT8 = (DType.F8E4M3, DType.F8E5M2, DType.F8E4M3FNUZ, DType.F8E5M2FNUZ, DType.F8E8M0)
+_TORCH = frozenset("fdlihbB?")  # codes of NumPy's types that are torch's too
 _AS_BITS = {DType.BF16: torch.int16, **dict.fromkeys(_FLOAT8, torch.uint8)}
 # types below 8 bits: the 8-bit integers that a byte of theirs is
 BYTES = {DType.I4: DType.I8, DType.I2: DType.I8, DType.U4: DType.U8, DType.U2: DType.U8}
@@ -53,6 +54,8 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def from_numpy(array: Any) -> torch.Tensor:
     """A tensor with the array's elements; copies what torch may not write to. Raises CompileError as `dtype_of`."""
+    if type(array) is np.ndarray and array.dtype.char in _TORCH and array.dtype.isnative and array.flags.carray:
+        return torch.from_numpy(array)
     array = np.asarray(array)
     dtype = dtype_of(array)
     if dtype in BYTES:

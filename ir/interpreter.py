@@ -63,7 +63,7 @@ def plain_tensor(name: str | None, tensor: torch.Tensor) -> torch.Tensor:
         kind, hint = "on meta, a device without data", "pass a tensor with data"
     if kind is not None:
         raise ArgumentTypeError(f"argument {name!r} is {kind}, expected a dense tensor", code="arguments", hint=hint)
-    return tensor.as_subclass(torch.Tensor).detach()
+    return (tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)).detach()
 
 
 def evaluate_attr(value: Any, binding: Mapping[str, int]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx_ir as onnx
 import torch
@@ -45,6 +47,7 @@ FLOAT8 = (DType.F8E4M3, DType.F8E5M2)
 NARROW_INTEGERS = (DType.I16, DType.I8, DType.U8)
 
 
+@functools.cache
 def carrier(dtype: DType) -> DType:
     """The type that a value has while it is computed: bf16 and f16 are computed in f32, and FP8 values are
     f32 numbers that were rounded to FP8 (most CPU kernels take neither). Stored FP8 weights stay FP8. Integers below
@@ -56,11 +59,15 @@ def carrier(dtype: DType) -> DType:
 
 def carried(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
     """A tensor of `dtype` in its carrier."""
+    if carrier(dtype) is dtype:
+        return tensor
     return tensor.view(BYTES[dtype].torch) if dtype in BYTES else tensor.to(carrier(dtype).torch)
 
 
 def uncarried(tensor: torch.Tensor, dtype: DType) -> torch.Tensor:
     """The reverse of `carried`."""
+    if carrier(dtype) is dtype:
+        return tensor
     return tensor.view(dtype.torch) if dtype in BYTES else tensor.to(dtype.torch)
 
 

@@ -119,3 +119,34 @@ def test_not_a_module():
         trace(lambda x: x)
     with pytest.raises(CompileError, match="TorchScript"):
         trace(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), (torch.ones(1, 2),))
+
+
+class Sum(torch.nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "parameter", "gradient", "not contiguous", "by name", "one too many", "none at all"]
+)
+def test_calls_with_tensors_only(change):
+    """The short way for such calls does what the long one does."""
+    shapes = ({0: "B"}, {0: "B"})
+    signature = trace(Sum(), (torch.ones(2, 3), torch.ones(2, 3)), dynamic_shapes=shapes).signature
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    given = {
+        "parameter": (torch.nn.Parameter(x), y),
+        "gradient": (x.clone().requires_grad_(), y),
+        "not contiguous": (x.T.contiguous().T, y),
+        "one too many": (x, y, y),
+        "none at all": (),
+    }.get(change, (x, y))
+    if change in ("one too many", "none at all"):
+        with pytest.raises(ArgumentTypeError, match="expected 2 positional|missing arguments: x, y"):
+            signature.flatten(given)
+        return
+    got = signature.flatten((), {"x": x, "y": y}) if change == "by name" else signature.flatten(given)
+    assert [type(t) for t in got] == [torch.Tensor] * 2
+    assert not any(t.requires_grad for t in got)
+    assert torch.equal(got[0], x)
+    assert torch.equal(got[1], y)

@@ -116,6 +116,9 @@ def test_read_only_and_foreign_arrays():
     array = np.arange(6, dtype=">i4").reshape(2, 3).T
     array.flags.writeable = False
     assert from_numpy(array).tolist() == [[0, 3], [1, 4], [2, 5]]
+    for order in "<>":
+        assert from_numpy(np.arange(6, dtype=f"{order}f4")).tolist() == [0, 1, 2, 3, 4, 5]
+    assert from_numpy(np.broadcast_to(np.float32(3), (2, 2))).add_(1).tolist() == [[4, 4], [4, 4]]
     for bad in (np.array(["a"]), np.array([None]), np.array([1], "datetime64[s]")):
         with pytest.raises(CompileError, match="not supported"):
             from_numpy(bad)
