@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as onnx
@@ -74,6 +75,7 @@ class Session:
 
     session: onnxruntime.InferenceSession
     interface: Interface
+    _bindings: threading.local = field(default_factory=threading.local, repr=False)
 
     def run(self, graph: Graph, inputs: Sequence[torch.Tensor], values: Sequence[Value]) -> list[torch.Tensor]:
         """Outputs in the dtypes of `values`, of inputs whose sizes the interface takes."""
@@ -90,6 +92,12 @@ class Session:
             raise wrapped(error, names.sources, "running") from error
         return [uncarried(from_numpy(a), v.dtype) for a, v in zip(arrays, values, strict=True)]
 
+    def _binding(self) -> tuple[onnxruntime.IOBinding, dict[tuple[str, str], tuple[int, torch.Size]]]:
+        """This thread's from its last call and where it leads, by name and direction; a new one after a failure."""
+        last = getattr(self._bindings, "last", None)
+        self._bindings.last = None
+        return last or (self.session.io_binding(), {})
+
     def run_into(
         self,
         graph: Graph,
@@ -97,21 +105,28 @@ class Session:
         values: Sequence[Value],
         into: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor]:
-        """The same with outputs in the memory of `into` where there is some; their dtypes are their carriers'."""
-        names, bound = self.interface, self.session.io_binding()
+        """The same with outputs in the memory of `into` where there is some; their dtypes are their carriers'. A
+        thread's next call binds again only what lies elsewhere, or has another size, than in this one."""
         held = [carried(t.detach().cpu(), v.dtype).contiguous() for v, t in zip(graph.inputs, inputs, strict=True)]
-        for name, v, t in zip(names.inputs, graph.inputs, held, strict=True):
-            bound.bind_input(name, "cpu", 0, numpy_type(v.dtype), list(t.shape), t.data_ptr())
-        for name, v, out in zip(names.outputs, values, into, strict=True):
-            if out is None:
+        bound, known = self._binding()
+        for name, v, t in zip(self.interface.inputs, graph.inputs, held, strict=True):
+            place = t.data_ptr(), t.shape
+            if known.get((name, "in")) != place:
+                bound.bind_input(name, "cpu", 0, numpy_type(v.dtype), list(t.shape), t.data_ptr())
+                known[name, "in"] = place
+        for name, v, out in zip(self.interface.outputs, values, into, strict=True):
+            if out is None:  # bound again each time: ONNX Runtime would write into what it gave before
                 bound.bind_output(name, "cpu")
-            else:
+                known.pop((name, "out"), None)
+            elif known.get((name, "out")) != (place := (out.data_ptr(), out.shape)):
                 bound.bind_output(name, "cpu", 0, numpy_type(v.dtype), list(out.shape), out.data_ptr())
+                known[name, "out"] = place
         try:
             self.session.run_with_iobinding(bound)
         except Exception as error:  # as above
-            raise wrapped(error, names.sources, "running") from error
+            raise wrapped(error, self.interface.sources, "running") from error
         found = bound.get_outputs()
+        self._bindings.last = bound, known
         return [
             uncarried(from_numpy(found[i].numpy()), v.dtype) if out is None else out
             for i, (v, out) in enumerate(zip(values, into, strict=True))

@@ -76,6 +76,7 @@ def onnx_type(dtype: DType) -> onnx.DataType:
     return ONNX[carrier(dtype)]
 
 
+@functools.cache
 def numpy_type(dtype: DType) -> np.dtype:
     """The NumPy type of the carrier."""
     return np.dtype(onnx_type(dtype).numpy())

@@ -308,6 +308,34 @@ def test_generations_do_not_share_buffers(mixtral):
         assert found[i] == greedy(model, prompt[0], 20)
 
 
+def test_what_a_step_gave_stays(mixtral):
+    """The next step binds again what ONNX Runtime allocates, and whatever lies elsewhere by then."""
+    _, compiled = mixtral
+    program = compiled.generator.program
+    graph, executable = program.graph, program.executable
+    r = torch.Generator().manual_seed(0)
+
+    def buffers(room):
+        shapes = [[room if n == Dim("C") else 2 if n == Dim("B") else n for n in v.shape] for v in graph.inputs[3:]]
+        return [torch.zeros(shape) for shape in shapes]
+
+    kept, given = [], buffers(8)
+    for slot, new, room in ((0, 4, 8), (4, 1, 8), (5, 1, 8), (6, 1, 11), (7, 2, 11)):
+        ids = torch.randint(3, 29, (2, new), generator=r)
+        mask = (torch.arange(room) < slot + new).to(torch.int64).expand(2, room).contiguous()
+        if given[0].shape[2] != room:
+            given = [torch.cat([t, u[:, :, t.shape[2] :]], 2) for t, u in zip(given, buffers(room), strict=True)]
+        inputs = [ids, mask, torch.tensor(slot), *given]
+        want = executable.run([t.clone() for t in inputs])
+        logits, *rows = executable.run_into(inputs, [None, *given])
+        assert all(map(torch.equal, [logits, *rows], want))
+        kept.append((logits, want[0]))
+    assert all(torch.equal(a, b) for a, b in kept)
+    with pytest.raises(moec.CompileError):
+        executable.run_into([torch.full((2, 1), 10**6), *inputs[1:]], [None, *given])
+    assert torch.equal(executable.run_into(inputs, [None, *given])[0], want[0])
+
+
 def test_half_precision_keeps_its_dtype():
     model = family("mixtral").to(torch.bfloat16)
     compiled = moec.compile(model, backend="onnxruntime", threads=1)

@@ -142,7 +142,7 @@ def test_calls_with_tensors_only(change):
         "none at all": (),
     }.get(change, (x, y))
     if change in ("one too many", "none at all"):
-        with pytest.raises(ArgumentTypeError, match="expected 2 positional|missing arguments: x, y"):
+        with pytest.raises(ArgumentTypeError, match=r"expected 2 positional|missing arguments: x, y"):
             signature.flatten(given)
         return
     got = signature.flatten((), {"x": x, "y": y}) if change == "by name" else signature.flatten(given)
