@@ -6,7 +6,6 @@ Each row of a batch is a sequence of its own; the cache, which it always has, is
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,41 +88,41 @@ def _stored(name: str, t: torch.Tensor, c: Any) -> list[tuple[str, torch.Tensor]
     return [(name, t)]
 
 
-def runner(path: Path, threads: int, flash: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Logits f32[B, S, vocabulary] of ids i64[B, S]; with `flash`, its flash attention, which rounds to f16."""
-    import llama_cpp as c
+class Runner:
+    """Logits f32[B, S, vocabulary] of ids i64[B, S], which the next call overwrites; with `flash`, by its flash
+    attention, which rounds to f16. Raises RuntimeError where llama.cpp fails."""
 
-    c.llama_backend_init()
-    silent = c.llama_log_callback(lambda level, text, data: None)
-    c.llama_log_set(silent, ctypes.c_void_p(0))
-    options = c.llama_model_default_params()
-    model = c.llama_model_load_from_file(str(path).encode(), options)
-    if not model:
-        raise RuntimeError(f"llama.cpp cannot load {path}")
-    wanted = c.llama_context_default_params()
-    wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = CONTEXT, CONTEXT, CONTEXT
-    wanted.n_seq_max, wanted.kv_unified = SEQUENCES, True
-    wanted.n_threads = wanted.n_threads_batch = threads
-    wanted.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else c.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    wanted.type_k = wanted.type_v = c.GGML_TYPE_F32
-    context = c.llama_init_from_model(model, wanted)
-    if not context:
-        raise RuntimeError(f"llama.cpp cannot make a context for {path}")
-    vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
-    memory = c.llama_get_memory(context)
-    batch = c.llama_batch_init(CONTEXT, 0, 1)
+    def __init__(self, path: Path, threads: int, flash: bool = False):
+        import llama_cpp as c
 
-    def run(ids: torch.Tensor) -> torch.Tensor:
-        count, (_, length) = ids.numel(), ids.shape
-        batch.n_tokens = count
+        self.library = c
+        c.llama_backend_init()
+        self.silent = c.llama_log_callback(lambda level, text, data: None)  # the library calls it as long as it is used
+        c.llama_log_set(self.silent, ctypes.c_void_p(0))
+        model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
+        if not model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        wanted = c.llama_context_default_params()
+        wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = CONTEXT, CONTEXT, CONTEXT
+        wanted.n_seq_max, wanted.kv_unified = SEQUENCES, True
+        wanted.n_threads = wanted.n_threads_batch = threads
+        wanted.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        wanted.type_k = wanted.type_v = c.GGML_TYPE_F32
+        self.context = c.llama_init_from_model(model, wanted)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp cannot make a context for {path}")
+        self.vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
+        self.batch = c.llama_batch_init(CONTEXT, 0, 1)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        c, batch, length = self.library, self.batch, ids.shape[1]
+        batch.n_tokens = ids.numel()
         for i, token in enumerate(ids.flatten().tolist()):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i % length, 1, True
             batch.seq_id[i][0] = i // length
-        c.llama_memory_clear(memory, False)
-        if c.llama_decode(context, batch):
+        c.llama_memory_clear(c.llama_get_memory(self.context), False)
+        if c.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")
-        found = ctypes.cast(c.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * (count * vocabulary)))
-        return torch.frombuffer(found.contents, dtype=torch.float32).reshape(*ids.shape, vocabulary)
-
-    run.held = silent, model, context, batch  # type: ignore[attr-defined]  # as long as the function
-    return run
+        numbers = ctypes.POINTER(ctypes.c_float * (ids.numel() * self.vocabulary))
+        found = ctypes.cast(c.llama_get_logits(self.context), numbers)
+        return torch.frombuffer(found.contents, dtype=torch.float32).reshape(*ids.shape, self.vocabulary)

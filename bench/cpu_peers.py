@@ -122,13 +122,13 @@ def openvino(name: str) -> dict[str, Run]:
 
 def llama_cpp(name: str) -> dict[str, Run]:
     """llama.cpp on the model as a GGUF file in f32, where llama-cpp-python is installed."""
-    from cpu_llama import runner, write
+    from cpu_llama import Runner, write
 
     path = FOLDER / f"{name}.gguf"
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         write(path, MODELS[name]())
-    return {"plain attention": runner(path, THREADS), "flash attention": runner(path, THREADS, flash=True)}
+    return {"plain attention": Runner(path, THREADS), "flash attention": Runner(path, THREADS, flash=True)}
 
 
 CONTENDERS = {
